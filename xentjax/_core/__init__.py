@@ -1,0 +1,1 @@
+"""Mathematics without opinions: what every loss stands on. Imports jax alone."""

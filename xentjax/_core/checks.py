@@ -1,0 +1,235 @@
+"""Every error about an argument. Messages name the function, the argument, what is expected, what came, and the remedy.
+
+What depends on values is checked only inside `xentjax.checked`, which sets the context below while it traces.
+"""
+
+import math
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental import checkify
+from jax.typing import ArrayLike
+
+from xentjax._core import rows
+
+# Part of the key of JAX's caches: a function traced with value checks is never used without, nor the other way round.
+checking_values = jax.make_user_context(False)
+
+
+def floating(function: str, name: str, x: ArrayLike) -> Array:
+    """`x` as an array; TypeError unless its dtype is floating."""
+    array = _array(function, name, x)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{function}: {name} must have a floating dtype; got {array.dtype}. Use {name}.astype(jnp.float32).")
+    return array
+
+
+def boolean(function: str, name: str, x: ArrayLike) -> Array:
+    """`x` as an array; TypeError unless its dtype is bool."""
+    array = _array(function, name, x)
+    if array.dtype != jnp.bool_:
+        raise TypeError(f"{function}: {name} must have dtype bool; got {array.dtype}. Use {name} != 0.")
+    return array
+
+
+def shape(function: str, name: str, x: Array, expected: tuple[int, ...], meaning: str, remedy: str = "") -> Array:
+    """`x`; ValueError unless it has the expected shape."""
+    if x.shape != expected:
+        raise ValueError(f"{function}: {name} must have shape {expected}, {meaning}; got {x.shape}.{' ' + remedy if remedy else ''}")
+    return x
+
+
+def number(function: str, name: str, x: ArrayLike, low: float = 0.0, high: float = math.inf) -> ArrayLike | None:
+    """A scalar hyper-parameter; None if it is the Python number 0, so that its term is left out of the program.
+
+    A Python number outside [low, high] raises ValueError; of an array only the shape can be known.
+    """
+    if isinstance(x, numbers.Real) or (isinstance(x, np.ndarray | np.generic) and x.ndim == 0):
+        value = float(x)
+        if not low <= value <= high or math.isinf(value):
+            interval = f"at least {low:g}" if math.isinf(high) else f"in [{low:g}, {high:g}]"
+            raise ValueError(f"{function}: {name} must be a finite number {interval}; got {value:g}.")
+        return None if value == 0 else value
+    return shape(function, name, floating(function, name, x), (), "a scalar", "Use jax.vmap to try several values.")
+
+
+def fraction(function: str, name: str, x: ArrayLike) -> ArrayLike:
+    """A scalar in [0, 1] for which 0 is a value like any other."""
+    checked = number(function, name, x, high=1.0)
+    return 0.0 if checked is None else checked
+
+
+def pos_weight(function: str, weight: ArrayLike | None, logits: Array) -> ArrayLike | None:
+    """A weight of positive terms: a scalar, or one per class along the last axis."""
+    if weight is None or np.ndim(weight) == 0:
+        checked = None if weight is None else number(function, "pos_weight", weight)
+        return 0.0 if weight is not None and checked is None else checked
+    w = floating(function, "pos_weight", weight)
+    return shape(function, "pos_weight", w, logits.shape[-1:], "one weight per class along the last axis of logits")
+
+
+def examples(
+    function: str,
+    logits: ArrayLike,
+    labels: ArrayLike | None,
+    axis: int,
+    axis_name: str | tuple[str, ...] | None,
+    class_mask: ArrayLike | None,
+    where: ArrayLike | None,
+    *,
+    only_indices: bool = False,
+) -> rows.Examples:
+    """The arguments that every categorical loss shares, checked as far as dtypes and shapes go."""
+    z = floating(function, "logits", logits)
+    if z.ndim == 0:
+        raise ValueError(f"{function}: logits must have a class axis; got a scalar. For one logit per decision use the sigmoid losses.")
+    if not -z.ndim <= axis < z.ndim:
+        raise ValueError(f"{function}: axis must be in [{-z.ndim}, {z.ndim}) for logits of shape {z.shape}; got {axis}.")
+    axis %= z.ndim
+    if z.shape[axis] == 0:
+        raise ValueError(f"{function}: logits must have at least one class on axis {axis}; got shape {z.shape}.")
+    leading = z.shape[:axis] + z.shape[axis + 1 :]
+    y = None if labels is None else _labels(function, _array(function, "labels", labels), z, leading, axis, only_indices)
+    mask = None if class_mask is None else boolean(function, "class_mask", class_mask)
+    if mask is not None and mask.shape not in ((z.shape[axis],), z.shape):
+        raise ValueError(
+            f"{function}: class_mask must have shape {(z.shape[axis],)}, one per class, or {z.shape}, the shape of logits; got {mask.shape}."
+        )
+    counts = None if where is None else boolean(function, "where", where)
+    if counts is not None:
+        shape(function, "where", counts, leading, "the shape of logits without its class axis", _to_shape("where", counts.shape, leading))
+    checked = rows.Examples(z, y, mask, counts, axis, axis_name)
+    if checking_values.value:
+        _check_values(function, checked)
+    return checked
+
+
+def class_weights(function: str, weights: ArrayLike | None, batch: rows.Examples) -> Array | None:
+    """Weights per class [classes], or None."""
+    if weights is None:
+        return None
+    w = floating(function, "class_weights", weights)
+    return shape(function, "class_weights", w, (batch.logits.shape[batch.axis],), "one weight per class")
+
+
+def top_k(function: str, ids: ArrayLike, probs: ArrayLike, batch: rows.Examples) -> tuple[Array, Array]:
+    """Sparse distributions, class indices and their probabilities, both [..., k]."""
+    i, p = _array(function, "label_ids", ids), floating(function, "label_probs", probs)
+    if not jnp.issubdtype(i.dtype, jnp.integer):
+        raise TypeError(f"{function}: label_ids must have an integer dtype; got {i.dtype}. Use label_ids.astype(jnp.int32).")
+    z, axis = batch.logits, batch.axis
+    leading = z.shape[:axis] + z.shape[axis + 1 :]
+    if i.ndim != z.ndim or i.shape[:-1] != leading:
+        expected = f"({', '.join([*map(str, leading), 'k'])})"
+        raise ValueError(
+            f"{function}: label_ids must have shape {expected}, the shape of logits without its class axis and k classes per example; got {i.shape}."
+        )
+    shape(function, "label_probs", p, i.shape, "the shape of label_ids")
+    if checking_values.value:
+        ignored = jnp.zeros((), bool) if batch.where is None else ~batch.where[..., None]
+        check_indices(function, "label_ids", i, rows.of(batch).classes, ignored)
+        _check(function, "label_probs", p, ~(p >= 0) & ~ignored, "is not a probability (it is negative or NaN)")
+    return i, p
+
+
+def elements(function: str, logits: ArrayLike, labels: ArrayLike, where: ArrayLike | None) -> tuple[Array, Array, Array | None]:
+    """The arguments that every loss per element shares."""
+    z = floating(function, "logits", logits)
+    t = _array(function, "labels", labels)
+    if jnp.issubdtype(t.dtype, jnp.complexfloating):
+        raise TypeError(f"{function}: labels must have a boolean, integer or floating dtype; got {t.dtype}.")
+    shape(function, "labels", t, z.shape, "the shape of logits, one label per logit", _elements_remedy(t.shape, z.shape))
+    counts = None if where is None else boolean(function, "where", where)
+    if counts is not None:
+        shape(function, "where", counts, z.shape, "the shape of logits", _to_shape("where", counts.shape, z.shape))
+    if checking_values.value:
+        ignored = jnp.zeros(z.shape, bool) if counts is None else ~counts
+        _check(function, "logits", z, jnp.isnan(z) & ~ignored, "is NaN")
+        _check(function, "labels", t, ~((t >= 0) & (t <= 1)) & ~ignored, "is outside [0, 1]")
+    return z, t, counts
+
+
+def _labels(function: str, y: Array, z: Array, leading: tuple[int, ...], axis: int, only_indices: bool) -> Array:
+    expected = "the shape of logits without its class axis"
+    if jnp.issubdtype(y.dtype, jnp.integer):
+        remedy = _to_shape("labels", y.shape, leading)
+        if y.shape == z.shape:
+            remedy = f"For one-hot integers use labels.argmax({axis}), or labels.astype(float) for a distribution."
+        return shape(function, "labels", y, leading, expected, remedy)
+    if only_indices or not jnp.issubdtype(y.dtype, jnp.floating):
+        kinds = "an integer dtype" if only_indices else "an integer dtype (class indices) or a floating one (distributions over classes)"
+        raise TypeError(f"{function}: labels must have {kinds}; got {y.dtype}. Use labels.astype(jnp.int32) for class indices.")
+    remedy = "For class indices use labels.astype(jnp.int32)." if y.shape == leading else ""
+    return shape(function, "labels", y, z.shape, "the shape of logits, because they are a distribution over classes", remedy)
+
+
+def _to_shape(name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """How to get from one shape to the other, if dropping or adding an axis of length 1 does it."""
+    for position in reversed(range(len(got))):
+        if got[position] == 1 and got[:position] + got[position + 1 :] == expected:
+            return f"Use {name}.squeeze({position - len(got) if position == len(got) - 1 else position})."
+    for position in reversed(range(len(expected))):
+        if expected[position] == 1 and expected[:position] + expected[position + 1 :] == got:
+            return f"Use jnp.expand_dims({name}, {position})."
+    return ""
+
+
+def _elements_remedy(got: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    remedy = _to_shape("labels", got, expected)
+    if remedy or len(got) > len(expected):
+        return remedy
+    if got == expected[:-1] or got == (*expected[:-1], 1):
+        return "For one class of several per example use softmax_cross_entropy, or jax.nn.one_hot for one decision per class."
+    return ""
+
+
+def _array(function: str, name: str, x: Any) -> Array:
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{function}: {name} must be an array or convertible to one; got {type(x).__name__}.") from error
+
+
+def _check_values(function: str, batch: rows.Examples) -> None:
+    z, y = batch.logits, batch.labels
+    ignored = jnp.zeros((), bool) if batch.where is None else ~batch.where
+    over_classes = jnp.expand_dims(ignored, batch.axis) if ignored.ndim else ignored
+    missing = jnp.zeros((), bool)
+    if batch.class_mask is not None:
+        mask = (
+            batch.class_mask
+            if batch.class_mask.ndim == z.ndim
+            else jnp.moveaxis(jnp.expand_dims(batch.class_mask, range(z.ndim - 1)), -1, batch.axis)
+        )
+        missing = ~mask
+    _check(function, "logits", z, jnp.isnan(z) & ~over_classes & ~missing, "is NaN")
+    if y is None:
+        return
+    if jnp.issubdtype(y.dtype, jnp.integer):
+        check_indices(function, "labels", y, rows.of(batch).classes, ignored)
+    else:
+        _check(function, "labels", y, ~(y >= 0) & ~over_classes, "is not a probability (it is negative or NaN)")
+
+
+def check_indices(function: str, name: str, index: Array, classes: int, ignored: Array) -> None:
+    """Inside `checked`, that every index that counts is a class."""
+    if checking_values.value:
+        wide = index.astype(jnp.int64 if index.dtype.itemsize == 8 else jnp.int32)
+        _check(function, name, index, ((wide < 0) | (wide >= classes)) & ~ignored, f"is outside [0, {classes})")
+
+
+def _check(function: str, name: str, x: Array, bad: Array, complaint: str) -> None:
+    """Raise through checkify with the first position at which `bad` holds, and the value there."""
+    flat = jnp.broadcast_to(bad, x.shape).reshape(-1)
+    if flat.size == 0:
+        return
+    first = jnp.argmax(flat)
+    position = jnp.unravel_index(first, x.shape)
+    places = ", ".join(f"{{p{i}}}" for i in range(x.ndim))
+    where = f"{name}[{places}]" if x.ndim else name
+    payload = {f"p{i}": p for i, p in enumerate(position)}
+    checkify.check(~flat[first], f"{function}: {where} = {{value}} {complaint}.", value=x.reshape(-1)[first], **payload)

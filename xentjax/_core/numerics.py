@@ -1,0 +1,121 @@
+"""Scalar functions that stay accurate at any argument, and the dtype policy.
+
+Infinity: JAX differentiates 0·∞ into NaN, so a logit of −∞ enters every formula as −INFINITE, a finite number
+large enough that its exponential is exactly 0. A loss of that size is turned into +∞ at the very end (`rows.close`).
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+INFINITE = 2.0**120  # stands for ∞ inside a formula
+_THRESHOLD = 2.0**80  # what exceeds this is INFINITE times a weight: no finite logits of a model come near
+
+
+def accumulation_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """The dtype of arithmetic and results: float32, or float64 for float64 input."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+@jax.custom_jvp
+def finite(x: Array) -> Array:
+    """`x` with ±∞ replaced by ±INFINITE; the derivative passes unchanged."""
+    return jnp.clip(x, -INFINITE, INFINITE)
+
+
+finite.defjvp(lambda primals, tangents: (finite(*primals), tangents[0]))
+
+
+def is_infinite(x: Array) -> Array:
+    """Whether x stands for +∞: INFINITE, or INFINITE times a weight."""
+    return lax.stop_gradient(x) > _THRESHOLD
+
+
+def restore_infinity(loss: Array) -> Array:
+    """The inverse of `finite` on a loss: what stands for +∞ becomes +∞ (derivative unchanged)."""
+    return jnp.where(is_infinite(loss), loss + jnp.inf, loss)
+
+
+def sigmoid(x: Array) -> Array:
+    """σ(x) = 1/(1 + e^(−x)), accurate relative to its value on both sides, with dσ = σ(x)·σ(−x)."""
+    return _sigmoid(x)
+
+
+@jax.custom_jvp
+def _sigmoid(x: Array) -> Array:
+    e = jnp.exp(-jnp.abs(x))
+    return jnp.where(x >= 0, jnp.ones_like(e), e) / (1 + e)
+
+
+_sigmoid.defjvp(lambda primals, tangents: (_sigmoid(*primals), _sigmoid(*primals) * _sigmoid(-primals[0]) * tangents[0]))
+
+
+@jax.custom_jvp
+def softplus(x: Array) -> Array:
+    """log(1 + e^x), accurate relative to its value on both sides, with derivative σ(x)."""
+    return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
+
+
+softplus.defjvp(lambda primals, tangents: (softplus(*primals), _sigmoid(*primals) * tangents[0]))
+
+
+@jax.custom_jvp
+def log_odds_of_surprise(surprise: Array) -> Array:
+    """log(p/(1 − p)) = −log(e^u − 1) of a probability given as its surprise u = −log p ≥ 0.
+
+    da/du = −1/(1 − p) = −(1 + e^a), written in a so that second derivatives multiply e^a by something of size e^(−a)
+    before anything can overflow; u is kept above the smallest normal number for the same reason.
+    """
+    u = jnp.maximum(surprise, jnp.finfo(surprise.dtype).tiny)
+    small = jnp.minimum(u, 1)  # each branch sees only arguments at which it is finite
+    large = jnp.maximum(u, 1)
+    return -jnp.where(u < 1, jnp.log(jnp.expm1(small)), large + jnp.log1p(-jnp.exp(-large)))
+
+
+@log_odds_of_surprise.defjvp
+def _(primals, tangents):
+    a = log_odds_of_surprise(*primals)
+    return a, -(1 + jnp.exp(a)) * tangents[0]
+
+
+def select_logits(keep: Array, logits: Array) -> Array:
+    """`logits` where `keep`, −∞ elsewhere, in their own dtype.
+
+    16-bit floats are selected as integers: XLA on CPUs does floating-point selects of half precision in float32, and
+    would store the whole array in that width.
+    """
+    fill = jnp.array(-jnp.inf, logits.dtype)
+    if logits.dtype.itemsize == 2:
+        return lax.bitcast_convert_type(jnp.where(keep, _bits(logits), _bits(fill)), logits.dtype)
+    return jnp.where(keep, logits, fill)
+
+
+def same(x: Array, y: Array) -> Array:
+    """Whether x and y are the same number, bit for bit in half precision (see `select_logits`)."""
+    return _bits(x) == _bits(y) if x.dtype.itemsize == 2 else x == y
+
+
+def take_last(x: Array, index: Array) -> Array:
+    """`x[..., index]`, one or several per row; `index` has the leading axes of `x` and lies in range after clipping."""
+    bits = _bits(x) if x.dtype.itemsize == 2 else x
+    taken = jnp.take_along_axis(bits, index, axis=-1, mode="clip")
+    return lax.bitcast_convert_type(taken, x.dtype) if x.dtype.itemsize == 2 else taken
+
+
+@jax.custom_jvp
+def widen(values: Array, raw: Array) -> Array:
+    """`values`, which is `raw` in the accumulation dtype, read from `raw` without a conversion that XLA could share.
+
+    XLA on CPUs stores a conversion that two loops share as a full float32 array. The bits of a bfloat16 are the upper half
+    of a float32, so shifting them says the same in other operations. Derivatives go to `values`.
+    """
+    if raw.dtype == jnp.bfloat16 and values.dtype == jnp.float32:
+        return lax.bitcast_convert_type(lax.shift_left(_bits(raw).astype(jnp.uint32), jnp.uint32(16)), jnp.float32)
+    return values
+
+
+widen.defjvp(lambda primals, tangents: (widen(*primals), tangents[0]))
+
+
+def _bits(x: Array) -> Array:
+    return lax.bitcast_convert_type(x, jnp.uint16)

@@ -1,0 +1,338 @@
+"""The statistics of a row of logits, and the one derivative rule behind every categorical loss.
+
+For a row z with label y, three numbers carry all that a loss needs (m is a constant close to the largest logit):
+
+    gap      d = z_y − m
+    rest     R = Σ_{k≠y} e^(z_k − m)                   the label left out, so nothing cancels when it dominates
+    log-odds a = d − log R                             p_y = σ(a), 1 − p_y = σ(−a), −log p_y = softplus(−a)
+
+and −log p_k = (m − z_k) + c for any class k, with c = lse − m = log(e^d + R). Without a label the class left out is the
+largest itself: c = log1p(s), s = Σ_{z_k<m} e^(z_k − m) + (number of ties − 1).
+
+Derivatives. m is constant, so
+
+    ∂d/∂z_y = 1        ∂R/∂z_k = e^(z_k − m) for k ≠ y        ∂s/∂z_k = e^(z_k − m) for every k
+
+and JAX differentiates the rest: ∂a/∂z_k = −e^(z_k − m)/R is minus the softmax over the other classes, ∂c/∂z = softmax(z),
+∂(−log p_y)/∂z_y = −σ(−a), which is p_y − 1 without the subtraction. The exponentials are functions of z again, so the rule differentiates to any
+order. Nothing here is quotient or difference of large numbers; a row has no class-sized intermediate but its exponentials.
+
+Masks: a class that does not exist (`class_mask`) and every class of an example that does not count (`where`) is left out of
+all sums, by selection before the exponential: e^(−∞) = 0 with derivative 0 whatever its logit.
+
+Memory. In float32 the sum and the gradient share one array of exponentials, which takes the buffer of the gradient. In half precision
+such an array would be a float32 copy of the logits: the sum there reads a copy masked in its own dtype, and the
+gradient makes its exponentials anew from the logits' bits (`numerics.widen`), so that no loop shares a wide array with another.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from xentjax._core import numerics
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["logits", "labels", "class_mask", "where"], meta_fields=["axis", "axis_name"]
+)
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """The checked arguments of a categorical loss, as the caller gave them (`checks.examples` makes it)."""
+
+    logits: Array
+    labels: Array | None
+    class_mask: Array | None
+    where: Array | None
+    axis: int
+    axis_name: str | tuple[str, ...] | None
+
+
+class Rows(NamedTuple):
+    """Logits with the class axis last and what is known of each row; made by `of` inside the compiled part of a loss."""
+
+    raw: Array  # [..., classes], the caller's dtype, no derivative
+    values: Array  # [..., classes], the accumulation dtype; derivatives come here, and are cast to the caller's dtype once
+    labels: Array | None  # indices [...], or a distribution [..., classes] in the accumulation dtype
+    class_mask: Array | None  # [..., classes]
+    where: Array | None  # [...]
+    axis_name: str | tuple[str, ...] | None
+
+    @property
+    def classes(self) -> int:
+        """The number of classes over all devices."""
+        return self.raw.shape[-1] * (1 if self.axis_name is None else lax.axis_size(self.axis_name))
+
+    @property
+    def hard(self) -> bool:
+        """Whether the labels are indices."""
+        return self.labels is not None and jnp.issubdtype(self.labels.dtype, jnp.integer)
+
+
+class Statistics(NamedTuple):
+    """What `statistics` finds in a row; −log p_k = (reference − z_k) + log_sum for every class k."""
+
+    reference: Array  # m [...], no derivative
+    log_sum: Array  # c = lse − m [...]
+    gap: Array | None  # z_y − m [...] of the label, if it is an index
+    log_odds: Array | None  # a [...] likewise
+    dead: Array  # [...] whether all logits of the row are −∞
+
+
+def of(examples: Examples) -> Rows:
+    """The rows of checked arguments: class axis last, dtypes decided."""
+    last = functools.partial(jnp.moveaxis, source=examples.axis, destination=-1)
+    logits, labels, mask = examples.logits, examples.labels, examples.class_mask
+    dtype = numerics.accumulation_dtype(logits.dtype)
+    if labels is not None:
+        if jnp.issubdtype(labels.dtype, jnp.integer):
+            labels = labels.astype(_index_dtype(labels))
+        else:
+            labels = masked(last(labels).astype(dtype), examples.where)
+    if mask is not None:
+        mask = last(mask) if mask.ndim == logits.ndim else mask
+        mask = jnp.broadcast_to(jnp.expand_dims(mask, range(logits.ndim - mask.ndim)), last(logits).shape)
+    z = last(logits)
+    return Rows(lax.stop_gradient(z), z.astype(dtype), labels, mask, examples.where, examples.axis_name)
+
+
+def statistics(rows: Rows) -> Statistics:
+    """Reference, log-sum and (for labels that are indices) log-odds of every row; one pass over the logits."""
+    labels = rows.labels if rows.hard else None
+    m, d, total = _sums(rows.values, rows.raw, labels, rows.class_mask, rows.where, rows.axis_name)
+    if labels is None:
+        return Statistics(m, jnp.log1p(total), None, None, largest(rows) == -jnp.inf)
+    empty = total == 0  # no other class exists, or all underflow
+    impossible = numerics.is_infinite(-d)
+    # p_y = 1 where nothing else is left, and 0 where the label is impossible too
+    log_rest = jnp.where(empty & ~impossible, -numerics.INFINITE, jnp.log(jnp.where(empty, jnp.ones_like(total), total)))
+    a = d - log_rest
+    # log(e^d + R), relative to the larger of the two
+    log_sum = jnp.where(a > 0, d + numerics.softplus(-a), log_rest + numerics.softplus(a))
+    return Statistics(m, log_sum, d, a, empty & impossible)
+
+
+def surprise(rows: Rows, found: Statistics) -> Array:
+    """−log p_k for every class [..., classes]; INFINITE for classes that do not exist."""
+    u = (found.reference[..., None] - finite_values(rows)) + found.log_sum[..., None]
+    return u if rows.class_mask is None else jnp.where(rows.class_mask, u, numerics.INFINITE)
+
+
+def surprise_at(rows: Rows, found: Statistics, index: Array) -> Array:
+    """−log p at several classes of a row, `index` [..., k]; NaN where an index is out of range, INFINITE where it does not exist."""
+    index = index.astype(_index_dtype(index))
+    local, inside = _local(rows, index)
+    z = jnp.take_along_axis(finite_values(rows), local, axis=-1, mode="clip")
+    if rows.class_mask is not None:
+        z = jnp.where(jnp.take_along_axis(rows.class_mask, local, axis=-1, mode="clip"), z, -numerics.INFINITE)
+    here = _here(rows, index)
+    z = z if here is None else over_devices(rows, jnp.where(here, z, 0))
+    u = (found.reference[..., None] - z) + found.log_sum[..., None]
+    return masked(jnp.where(inside, u, jnp.nan), rows.where)
+
+
+def finite_values(rows: Rows) -> Array:
+    """The logits as finite numbers; 0 in classes that do not exist and examples that do not count."""
+    return masked(numerics.finite(rows.values), rows.where, rows.class_mask)
+
+
+def masked(per_class: Array, where: Array | None, class_mask: Array | None = None) -> Array:
+    """`per_class` [..., n] with 0 in examples that do not count and classes that do not exist."""
+    keep = _and(None, class_mask, where)
+    return per_class if keep is None else jnp.where(keep, per_class, 0)
+
+
+def on_classes(rows: Rows, per_row: ArrayLike) -> Array:
+    """A number [...] at every class that exists [..., classes]."""
+    spread = jnp.broadcast_to(jnp.asarray(per_row, rows.values.dtype)[..., None], rows.values.shape)
+    return masked(spread, None, rows.class_mask)
+
+
+def over_devices(rows: Rows, partial_sum: Array) -> Array:
+    """The sum over the devices that share the class axis."""
+    return partial_sum if rows.axis_name is None else lax.psum(partial_sum, rows.axis_name)
+
+
+def class_sum(rows: Rows, x: Array) -> Array:
+    """Σ over all classes, those of other devices too."""
+    return over_devices(rows, jnp.sum(x, axis=-1))
+
+
+def class_count(rows: Rows) -> Array | int:
+    """How many classes exist: a number, or one per row [...] under `class_mask`; at least 1."""
+    if rows.class_mask is None:
+        return rows.classes
+    return jnp.maximum(class_sum(rows, rows.class_mask.astype(rows.values.dtype)), 1)
+
+
+def at_label(rows: Rows, per_class: Array) -> Array:
+    """`per_class[y]` for every example; `per_class` is [classes]."""
+    assert rows.labels is not None
+    local, _ = _local(rows, rows.labels)
+    taken = jnp.take(per_class, local, mode="clip")
+    here = _here(rows, rows.labels)
+    return taken if here is None else over_devices(rows, jnp.where(here, taken, 0))
+
+
+def largest(rows: Rows) -> Array:
+    """The largest logit of a row [...], −∞ where there is none; no derivative."""
+    return _maximum(rows.raw, rows.class_mask, rows.axis_name).astype(rows.values.dtype)
+
+
+def counted(rows: Rows) -> Array | None:
+    """Which examples count: those in `where` that have a class at all; None means all."""
+    if rows.class_mask is None:
+        return rows.where
+    some = class_sum(rows, rows.class_mask.astype(jnp.int32)) > 0
+    return some if rows.where is None else some & rows.where
+
+
+def row_value(rows: Rows, values: Array) -> Array:
+    """One number per row, exactly 0 (or False) where an example does not count."""
+    count = counted(rows)
+    return values if count is None else jnp.where(count, values, jnp.zeros_like(values))
+
+
+def close(rows: Rows, found: Statistics, loss: Array) -> Array:
+    """A finished loss: +∞ restored, rows of only −∞ without gradient, exactly 0 where an example does not count."""
+    return row_value(rows, numerics.restore_infinity(jnp.where(found.dead, lax.stop_gradient(loss), loss)))
+
+
+def log_normalizer(rows: Rows, found: Statistics) -> Array:
+    """lse(z) of every row; −∞ where all logits are."""
+    return jnp.where(found.dead, -jnp.inf, found.reference + found.log_sum)
+
+
+def hits(rows: Rows, found: Statistics) -> Array:
+    """Whether the label, or the likeliest class of a distribution, has the largest logit; ties count."""
+    if found.gap is not None:
+        return row_value(rows, (found.gap >= 0) & ~found.dead)
+    assert rows.labels is not None
+    best = _maximum(rows.labels, rows.class_mask, rows.axis_name)[..., None] == rows.labels
+    top = _maximum(rows.raw, rows.class_mask, rows.axis_name)[..., None] == rows.raw
+    return row_value(rows, (class_sum(rows, _and(best & top, rows.class_mask, None).astype(jnp.int32)) > 0) & ~found.dead)
+
+
+# The one derivative rule ------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
+def _sums(values, raw, labels, class_mask, where, axis_name):
+    """(m, d, R) with labels, (m, m, s) without: the sums of exponentials of the module docstring.
+
+    `raw` holds the same numbers as `values` in the caller's dtype and carries no derivative.
+    """
+    rows = Rows(raw, values, labels, class_mask, where, axis_name)
+    narrow = raw.dtype != values.dtype
+    if labels is None:
+        top = _maximum(raw, class_mask, axis_name)
+        largest_one = numerics.same(raw, top[..., None])
+        m = _reference(top, rows)
+        e = _exponentials(raw, m, _and(~largest_one, class_mask, where), narrow)
+        ties = class_sum(rows, _and(largest_one, class_mask, where).astype(m.dtype))
+        return m, m, jnp.maximum(class_sum(rows, e) + (ties - 1), 0)
+    label = _on_label(rows)
+    # With the label itself in the maximum no masked copy is needed; half precision has one anyway (module docstring).
+    top = _maximum(raw, _and(~label, class_mask, None) if narrow else class_mask, axis_name)
+    m = _reference(top, rows)
+    e = _exponentials(raw, m, _and(~label, class_mask, where), narrow)
+    return m, _gap(rows, m), class_sum(rows, e)
+
+
+@_sums.defjvp
+def _(axis_name, primals, tangents):
+    values, raw, labels, class_mask, where = primals
+    rows = Rows(raw, values, labels, class_mask, where, axis_name)
+    m, d, total = _sums(values, raw, labels, class_mask, where, axis_name)
+    narrow = raw.dtype != values.dtype
+    label = None if labels is None else _on_label(rows)
+
+    def total_tangent(z, tangent):
+        keep = _and(None if label is None else ~label, class_mask, where)
+        # x + (−m), not x − m: in half precision not even the broadcast of m may be shared with the sum
+        x = numerics.widen(z, raw) + (-m)[..., None] if narrow else z - m[..., None]
+        e = jnp.exp(x if keep is None else jnp.where(keep, x, -jnp.inf))
+        return class_sum(rows, e * tangent)
+
+    # Residuals of half precision are the logits themselves, not their exponentials in float32.
+    total_dot = (jax.checkpoint(total_tangent, prevent_cse=False) if narrow else total_tangent)(values, tangents[0])
+    zero = jnp.zeros_like(m)
+    d_dot = zero if label is None else class_sum(rows, jnp.where(_and(label, class_mask, where), tangents[0], 0))
+    return (m, d, total), (zero, d_dot, total_dot)
+
+
+def _exponentials(raw, m, keep, narrow):
+    """e^(z − m) where `keep`, 0 elsewhere."""
+    if narrow:
+        return jnp.exp(numerics.select_logits(keep, raw).astype(m.dtype) - m[..., None])
+    return jnp.exp(jnp.where(keep, raw - m[..., None], -jnp.inf))
+
+
+def _maximum(raw, mask, axis_name):
+    """The largest logit of each row in the dtype of `raw`; it has no derivative."""
+    raw = lax.stop_gradient(raw)
+    z = raw if mask is None else numerics.select_logits(mask, raw)
+    top = jnp.max(z, axis=-1, initial=-jnp.inf)
+    return top if axis_name is None else lax.pmax(top, axis_name)
+
+
+def _reference(top, rows):
+    """m: the maximum, or 0 where there is none to subtract or the example does not count."""
+    m = top.astype(rows.values.dtype)
+    usable = m != -jnp.inf
+    return jnp.where(usable if rows.where is None else usable & rows.where, m, jnp.zeros_like(m))
+
+
+def _gap(rows, m):
+    """d = z_y − m: −INFINITE for an impossible label, NaN for an index out of range or a logit of +∞."""
+    local, inside = _local(rows, rows.labels)
+    z = numerics.take_last(rows.raw, local[..., None]).squeeze(-1).astype(m.dtype)
+    if rows.class_mask is not None:
+        z = jnp.where(jnp.take_along_axis(rows.class_mask, local[..., None], axis=-1, mode="clip").squeeze(-1), z, -jnp.inf)
+    here = _here(rows, rows.labels)
+    if here is not None:
+        z = over_devices(rows, jnp.where(here, numerics.finite(z), 0))
+    d = jnp.where(inside & (z != jnp.inf), numerics.finite(z) - m, jnp.nan)
+    return d if rows.where is None else jnp.where(rows.where, d, jnp.zeros_like(d))
+
+
+def _class_index(rows):
+    """The global index of every class held here [classes]."""
+    size = rows.raw.shape[-1]
+    index = lax.iota(rows.labels.dtype, size)
+    return index if rows.axis_name is None else index + (lax.axis_index(rows.axis_name) * size).astype(index.dtype)
+
+
+def _on_label(rows):
+    return _class_index(rows) == rows.labels[..., None]
+
+
+def _local(rows, index):
+    """The position of a global class index on this device (to be clipped), and whether the index is a class at all."""
+    inside = (index >= 0) & (index < rows.classes)
+    if rows.axis_name is None:
+        return index, inside
+    return index - (lax.axis_index(rows.axis_name) * rows.raw.shape[-1]).astype(index.dtype), inside
+
+
+def _here(rows, index):
+    """Whether a class index lives on this device; None when there is but one."""
+    if rows.axis_name is None:
+        return None
+    local, _ = _local(rows, index)
+    return (local >= 0) & (local < rows.raw.shape[-1])
+
+
+def _and(over_classes, class_mask, where):
+    """The classes of all masks given; None for all classes."""
+    masks = [over_classes, class_mask, None if where is None else where[..., None]]
+    return functools.reduce(lambda a, b: a if b is None else b if a is None else a & b, masks)
+
+
+def _index_dtype(labels):
+    """Wide enough that no index wraps: −100 stays negative in every dtype, and 64 bits stay 64."""
+    return jnp.int64 if labels.dtype.itemsize == 8 else jnp.int32
