@@ -159,7 +159,7 @@ def asymmetric_loss(
 @functools.partial(jax.jit, inline=True)
 def _cross_entropy(logits, labels, where, smoothing, pos_weight):
     z, t = _prepare(logits, labels, where, smoothing)
-    positive = t if pos_weight is None else t * jnp.asarray(pos_weight, z.dtype)
+    positive = t if pos_weight is None else t * numerics.expand_leading(jnp.asarray(pos_weight, z.dtype), z.ndim)
     return _close(positive * numerics.softplus(-z) + (1 - t) * numerics.softplus(z), where)
 
 
@@ -181,17 +181,16 @@ def _asymmetric(logits, labels, where, gamma_negative, gamma_positive, clip):
 def _shifted_focal(z, gamma, clip):
     """q^γ·(−log(1 − q)) with q = max(σ(z) − clip, 0); 0 with all derivatives where q is.
 
-    1 − q = σ(−z) + clip has no cancellation. Near σ(z) = clip the difference has: with z_c = logit(clip) the same number is
-    q = σ(z)·σ(−z_c)·(1 − e^(z_c − z)), from σ(z) − σ(z_c).
+    Near σ(z) = clip that difference cancels. With z_c = logit(clip) it is σ(z)·(1 − clip)·(1 − e^(z_c − z)), which does not; and
+    −log(1 − q) is log1p of it for small q, and the logarithm of 1 − q = σ(−z) + clip for large q.
     """
-    threshold = jnp.log(clip) - jnp.log1p(-clip)
-    above = z > threshold
-    step = jnp.where(above, z - threshold, jnp.ones_like(z))
+    above = z > jnp.log(clip) - jnp.log1p(-clip)
+    step = jnp.where(above, z - (jnp.log(clip) - jnp.log1p(-clip)), jnp.ones_like(z))
     q = numerics.sigmoid(z) * (1 - clip) * -jnp.expm1(-step)
-    log_q = jnp.log(jnp.where(above, q, jnp.ones_like(q)))
-    loss = -jnp.log1p(-jnp.where(above, q, jnp.zeros_like(q)))
-    modulated = loss if gamma is None else jnp.exp(jnp.asarray(gamma, z.dtype) * log_q) * loss
-    return jnp.where(above, modulated, jnp.zeros_like(z))
+    small = jnp.where(above & (q < 0.5), q, jnp.full_like(q, 0.25))  # each branch sees only arguments at which it is finite
+    surprise = jnp.where(q < 0.5, -jnp.log1p(-small), -jnp.log(numerics.sigmoid(-z) + clip))
+    modulation = 1 if gamma is None else jnp.exp(jnp.asarray(gamma, z.dtype) * jnp.log(jnp.where(above, q, jnp.ones_like(q))))
+    return jnp.where(above, modulation * surprise, jnp.zeros_like(z))
 
 
 def _prepare(logits, labels, where, smoothing):

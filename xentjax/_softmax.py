@@ -351,7 +351,7 @@ def _expected(
 ) -> tuple[Array, Array]:
     """Σ_k t_k φ_k and s = Σ_k t_k, φ given as a function of the label's log-odds and of a class's surprise −log p_k."""
     dtype = r.values.dtype
-    w = None if class_weights is None else class_weights.astype(dtype)
+    w = None if class_weights is None else numerics.expand_leading(class_weights.astype(dtype), r.values.ndim)
     uniform = None
     if smoothing is not None:
         smoothing = jnp.asarray(smoothing, dtype)
@@ -360,7 +360,7 @@ def _expected(
         share = r.labels if smoothing is None else (1 - smoothing) * r.labels + uniform
         t = share if w is None else share * w
         return rows.class_sum(r, t * class_loss(rows.surprise(r, found))), rows.class_sum(r, t)
-    s = jnp.ones(found.reference.shape, dtype) if w is None else rows.at_label(r, w)
+    s = jnp.ones(found.reference.shape, dtype) if w is None else rows.at_label(r, class_weights.astype(dtype))
     loss = s * label_loss(found.log_odds)
     if smoothing is None:
         return loss, s

@@ -14,7 +14,7 @@ _THRESHOLD = 2.0**80  # what exceeds this is INFINITE times a weight: no finite 
 
 def accumulation_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     """The dtype of arithmetic and results: float32, or float64 for float64 input."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 @jax.custom_jvp
@@ -24,6 +24,11 @@ def finite(x: Array) -> Array:
 
 
 finite.defjvp(lambda primals, tangents: (finite(*primals), tangents[0]))
+
+
+def expand_leading(x: Array, ndim: int) -> Array:
+    """`x` with axes of length 1 in front, up to `ndim` axes, so that it broadcasts along the last ones on purpose."""
+    return jnp.expand_dims(x, range(ndim - x.ndim))
 
 
 def is_infinite(x: Array) -> Array:

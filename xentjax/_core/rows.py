@@ -95,7 +95,7 @@ def of(examples: Examples) -> Rows:
             labels = masked(last(labels).astype(dtype), examples.where)
     if mask is not None:
         mask = last(mask) if mask.ndim == logits.ndim else mask
-        mask = jnp.broadcast_to(jnp.expand_dims(mask, range(logits.ndim - mask.ndim)), last(logits).shape)
+        mask = jnp.broadcast_to(numerics.expand_leading(mask, logits.ndim), last(logits).shape)
     z = last(logits)
     return Rows(lax.stop_gradient(z), z.astype(dtype), labels, mask, examples.where, examples.axis_name)
 
@@ -301,10 +301,10 @@ def _gap(rows, m):
 
 
 def _class_index(rows):
-    """The global index of every class held here [classes]."""
-    size = rows.raw.shape[-1]
-    index = lax.iota(rows.labels.dtype, size)
-    return index if rows.axis_name is None else index + (lax.axis_index(rows.axis_name) * size).astype(index.dtype)
+    """The global index of every class held here [..., classes]."""
+    z = rows.raw
+    index = lax.broadcasted_iota(rows.labels.dtype, z.shape, z.ndim - 1)
+    return index if rows.axis_name is None else index + (lax.axis_index(rows.axis_name) * z.shape[-1]).astype(index.dtype)
 
 
 def _on_label(rows):

@@ -1,0 +1,156 @@
+"""One table of everything public: how to call it, its value and its gradient from `reference.py`.
+
+A row is a function with one setting of its keywords. The test files run properties over the rows: a new loss gets its whole
+battery of tests by adding rows here.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import reference as ref
+
+import xentjax
+
+WEIGHTS = (0.5, 2.0, 1.0, 3.0, 0.25, 1.5, 0.0)  # one per class of the default problem
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A public function with one setting of its keywords, and its formulas."""
+
+    name: str
+    function: Callable
+    value: Callable  # (m, z, t, **formula) → [...]
+    gradient: Callable  # (m, z, t, **formula) → the shape of z
+    family: str = "classes"  # or "bits", "top_k"
+    target: dict[str, Any] = dataclasses.field(default_factory=dict)  # keywords that make t out of the labels
+    formula: dict[str, Any] = dataclasses.field(default_factory=dict)  # keywords of the formula itself
+    field: str | None = None  # of a result with several
+    tolerance: float = 1.0  # multiplies the accuracy bounds; the issue grants focal losses three
+
+    def __str__(self) -> str:
+        keywords = {**self.target, **self.formula}
+        return "-".join([self.name, *([self.field] if self.field else []), *sorted(keywords)])
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        arrays = {"class_weights", "pos_weight"}
+        given = {**self.target, **self.formula}
+        return {k: jnp.asarray(v, jnp.float32) if k in arrays and np.ndim(v) else v for k, v in given.items()}
+
+    def __call__(self, logits, labels, **more):
+        labels = (labels,) if self.family != "top_k" else labels
+        result = self.function(logits, *labels, **{**self.keywords, **more})
+        return result if self.field is None else getattr(result, self.field)
+
+    def targets(self, m, labels, classes, class_mask=None):
+        if self.family == "bits":
+            return ref.bits(m, labels, **self.target)
+        if self.family == "top_k":
+            ids, probs = (np.asarray(x, np.float64) for x in labels)
+            return m.array((np.eye(classes)[ids.astype(int)] * probs[..., None]).sum(-2))
+        return ref.targets(m, labels, classes, **self.target, class_mask=class_mask)
+
+    def exact(self, m, logits, labels, class_mask=None):
+        """Value and gradient by the formulas."""
+        z = m.array(np.asarray(logits, np.float64))
+        t = self.targets(m, labels, z.shape[-1], class_mask)
+        return self.value(m, z, t, **self.formula), self.gradient(m, z, t, **self.formula)
+
+    def draw(self, rng, leading=(5,), classes=7, dtype=jnp.float32, kind="index", scale=3.0):
+        """Logits in `dtype` and labels of one kind: "index" or "distribution" ("bit" and "probability" for bits)."""
+        z = jnp.asarray(rng.normal(size=(*leading, classes)) * scale, dtype)
+        if self.family == "bits":
+            labels = rng.integers(0, 2, z.shape) if kind == "index" else rng.uniform(size=z.shape)
+            return z, jnp.asarray(labels, jnp.int32 if kind == "index" else jnp.float32)
+        if self.family == "top_k":
+            k = min(3, classes)
+            ids = np.argsort(rng.uniform(size=(*leading, classes)))[..., :k]
+            return z, (jnp.asarray(ids, jnp.int32), jnp.asarray(rng.dirichlet(np.ones(k), leading), jnp.float32))
+        if kind == "index":
+            return z, jnp.asarray(rng.integers(0, classes, leading), jnp.int32)
+        return z, jnp.asarray(rng.dirichlet(np.ones(classes), leading), jnp.float32)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return ("index",) if self.family == "top_k" else ("index", "distribution")
+
+
+def _without_targets(formula):
+    return lambda m, z, t: formula(m, z)
+
+
+_SMOOTH = {"label_smoothing": 0.1}
+_ALL = {"label_smoothing": 0.1, "class_weights": WEIGHTS}
+_CROSS_ENTROPY = (xentjax.softmax_cross_entropy, ref.cross_entropy, ref.cross_entropy_gradient)
+_FOCAL = (xentjax.softmax_focal_loss, ref.focal, ref.focal_gradient)
+_BITS = (xentjax.sigmoid_cross_entropy, ref.bit_cross_entropy, ref.bit_cross_entropy_gradient)
+_BIT_FOCAL = (xentjax.sigmoid_focal_loss, ref.bit_focal, ref.bit_focal_gradient)
+_ASYMMETRIC = (xentjax.asymmetric_loss, ref.asymmetric, ref.asymmetric_gradient)
+
+CLASSES = (
+    Case("softmax_cross_entropy", *_CROSS_ENTROPY),
+    Case("softmax_cross_entropy", *_CROSS_ENTROPY, target=_SMOOTH),
+    Case("softmax_cross_entropy", *_CROSS_ENTROPY, target={"class_weights": WEIGHTS}),
+    Case("softmax_cross_entropy", *_CROSS_ENTROPY, formula={"z_loss": 0.01}),
+    Case("softmax_cross_entropy", *_CROSS_ENTROPY, target=_ALL, formula={"z_loss": 0.01}),
+    Case("softmax_log_prob", xentjax.softmax_log_prob, ref.log_prob, ref.log_prob_gradient),
+    Case("softmax_focal_loss", *_FOCAL, tolerance=3.0),
+    Case("softmax_focal_loss", *_FOCAL, formula={"gamma": 0.5}, tolerance=3.0),
+    Case("softmax_focal_loss", *_FOCAL, target=_ALL, formula={"gamma": 1.5}, tolerance=3.0),
+)
+TOP_K = (
+    Case(
+        "softmax_cross_entropy_with_top_k_labels",
+        xentjax.softmax_cross_entropy_with_top_k_labels,
+        ref.cross_entropy,
+        ref.cross_entropy_gradient,
+        family="top_k",
+    ),
+)
+STATISTICS = (
+    Case("row_statistics", xentjax.row_statistics, ref.log_prob, ref.log_prob_gradient, field="log_prob"),
+    Case(
+        "row_statistics", xentjax.row_statistics, _without_targets(ref.entropy), _without_targets(ref.entropy_gradient), field="entropy"
+    ),
+    Case(
+        "row_statistics", xentjax.row_statistics, _without_targets(ref.normalizer), _without_targets(ref.softmax), field="log_normalizer"
+    ),
+    Case(
+        "row_statistics",
+        xentjax.row_statistics,
+        _without_targets(ref.expected_logit),
+        _without_targets(ref.expected_logit_gradient),
+        field="expected_logit",
+    ),
+)
+BITS = (
+    Case("sigmoid_cross_entropy", *_BITS, family="bits"),
+    Case("sigmoid_cross_entropy", *_BITS, family="bits", target=_SMOOTH),
+    Case("sigmoid_cross_entropy", *_BITS, family="bits", formula={"pos_weight": 3.0}),
+    Case("sigmoid_cross_entropy", *_BITS, family="bits", formula={"pos_weight": WEIGHTS}),
+    Case("sigmoid_focal_loss", *_BIT_FOCAL, family="bits", tolerance=3.0),
+    Case("sigmoid_focal_loss", *_BIT_FOCAL, family="bits", target=_SMOOTH, formula={"gamma": 0.5, "alpha": 0.25}, tolerance=3.0),
+    Case("asymmetric_loss", *_ASYMMETRIC, family="bits", tolerance=3.0),
+    Case("asymmetric_loss", *_ASYMMETRIC, family="bits", formula={"gamma_negative": 2.0, "gamma_positive": 0.0, "clip": 0.0}, tolerance=3.0),
+)
+LOSSES = CLASSES + TOP_K + STATISTICS + BITS
+CATEGORICAL = CLASSES + TOP_K + STATISTICS
+
+# Public names that are not a loss on logits, and the test that holds their formulas.
+ELSEWHERE = {
+    "weighted_mean": "test_reduction.py",
+    "weighted_sum": "test_reduction.py",
+    "WeightedSum": "test_reduction.py",
+    "RowStatistics": "test_values.py",
+    "checked": "test_checked.py",
+}
+
+
+def gradient(case, logits, labels, **more):
+    """The gradient of Σ loss, which is that of each example because examples are independent."""
+    return jax.grad(lambda z: case(z, labels, **more).sum())(logits)

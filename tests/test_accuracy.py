@@ -1,0 +1,194 @@
+"""Relative accuracy against 60 digits, in eps of float32: the promise of a right answer at any margin.
+
+Bounds (CONTRACT 5): with margin = how far the label's logit leads the others (0 if it does not), a loss is within (8 + margin) eps,
+8 more above 10,000 classes; a component of the gradient within (8 + margin + |z_k − lse|) eps; focal losses within three times that. For
+labels that are distributions a component is judged by the larger of p_k and t_k. What lies below the smallest normal number has no relative
+accuracy to keep: XLA flushes it to zero, in a sum of exponentials term by term, hence the absolute floor of classes × tiny.
+"""
+
+import functools
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference as ref
+
+import xentjax
+
+EPS = 2.0**-23
+TINY = float(np.finfo(np.float32).tiny)
+MARGINS = (1e-3, 0.1, 1.0, 5.0, 10.0, 17.0, 20.0, 35.0, 50.0, 65.0, 80.0, 86.0, 90.0)
+
+
+def margins(z, y):
+    """How far the label's logit leads the others, 0 if it does not."""
+    others = np.where(np.arange(z.shape[-1]) == np.asarray(y)[..., None], -np.inf, np.asarray(z, np.float64))
+    lead = np.take_along_axis(np.asarray(z, np.float64), np.asarray(y)[..., None], -1)[..., 0] - others.max(-1)
+    return np.maximum(lead, 0)
+
+
+def ladder(rng, classes):
+    """Rows at every margin, won and lost, with the other classes equal, spread, or two competing."""
+    rows, labels = [], []
+    for margin in MARGINS:
+        for others in (np.zeros(classes), rng.normal(size=classes) * 3, rng.normal(size=classes) * 30):
+            for sign in (1, -1):
+                z = others - others.max()
+                y = int(rng.integers(classes))
+                z[y] = -np.inf
+                z -= z.max() if classes > 1 else 0
+                z[y] = sign * margin
+                rows.append(z + rng.choice([0.0, 3.7, -12.25]))
+                labels.append(y)
+    return jnp.asarray(np.float32(rows)), jnp.asarray(np.int32(labels))
+
+
+def errors(result, exact, floor):
+    """|result − exact|/|exact| in eps, after the floor below which float32 has no relative accuracy."""
+    gap = np.array([[abs(float(e - float(r))) for r, e in zip(rs, es, strict=True)] for rs, es in zip(result, exact, strict=True)])
+    size = np.array([[abs(float(e)) for e in es] for es in exact])
+    return np.maximum(gap - floor, 0) / np.maximum(size, TINY) / EPS
+
+
+def log_sum_exp(z):
+    z = np.asarray(z, np.float64)
+    top = z.max(-1, keepdims=True)
+    return top + np.log(np.exp(z - top).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 10, 100, 2000])
+@pytest.mark.parametrize(
+    "case",
+    [c for c in cases.CLASSES if not c.target and c.formula.get("z_loss") is None],
+    ids=str,
+)
+def test_every_margin(case, classes, rng):
+    z, y = ladder(rng, classes)
+    if classes == 2000:
+        z, y = z[::5], y[::5]  # 60 digits take their time
+    value, slope = case.exact(ref.Exact, z, y)
+    margin = margins(z, y)[:, None] if classes > 1 else np.zeros((len(y), 1))
+    floor = classes * TINY
+    error = errors(np.asarray(case(z, y))[:, None], value[:, None], floor)
+    assert (error <= case.tolerance * (8 + margin)).all(), (error - case.tolerance * (8 + margin)).max()
+    error = errors(np.asarray(cases.gradient(case, z, y)), slope, floor)
+    bound = case.tolerance * (8 + margin + np.abs(np.asarray(z, np.float64) - log_sum_exp(z)))
+    assert (error <= bound).all(), (error - bound).max()
+
+
+@pytest.mark.parametrize("keywords", [{"label_smoothing": 0.1}, {"z_loss": 0.01}, {"label_smoothing": 0.3, "z_loss": 1e-4}])
+@pytest.mark.parametrize("classes", [2, 10, 300])
+def test_smoothing_and_z_loss(keywords, classes, rng):
+    # With these the loss is no longer tiny where the margin is large: its largest term sets the scale, and for z-loss the size of lse.
+    z, y = ladder(rng, classes)
+    smoothing = {k: v for k, v in keywords.items() if k == "label_smoothing"}
+    formula = {k: v for k, v in keywords.items() if k == "z_loss"}
+    t = ref.targets(ref.Exact, y, classes, **smoothing)
+    value = ref.cross_entropy(ref.Exact, ref.Exact.array(z), t, **formula)
+    slope = ref.cross_entropy_gradient(ref.Exact, ref.Exact.array(z), t, **formula)
+    loss = functools.partial(xentjax.softmax_cross_entropy, **keywords)
+    lse = np.abs(log_sum_exp(z))
+    wide = np.abs(np.asarray(z, np.float64)).max(-1) if formula else 0  # lse² is relative to the logits that make lse
+    error = np.abs(np.asarray(loss(z, y), np.float64) - value.astype(float)) / EPS
+    assert (error <= (8 + margins(z, y)) * value.astype(float) + 0.04 * (1 + wide) ** 2 * bool(formula) + 1e-30).all()
+    error = np.abs(np.asarray(jax.grad(lambda z: loss(z, y).sum())(z), np.float64) - slope.astype(float)) / EPS
+    size = np.maximum(ref.softmax(ref.Double, np.asarray(z, np.float64)), t.astype(float)) * (1 + 0.02 * lse * bool(formula))
+    assert (error <= (8 + margins(z, y)[:, None] + np.abs(np.asarray(z) - log_sum_exp(z))) * size + TINY / EPS).all()
+
+
+@pytest.mark.parametrize("case", cases.CLASSES + cases.TOP_K, ids=str)
+@pytest.mark.parametrize("classes", [7])
+def test_distributions(case, classes, rng):
+    z, y = ladder(rng, classes)
+    labels = jnp.asarray(rng.dirichlet(np.ones(classes) * 0.3, len(y)), jnp.float32)
+    if case.family == "top_k":
+        labels = (jnp.asarray(np.argsort(-np.asarray(labels), -1)[:, :3], jnp.int32), -jnp.sort(-labels, -1)[:, :3])
+    value, slope = case.exact(ref.Exact, z, labels)
+    t, p = case.targets(ref.Double, labels, classes), ref.softmax(ref.Double, np.asarray(z, np.float64))
+    lse = log_sum_exp(z)
+    penalty = 0.04 * (1 + np.abs(np.asarray(z)).max(-1)) ** 2 * ("z_loss" in case.formula)
+    error = np.abs(np.asarray(case(z, labels), np.float64) - value.astype(float)) / EPS
+    lead = np.maximum(np.sort(np.asarray(z, np.float64))[:, -1] - np.sort(np.asarray(z, np.float64))[:, -2], 0)
+    assert (error <= case.tolerance * (8 + lead) * np.abs(value.astype(float)) + penalty + 1e-25).all()
+    error = np.abs(np.asarray(cases.gradient(case, z, labels), np.float64) - slope.astype(float)) / EPS
+    surprise = np.abs(np.asarray(z, np.float64) - lse)
+    # The focal gradient of a class is t_k(1 − p_k)^γ·(1 + γ·p_k·(−log p_k)/(1 − p_k)): its terms are larger than p and t by that factor.
+    size = np.maximum(p, t) * (1 + t.sum(-1, keepdims=True)) * (1 + 0.02 * np.abs(lse) * ("z_loss" in case.formula))
+    if "focal" in case.name:
+        size = size * (1 + (t * surprise).sum(-1, keepdims=True))
+    assert (error <= case.tolerance * (8 + lead[:, None] + surprise) * size + TINY / EPS).all()
+
+
+@pytest.mark.parametrize("case", [c for c in cases.BITS if np.ndim(c.formula.get("pos_weight", 0)) == 0], ids=str)
+@pytest.mark.parametrize("label", [0, 1])
+def test_bits(case, label):
+    z = np.float32(np.concatenate([[m, -m] for m in (*MARGINS, 1e-30, 0.0)]))
+    # Near the kink of the asymmetric loss the probability above the clip is a difference in z; that is the condition of the problem.
+    labels = np.full(z.shape, label, np.int32)
+    value, slope = case.exact(ref.Exact, z, labels)
+    bound = case.tolerance * (8 + np.abs(z)[:, None])
+    assert (errors(np.asarray(case(z, labels))[:, None], value[:, None], TINY) <= bound).all()
+    assert (errors(np.asarray(cases.gradient(case, jnp.asarray(z), labels))[:, None], slope[:, None], TINY) <= bound).all()
+
+
+@pytest.mark.parametrize("classes", [20_000, 128_000])
+def test_many_classes(classes, rng):
+    # Double precision is exact enough here: its own error is 1e-9 of the bound.
+    z = jnp.asarray(np.concatenate([rng.normal(size=(6, classes)) * s for s in (0, 1, 5)]), jnp.float32)
+    y = jnp.asarray(rng.integers(0, classes, len(z)), jnp.int32).at[::2].set(jnp.argmax(z[::2], -1).astype(jnp.int32))
+    z = z.at[::3, 0].add(25.0)
+    value, slope = cases.CLASSES[0].exact(ref.Double, z, y)
+    error = np.abs(np.asarray(xentjax.softmax_cross_entropy(z, y)) / value - 1) / EPS
+    assert (error <= 16 + margins(z, y)).all()
+    p = ref.softmax(ref.Double, np.asarray(z, np.float64))
+    error = np.abs(np.asarray(cases.gradient(cases.CLASSES[0], z, y), np.float64) - slope) / EPS
+    assert (error <= (16 + margins(z, y)[:, None] + np.abs(np.log(p))) * np.abs(slope) + TINY).all()
+
+
+@pytest.mark.parametrize("case", cases.CATEGORICAL + cases.BITS, ids=str)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_is_no_worse_than_the_naive_formula(case, dtype, rng):
+    # Arithmetic in float32 on half-precision logits: the value is that of float32, not only as good as a formula in half precision.
+    z, labels = case.draw(rng, (200,), dtype=dtype, scale=4.0)
+    value, slope = case.exact(ref.Double, z, labels)
+    np.testing.assert_allclose(case(z, labels), value, rtol=60 * EPS, atol=60 * EPS)
+    derivative = cases.gradient(case, z, labels)
+    assert derivative.dtype == dtype
+    # one rounding to the dtype of the input, half an eps, beside the rounding of float32
+    half = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.asarray(derivative, np.float64), slope, rtol=0.51 * half, atol=60 * EPS)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_keeps_confident_losses(dtype, rng):
+    z, y = ladder(rng, 10)
+    z = z.astype(dtype)
+    value, _ = cases.CLASSES[0].exact(ref.Exact, z, y)
+    error = errors(np.asarray(xentjax.softmax_cross_entropy(z, y))[:, None], value[:, None], 10 * TINY)
+    assert (error <= 8 + margins(z.astype(jnp.float32), y)[:, None]).all()
+
+
+@pytest.mark.parametrize("case", cases.CLASSES + cases.TOP_K, ids=str)
+@pytest.mark.parametrize("shift", [1e4, -1e4, 2.0**26, -(2.0**26)])
+def test_shift_invariance(case, shift, rng):
+    # Logits that are multiples of 8 are exact after the shift, so only the loss itself may round. z-loss sees the shift by design.
+    if "z_loss" in case.formula:
+        pytest.skip("z-loss penalises the shift: it is not invariant by its formula")
+    z, labels = case.draw(rng, (20,))
+    z = jnp.round(z) * 8
+    np.testing.assert_array_equal(case(z + shift, labels), case(z, labels))
+    np.testing.assert_array_equal(cases.gradient(case, z + shift, labels), cases.gradient(case, z, labels))
+
+
+def test_float64(x64, rng):
+    for case in cases.LOSSES:
+        for kind in case.kinds:
+            z, labels = case.draw(rng, (9,), dtype=jnp.float64, kind=kind)
+            value, slope = case.exact(ref.Exact, z, labels)
+            result = case(z, labels)
+            assert result.dtype == jnp.float64
+            # keywords and float32 labels are exact in float64; 40 eps of float64
+            np.testing.assert_allclose(result, value.astype(float), rtol=1e-14, atol=1e-14, err_msg=str(case))
+            np.testing.assert_allclose(cases.gradient(case, z, labels), slope.astype(float), rtol=1e-13, atol=1e-14, err_msg=str(case))

@@ -1,0 +1,138 @@
+"""Values equal their formulas: every row of the table, every kind of label, any rank and axis."""
+
+import cases
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference as ref
+
+import xentjax
+
+EPS = float(jnp.finfo(jnp.float32).eps)
+# The accuracy of single values is held in test_accuracy.py; here 40 eps of the largest term is enough to find a wrong formula.
+RTOL = 40 * EPS
+
+
+def each_kind(table=cases.LOSSES):
+    return pytest.mark.parametrize(("case", "kind"), [pytest.param(c, k, id=f"{c}-{k}") for c in table for k in c.kinds])
+
+
+@each_kind()
+@pytest.mark.parametrize("leading", [(), (1,), (5,), (2, 3), (0,), (2, 0, 3)], ids=str)
+def test_any_rank(case, kind, leading, rng):
+    z, labels = case.draw(rng, leading, kind=kind)
+    value, _ = case.exact(ref.Double, z, labels)
+    result = case(z, labels)
+    assert result.dtype == jnp.float32
+    np.testing.assert_allclose(result, value, rtol=RTOL, atol=RTOL)
+
+
+@each_kind(cases.CLASSES + cases.STATISTICS)
+@pytest.mark.parametrize("axis", [0, 1, -2, -3])
+def test_any_axis(case, kind, axis, rng):
+    z, labels = case.draw(rng, (4, 3), kind=kind)
+    value, _ = case.exact(ref.Double, z, labels)
+    moved = labels if kind == "index" else jnp.moveaxis(labels, -1, axis)
+    np.testing.assert_allclose(case(jnp.moveaxis(z, -1, axis), moved, axis=axis), value, rtol=RTOL, atol=RTOL)
+
+
+def test_any_axis_with_top_k_labels(rng):
+    (case,) = cases.TOP_K
+    z, labels = case.draw(rng, (4, 3))
+    np.testing.assert_allclose(case(jnp.moveaxis(z, -1, 0), labels, axis=0), case.exact(ref.Double, z, labels)[0], rtol=RTOL)
+
+
+@pytest.mark.parametrize("case", cases.CLASSES, ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_indices_equal_one_hot_rows(case, masked, rng):
+    z, y = case.draw(rng, (50,))
+    mask = jnp.arange(7) != 5 if masked else None
+    y = jnp.where(y == 5, 4, y) if masked else y
+    one_hot = jax.nn.one_hot(y, 7)
+    np.testing.assert_allclose(case(z, y, class_mask=mask), case(z, one_hot, class_mask=mask), rtol=RTOL, atol=RTOL)
+    by_index, by_row = cases.gradient(case, z, y, class_mask=mask), cases.gradient(case, z, one_hot, class_mask=mask)
+    np.testing.assert_allclose(by_index, by_row, rtol=RTOL, atol=RTOL)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("where", [False, True])
+def test_indices_equal_one_hot_rows_over_the_product_of_keywords(label_smoothing, z_loss, weighted, masked, where, rng):
+    z = jnp.asarray(rng.normal(size=(40, 6)) * 4, jnp.float32)
+    y = jnp.asarray(rng.integers(0, 5, 40), jnp.int32)
+    keywords = {
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "class_weights": jnp.asarray(cases.WEIGHTS[:6], jnp.float32) if weighted else None,
+        "class_mask": jnp.arange(6) < 5 if masked else None,
+        "where": jnp.arange(40) % 3 != 0 if where else None,
+    }
+
+    def loss(labels):
+        return lambda z: xentjax.softmax_cross_entropy(z, labels, **keywords)
+
+    index, row = loss(y), loss(jax.nn.one_hot(y, 6))
+    np.testing.assert_allclose(index(z), row(z), rtol=RTOL, atol=RTOL)
+    np.testing.assert_allclose(*(jax.grad(lambda z, f=f: f(z).sum())(z) for f in (index, row)), rtol=RTOL, atol=RTOL)
+    # and both are the formula
+    t = ref.targets(ref.Double, y, 6, label_smoothing, keywords["class_weights"], keywords["class_mask"])
+    existing = np.asarray(z, np.float64)[:, : 5 if masked else 6]
+    value = ref.cross_entropy(ref.Double, existing, t[:, : existing.shape[1]], z_loss)
+    np.testing.assert_allclose(index(z), np.where(keywords["where"], value, 0) if where else value, rtol=RTOL, atol=RTOL)
+
+
+@hypothesis.settings(deadline=None, max_examples=60)  # a new shape compiles a new program
+@hypothesis.given(
+    case=st.sampled_from([c for c in cases.LOSSES if "class_weights" not in c.target and np.ndim(c.formula.get("pos_weight", 0)) == 0]),
+    leading=st.lists(st.integers(0, 4), max_size=3),
+    classes=st.integers(1, 9),
+    dtype=st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]),
+    soft=st.booleans(),
+    scale=st.sampled_from([0.0, 0.5, 20.0]),
+    seed=st.integers(0, 100),
+)
+def test_shapes_and_dtypes(case, leading, classes, dtype, soft, scale, seed):
+    kind = case.kinds[-1] if soft else "index"
+    z, labels = case.draw(np.random.default_rng(seed), tuple(leading), classes, dtype, kind, scale)
+    value, slope = case.exact(ref.Double, z, labels)
+    result, derivative = case(z, labels), cases.gradient(case, z, labels)
+    assert result.dtype == jnp.float32 and derivative.dtype == dtype
+    # float32 rounding of the largest logit, and one rounding of the gradient to the dtype of the input
+    magnitude = 1 + float(np.abs(np.asarray(z, np.float64)).max(initial=0))
+    np.testing.assert_allclose(result, value, rtol=RTOL, atol=RTOL * magnitude)
+    half = max(float(jnp.finfo(dtype).eps), RTOL)
+    np.testing.assert_allclose(np.asarray(derivative, np.float64), slope, rtol=half, atol=half * 0.01 * magnitude)
+
+
+def test_row_statistics_name_what_they_hold(rng):
+    z = jnp.asarray(rng.normal(size=(30, 6)), jnp.float32)
+    y = jnp.asarray(rng.integers(0, 6, 30), jnp.int32)
+    found = xentjax.row_statistics(z, y)
+    double = np.asarray(z, np.float64)
+    np.testing.assert_array_equal(found.max_logit, z.max(-1))
+    np.testing.assert_array_equal(found.correct, double.argmax(-1) == np.asarray(y))
+    soft = xentjax.row_statistics(z, jax.nn.one_hot(y, 6))
+    np.testing.assert_array_equal(soft.correct, found.correct)
+    assert not jax.grad(lambda z: xentjax.row_statistics(z, y).max_logit.sum())(z).any()
+
+
+def test_row_statistics_of_degenerate_rows():
+    z = jnp.array([[-jnp.inf, -jnp.inf], [-jnp.inf, 0.0], [3.0, 3.0], [1.0, 2.0]])
+    found = xentjax.row_statistics(z, jnp.array([0, 0, 1, 7]), where=jnp.array([True, True, True, False]))
+    np.testing.assert_array_equal(found.log_prob, np.float32([-np.inf, -np.inf, -np.log(2), 0]))
+    np.testing.assert_array_equal(found.log_normalizer, np.float32([-np.inf, 0, 3 + np.log(2), 0]))
+    np.testing.assert_allclose(found.entropy, [0, 0, np.log(2), 0], rtol=4 * EPS)
+    np.testing.assert_array_equal(found.max_logit, [-np.inf, 0, 3, 0])
+    np.testing.assert_array_equal(found.correct, [False, False, True, False])
+
+
+def test_top_k_ids_may_repeat_and_probabilities_need_not_sum_to_one():
+    z = jnp.array([1.0, 2.0, 3.0])
+    result = xentjax.softmax_cross_entropy_with_top_k_labels(z, jnp.array([2, 2, 0]), jnp.array([0.5, 0.25, 1.0]))
+    u = -np.log(np.exp([1.0, 2, 3]) / np.exp([1.0, 2, 3]).sum())
+    np.testing.assert_allclose(result, 0.75 * u[2] + u[0], rtol=8 * EPS)
