@@ -1,6 +1,17 @@
 """A convolutional network learns handwritten digits with cross-entropy: SGD with momentum 0.9, batches of 64.
 
-HEADER
+Shows the whole of a training with xentjax: the loss per example from logits, its weighted mean, jax.grad of it, and what losses
+per example are good for afterwards: the hardest images, and each example's own gradient by jax.vmap of jax.grad.
+
+Run:      pip install "xentjax[examples]" && python examples/digits_cnn.py
+          python examples/digits_cnn.py --loss focal --label-smoothing 0.1 --seed 3
+          python examples/digits_cnn.py --data-dir FOLDER     the same on MNIST, from its four IDX files, plain or .gz
+Takes:    12 s on two CPU cores, half of it compiling (measured)
+Prints:   precision and recall of every class, the gradient norms, and last (measured, jax 0.10, CPU, seed 0)
+              held-out accuracy 99.72%, mean loss 0.0140 nats; picture in examples/output/digits.png
+Accuracy: on the held-out fifth, 360 images, another fifth for each of the seeds 0 to 4 (measured; one image is 0.28 %)
+              cross_entropy    99.72  99.17  99.72  98.33  99.17 %     median 99.17 %
+              focal            99.72  98.61  98.33  98.33  99.17 %     median 98.61 %
 """
 
 import argparse
@@ -101,7 +112,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--loss", choices=("cross_entropy", "focal"), default="cross_entropy")
     parser.add_argument("--label-smoothing", type=float, default=0.0, metavar="ε", help="in [0, 1], default 0")
     parser.add_argument("--seed", type=int, default=0, help="of the held-out split, the initial parameters, order and shifts")
-    parser.add_argument("--epochs", type=int, help="default 40, for MNIST 10")
+    parser.add_argument("--epochs", type=int, choices=range(1, 10_000), metavar="N", help="default 40, for MNIST 10")
     parser.add_argument("--data-dir", metavar="FOLDER", help="holds the four MNIST IDX files, plain or .gz; default scikit-learn's digits")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output" / "digits.png", help="where the picture goes")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")

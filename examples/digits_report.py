@@ -19,9 +19,11 @@ def draw(path: Path, data: Data, history: list[tuple[float, float]], losses: np.
     curves.set(title="Loss", xlabel="epoch", ylabel="mean loss per example (nats)")
     curves.grid(alpha=0.3)
     curves.legend()
-    counts = confusion_matrix(data.test_labels, predicted)
+    names, counts = np.union1d(data.test_labels, predicted), confusion_matrix(data.test_labels, predicted)
     matrix.imshow(np.log1p(counts), cmap="Blues")
-    matrix.set(title="Held-out images by class", xlabel="predicted", ylabel="true", xticks=range(len(counts)), yticks=range(len(counts)))
+    matrix.set(title="Held-out images by class", xlabel="predicted", ylabel="true")
+    matrix.set_xticks(range(len(names)), names)
+    matrix.set_yticks(range(len(names)), names)
     for (row, column), count in np.ndenumerate(counts):
         if count:
             matrix.text(column, row, count, ha="center", va="center", fontsize=8, color="white" if row == column else "black")

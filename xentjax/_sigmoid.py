@@ -181,15 +181,12 @@ def _asymmetric(logits, labels, where, gamma_negative, gamma_positive, clip):
 def _shifted_focal(z, gamma, clip):
     """q^γ·(−log(1 − q)) with q = max(σ(z) − clip, 0); 0 with all derivatives where q is.
 
-    Near σ(z) = clip that difference cancels. With z_c = logit(clip) it is σ(z)·(1 − clip)·(1 − e^(z_c − z)), which does not; and
-    −log(1 − q) is log1p of it for small q, and the logarithm of 1 − q = σ(−z) + clip for large q.
+    −log(1 − q) is a log1p for small q, and for large q the logarithm of 1 − q = σ(−z) + clip, a sum without cancellation.
     """
-    above = z > jnp.log(clip) - jnp.log1p(-clip)
-    step = jnp.where(above, z - (jnp.log(clip) - jnp.log1p(-clip)), jnp.ones_like(z))
-    q = numerics.sigmoid(z) * (1 - clip) * -jnp.expm1(-step)
-    small = jnp.where(above & (q < 0.5), q, jnp.full_like(q, 0.25))  # each branch sees only arguments at which it is finite
-    surprise = jnp.where(q < 0.5, -jnp.log1p(-small), -jnp.log(numerics.sigmoid(-z) + clip))
-    modulation = 1 if gamma is None else jnp.exp(jnp.asarray(gamma, z.dtype) * jnp.log(jnp.where(above, q, jnp.ones_like(q))))
+    above = numerics.sigmoid(z) > clip
+    q = numerics.sigmoid_excess(z, clip)
+    surprise = jnp.where(q < 0.5, -jnp.log1p(-jnp.minimum(q, 0.5)), -jnp.log(numerics.sigmoid(-z) + clip))
+    modulation = 1 if gamma is None else jnp.exp(jnp.asarray(gamma, z.dtype) * jnp.log(q))
     return jnp.where(above, modulation * surprise, jnp.zeros_like(z))
 
 

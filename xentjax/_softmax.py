@@ -289,7 +289,7 @@ def row_statistics(
 def _cross_entropy(batch, smoothing, class_weights, z_loss):
     r = rows.of(batch)
     found = rows.statistics(r)
-    loss, total = _expected(r, found, *_CROSS_ENTROPY, smoothing, class_weights)
+    loss, total = _expected(r, found, _minus_log_prob, smoothing, class_weights)
     if z_loss is not None:
         loss += jnp.asarray(z_loss, loss.dtype) * total * (found.reference + found.log_sum) ** 2
     return rows.close(r, found, loss)
@@ -299,8 +299,7 @@ def _cross_entropy(batch, smoothing, class_weights, z_loss):
 def _focal(batch, gamma, smoothing, class_weights):
     r = rows.of(batch)
     found = rows.statistics(r)
-    phi = functools.partial(focal, gamma=gamma)
-    loss, _ = _expected(r, found, phi, lambda surprise: phi(numerics.log_odds_of_surprise(surprise)), smoothing, class_weights)
+    loss, _ = _expected(r, found, functools.partial(focal, gamma=gamma), smoothing, class_weights)
     return rows.close(r, found, loss)
 
 
@@ -318,7 +317,7 @@ def _statistics(batch):
     found = rows.statistics(r)
     u = rows.surprise(r, found)
     p = jnp.exp(-u)
-    loss, _ = _expected(r, found, *_CROSS_ENTROPY, None, None)
+    loss, _ = _expected(r, found, _minus_log_prob)
     return RowStatistics(
         log_prob=-rows.close(r, found, loss),
         log_normalizer=rows.row_value(r, rows.log_normalizer(r, found)),
@@ -329,10 +328,6 @@ def _statistics(batch):
     )
 
 
-# −log p as a function of the log-odds of the label, and of the surprise of a class.
-_CROSS_ENTROPY = (lambda log_odds: numerics.softplus(-log_odds), lambda surprise: surprise)
-
-
 def focal(log_odds: Array, gamma: ArrayLike | None) -> Array:
     """(1 − p)^γ (−log p) for p = σ(log-odds); as an exponential it has every derivative for every γ ≥ 0."""
     loss = numerics.softplus(-log_odds)
@@ -341,29 +336,36 @@ def focal(log_odds: Array, gamma: ArrayLike | None) -> Array:
     return jnp.exp(-jnp.asarray(gamma, loss.dtype) * numerics.softplus(log_odds)) * loss
 
 
+def _minus_log_prob(log_odds: Array) -> Array:
+    return numerics.softplus(-log_odds)
+
+
 def _expected(
     r: rows.Rows,
     found: rows.Statistics,
-    label_loss: Callable[[Array], Array],
-    class_loss: Callable[[Array], Array],
-    smoothing: ArrayLike | None,
-    class_weights: Array | None,
+    phi: Callable[[Array], Array],
+    smoothing: ArrayLike | None = None,
+    class_weights: Array | None = None,
 ) -> tuple[Array, Array]:
-    """Σ_k t_k φ_k and s = Σ_k t_k, φ given as a function of the label's log-odds and of a class's surprise −log p_k."""
+    """Σ_k t_k φ(a_k) and s = Σ_k t_k for a loss φ of the log-odds a; indices reach only their own class's a, unless smoothed."""
     dtype = r.values.dtype
+
+    def over_classes(t):
+        # −log p_k needs no log-odds
+        return rows.class_sum(r, t * (rows.surprise(r, found) if phi is _minus_log_prob else phi(rows.class_log_odds(r))))
+
     w = None if class_weights is None else numerics.expand_leading(class_weights.astype(dtype), r.values.ndim)
     uniform = None
     if smoothing is not None:
         smoothing = jnp.asarray(smoothing, dtype)
         uniform = rows.on_classes(r, smoothing / jnp.asarray(rows.class_count(r), dtype))
+        uniform = uniform if w is None else uniform * w
     if not r.hard:
-        share = r.labels if smoothing is None else (1 - smoothing) * r.labels + uniform
-        t = share if w is None else share * w
-        return rows.class_sum(r, t * class_loss(rows.surprise(r, found))), rows.class_sum(r, t)
+        t = r.labels if w is None else r.labels * w
+        t = t if smoothing is None else (1 - smoothing) * t + uniform
+        return over_classes(t), rows.class_sum(r, t)
     s = jnp.ones(found.reference.shape, dtype) if w is None else rows.at_label(r, class_weights.astype(dtype))
-    loss = s * label_loss(found.log_odds)
+    loss = s * phi(found.log_odds)
     if smoothing is None:
         return loss, s
-    t = uniform if w is None else uniform * w
-    spread = rows.class_sum(r, t * class_loss(rows.surprise(r, found)))
-    return (1 - smoothing) * loss + spread, (1 - smoothing) * s + rows.class_sum(r, t)
+    return (1 - smoothing) * loss + over_classes(uniform), (1 - smoothing) * s + rows.class_sum(r, uniform)

@@ -1,27 +1,26 @@
 """The statistics of a row of logits, and the one derivative rule behind every categorical loss.
 
-For a row z with label y, three numbers carry all that a loss needs (m is a constant close to the largest logit):
+For a row z with label y and largest logit m (a constant), two numbers carry all that a loss needs:
 
     gap      d = z_y − m
-    rest     R = Σ_{k≠y} e^(z_k − m)                   the label left out, so nothing cancels when it dominates
-    log-odds a = d − log R                             p_y = σ(a), 1 − p_y = σ(−a), −log p_y = softplus(−a)
+    log-rest ℓ = log Σ_{k≠y} e^(z_k − m)               the label left out, so nothing cancels when it dominates
 
-and −log p_k = (m − z_k) + c for any class k, with c = lse − m = log(e^d + R). Without a label the class left out is the
-largest itself: c = log1p(s), s = Σ_{z_k<m} e^(z_k − m) + (number of ties − 1).
+Their difference is the log-odds a = d − ℓ of the label: p_y = σ(a), 1 − p_y = σ(−a), −log p_y = softplus(−a). For every class
+−log p_k = (m − z_k) + c with c = lse − m = log(e^d + e^ℓ). Without a label the class left out is the largest itself:
+c = log1p(s), s = Σ_{z_k<m} e^(z_k − m) + (number of ties − 1).
 
-Derivatives. m is constant, so
+Derivatives. Both sums are logarithms of Σ_{k∈A} e^(z_k − m) over some classes A, so with m constant
 
-    ∂d/∂z_y = 1        ∂R/∂z_k = e^(z_k − m) for k ≠ y        ∂s/∂z_k = e^(z_k − m) for every k
+    ∂d/∂z_y = 1        ∂ℓ/∂z_k = e^(z_k − m − ℓ) for k ≠ y        ∂c/∂z_k = e^(z_k − m − c) for every k
 
-and JAX differentiates the rest: ∂a/∂z_k = −e^(z_k − m)/R is minus the softmax over the other classes, ∂c/∂z = softmax(z),
-∂(−log p_y)/∂z_y = −σ(−a), which is p_y − 1 without the subtraction. The exponentials are functions of z again, so the rule differentiates to any
-order. Nothing here is quotient or difference of large numbers; a row has no class-sized intermediate but its exponentials.
+which are softmaxes over A, and JAX differentiates the rest: ∂(−log p_y)/∂z_y = −σ(−a) is p_y − 1 without the subtraction.
+The exponentials are functions of z and ℓ again, each at most 1, so the rule differentiates to any order without a quotient that could overflow.
 
 Masks: a class that does not exist (`class_mask`) and every class of an example that does not count (`where`) is left out of
 all sums, by selection before the exponential: e^(−∞) = 0 with derivative 0 whatever its logit.
 
-Memory. In float32 the sum and the gradient share one array of exponentials, which takes the buffer of the gradient. In half precision
-such an array would be a float32 copy of the logits: the sum there reads a copy masked in its own dtype, and the
+Memory. In float32 the sum and the gradient share one array of exponentials, which takes the buffer of the gradient. In half
+precision such an array would be a float32 copy of the logits: the sum there reads a copy masked in its own dtype, and the
 gradient makes its exponentials anew from the logits' bits (`numerics.widen`), so that no loop shares a wide array with another.
 """
 
@@ -102,18 +101,27 @@ def of(examples: Examples) -> Rows:
 
 def statistics(rows: Rows) -> Statistics:
     """Reference, log-sum and (for labels that are indices) log-odds of every row; one pass over the logits."""
-    labels = rows.labels if rows.hard else None
-    m, d, total = _sums(rows.values, rows.raw, labels, rows.class_mask, rows.where, rows.axis_name)
-    if labels is None:
-        return Statistics(m, jnp.log1p(total), None, None, largest(rows) == -jnp.inf)
-    empty = total == 0  # no other class exists, or all underflow
-    impossible = numerics.is_infinite(-d)
-    # p_y = 1 where nothing else is left, and 0 where the label is impossible too
-    log_rest = jnp.where(empty & ~impossible, -numerics.INFINITE, jnp.log(jnp.where(empty, jnp.ones_like(total), total)))
-    a = d - log_rest
-    # log(e^d + R), relative to the larger of the two
-    log_sum = jnp.where(a > 0, d + numerics.softplus(-a), log_rest + numerics.softplus(a))
-    return Statistics(m, log_sum, d, a, empty & impossible)
+    if not rows.hard:
+        m, _, c = _log_sums(rows.values, rows.raw, None, rows.class_mask, rows.where, rows.axis_name)
+        return Statistics(m, c, None, None, largest(rows) == -jnp.inf)
+    m, d, rest = _log_sums(rows.values, rows.raw, rows.labels, rows.class_mask, rows.where, rows.axis_name)
+    dead = numerics.is_infinite(-d) & numerics.is_infinite(-rest)
+    a = jnp.where(dead, d, d - rest)
+    # log(e^d + e^ℓ), relative to the larger of the two
+    log_sum = jnp.where(a > 0, d + numerics.softplus(-a), rest + numerics.softplus(a))
+    return Statistics(m, log_sum, d, a, dead)
+
+
+def class_log_odds(rows: Rows) -> Array:
+    """log(p_k/(1 − p_k)) for every class [..., classes].
+
+    Only the largest class can have 1 − p_k small, where the surprise −log p_k says too little of it: that class goes the way of labels.
+    """
+    top = rows._replace(labels=_largest_class(rows))
+    found = statistics(top)
+    assert found.log_odds is not None
+    u = jnp.maximum(surprise(top, found), 0.5)  # p_k ≤ 1/2 for the others; e^(−1/2) > 1/2 leaves them as they are
+    return jnp.where(_on_label(top), found.log_odds[..., None], numerics.log_odds_of_surprise(u))
 
 
 def surprise(rows: Rows, found: Statistics) -> Array:
@@ -221,55 +229,56 @@ def hits(rows: Rows, found: Statistics) -> Array:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
-def _sums(values, raw, labels, class_mask, where, axis_name):
-    """(m, d, R) with labels, (m, m, s) without: the sums of exponentials of the module docstring.
+def _log_sums(values, raw, labels, class_mask, where, axis_name):
+    """(m, d, ℓ) with labels, (m, m, c) without, as the module docstring defines them; ℓ = −INFINITE if nothing is left.
 
     `raw` holds the same numbers as `values` in the caller's dtype and carries no derivative.
     """
     rows = Rows(raw, values, labels, class_mask, where, axis_name)
-    narrow = raw.dtype != values.dtype
-    if labels is None:
-        top = _maximum(raw, class_mask, axis_name)
-        largest_one = numerics.same(raw, top[..., None])
-        m = _reference(top, rows)
-        e = _exponentials(raw, m, _and(~largest_one, class_mask, where), narrow)
-        ties = class_sum(rows, _and(largest_one, class_mask, where).astype(m.dtype))
-        return m, m, jnp.maximum(class_sum(rows, e) + (ties - 1), 0)
-    label = _on_label(rows)
-    # With the label itself in the maximum no masked copy is needed; half precision has one anyway (module docstring).
-    top = _maximum(raw, _and(~label, class_mask, None) if narrow else class_mask, axis_name)
+    top = _maximum(raw, class_mask, axis_name)
     m = _reference(top, rows)
-    e = _exponentials(raw, m, _and(~label, class_mask, where), narrow)
-    return m, _gap(rows, m), class_sum(rows, e)
+    left_out = numerics.same(raw, top[..., None]) if labels is None else _on_label(rows)
+    total = class_sum(rows, _exponentials(rows, m, _and(~left_out, class_mask, where)))
+    if labels is None:
+        ties = class_sum(rows, _and(left_out, class_mask, where).astype(m.dtype))
+        return m, m, jnp.log1p(jnp.maximum(total + (ties - 1), 0))
+    empty = total == 0  # no other class exists, or all underflow: p_y = 1
+    return m, _gap(rows, m), jnp.where(empty, -numerics.INFINITE, jnp.log(jnp.where(empty, jnp.ones_like(total), total)))
 
 
-@_sums.defjvp
+@_log_sums.defjvp
 def _(axis_name, primals, tangents):
     values, raw, labels, class_mask, where = primals
     rows = Rows(raw, values, labels, class_mask, where, axis_name)
-    m, d, total = _sums(values, raw, labels, class_mask, where, axis_name)
-    narrow = raw.dtype != values.dtype
+    m, d, log_sum = _log_sums(values, raw, labels, class_mask, where, axis_name)
     label = None if labels is None else _on_label(rows)
+    keep = _and(None if label is None else ~label, class_mask, where)
+    scale = jnp.exp(-jnp.where(numerics.is_infinite(-log_sum), jnp.zeros_like(log_sum), log_sum))
 
-    def total_tangent(z, tangent):
-        keep = _and(None if label is None else ~label, class_mask, where)
-        # x + (−m), not x − m: in half precision not even the broadcast of m may be shared with the sum
-        x = numerics.widen(z, raw) + (-m)[..., None] if narrow else z - m[..., None]
-        e = jnp.exp(x if keep is None else jnp.where(keep, x, -jnp.inf))
-        return class_sum(rows, e * tangent)
+    def log_sum_tangent(z, tangent):
+        softmax = _exponentials_again(z, raw, m, keep) * scale[..., None]
+        return class_sum(rows, softmax * tangent)
 
     # Residuals of half precision are the logits themselves, not their exponentials in float32.
-    total_dot = (jax.checkpoint(total_tangent, prevent_cse=False) if narrow else total_tangent)(values, tangents[0])
+    recompute = functools.partial(jax.checkpoint, prevent_cse=False) if raw.dtype != values.dtype else lambda f: f
+    log_sum_dot = recompute(log_sum_tangent)(values, tangents[0])
     zero = jnp.zeros_like(m)
     d_dot = zero if label is None else class_sum(rows, jnp.where(_and(label, class_mask, where), tangents[0], 0))
-    return (m, d, total), (zero, d_dot, total_dot)
+    return (m, d, log_sum), (zero, d_dot, log_sum_dot)
 
 
-def _exponentials(raw, m, keep, narrow):
-    """e^(z − m) where `keep`, 0 elsewhere."""
-    if narrow:
-        return jnp.exp(numerics.select_logits(keep, raw).astype(m.dtype) - m[..., None])
-    return jnp.exp(jnp.where(keep, raw - m[..., None], -jnp.inf))
+def _exponentials(rows, m, keep):
+    """e^(z − m) where `keep`, 0 elsewhere, for a sum over classes."""
+    if rows.raw.dtype != m.dtype:
+        return jnp.exp(numerics.select_logits(keep, rows.raw).astype(m.dtype) - m[..., None])
+    return jnp.exp(jnp.where(keep, rows.raw - m[..., None], -jnp.inf))
+
+
+def _exponentials_again(z, raw, m, keep):
+    """The same for the derivative, as a function of z: one array with the sum's in float32, and none in half precision."""
+    # there x + (−m), not x − m, because not even the broadcast of m may be shared with the sum
+    x = z - m[..., None] if raw.dtype == m.dtype else numerics.widen(z, raw) + (-m)[..., None]
+    return jnp.exp(x if keep is None else jnp.where(keep, x, -jnp.inf))
 
 
 def _maximum(raw, mask, axis_name):
@@ -280,6 +289,17 @@ def _maximum(raw, mask, axis_name):
     return top if axis_name is None else lax.pmax(top, axis_name)
 
 
+def _largest_class(rows):
+    """The global index of a class with the largest logit [...]."""
+    z = rows.raw if rows.class_mask is None else numerics.select_logits(rows.class_mask, rows.raw)
+    index = jnp.argmax(z, axis=-1).astype(jnp.int32)
+    if rows.axis_name is None:
+        return index
+    local = jnp.max(z, axis=-1)
+    index = index + lax.axis_index(rows.axis_name) * z.shape[-1]
+    return lax.pmax(jnp.where(local == lax.pmax(local, rows.axis_name), index, -1), rows.axis_name)
+
+
 def _reference(top, rows):
     """m: the maximum, or 0 where there is none to subtract or the example does not count."""
     m = top.astype(rows.values.dtype)
@@ -288,7 +308,7 @@ def _reference(top, rows):
 
 
 def _gap(rows, m):
-    """d = z_y − m: −INFINITE for an impossible label, NaN for an index out of range or a logit of +∞."""
+    """The gap z_y − m: −INFINITE for an impossible label, NaN for an index out of range or a logit of +∞."""
     local, inside = _local(rows, rows.labels)
     z = numerics.take_last(rows.raw, local[..., None]).squeeze(-1).astype(m.dtype)
     if rows.class_mask is not None:
