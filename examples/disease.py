@@ -14,6 +14,7 @@ Prints:  the accuracy of every fold, and (measured, jax 0.10, CPU, seed 0; accur
                recall     96.7%
                F1         97.9%
          and the ValueError, which names the function, the argument, both shapes and the remedy.
+The L2 decay was picked among seven settings on other random splits of the same tumours, so the figures are a little kind.
 """
 
 import argparse

@@ -96,7 +96,7 @@ def test_smoothing_and_z_loss(keywords, classes, rng):
     error = np.abs(np.asarray(jax.grad(lambda z: loss(z, y).sum())(z), np.float64) - slope.astype(float)) / EPS
     size = np.maximum(ref.softmax(ref.Double, np.asarray(z, np.float64)), t.astype(float))
     size = size * (1 + 0.02 * (lse + np.abs(np.asarray(z, np.float64)).max(-1, keepdims=True)) * bool(formula))
-    assert (error <= (8 + margins(z, y)[:, None] + np.abs(np.asarray(z) - log_sum_exp(z))) * size + TINY / EPS).all()
+    assert (error <= (8 + margins(z, y)[:, None] + np.abs(np.asarray(z) - log_sum_exp(z))) * size + 4 * TINY / EPS).all()
 
 
 @pytest.mark.parametrize("case", cases.CLASSES + cases.TOP_K, ids=str)
@@ -126,12 +126,12 @@ def test_distributions(case, classes, rng):
 @pytest.mark.parametrize("label", [0, 1])
 def test_bits(case, label):
     z = np.float32(np.concatenate([[m, -m] for m in (*MARGINS, 1e-30, 0.0)]))
-    # Near the kink of the asymmetric loss the probability above the clip is a difference in z; that is the condition of the problem.
     labels = np.full(z.shape, label, np.int32)
     value, slope = case.exact(ref.Exact, z, labels)
     bound = case.tolerance * (8 + np.abs(z)[:, None])
+    # σ(−z) below TINY is flushed before the asymmetric loss multiplies it by up to 1/clip + γ·log(1/clip) = 32
     assert (errors(np.asarray(case(z, labels))[:, None], value[:, None], TINY) <= bound).all()
-    assert (errors(np.asarray(cases.gradient(case, jnp.asarray(z), labels))[:, None], slope[:, None], TINY) <= bound).all()
+    assert (errors(np.asarray(cases.gradient(case, jnp.asarray(z), labels))[:, None], slope[:, None], 32 * TINY) <= bound).all()
 
 
 def cross_entropy_from_others(z, t):
@@ -179,12 +179,10 @@ def test_half_precision_keeps_confident_losses(dtype, rng):
     assert (error <= 8 + margins(z.astype(jnp.float32), y)[:, None]).all()
 
 
-@pytest.mark.parametrize("case", cases.CLASSES + cases.TOP_K, ids=str)
-@pytest.mark.parametrize("shift", [1e4, -1e4, 2.0**26, -(2.0**26)])
+@pytest.mark.parametrize("case", [c for c in cases.CLASSES + cases.TOP_K if "z_loss" not in c.formula], ids=str)
+@pytest.mark.parametrize("shift", [1e4, -1e4, 2.0**26, -(2.0**26), 1e8])
 def test_shift_invariance(case, shift, rng):
-    # Logits that are multiples of 8 are exact after the shift, so only the loss itself may round. z-loss sees the shift by design.
-    if "z_loss" in case.formula:
-        pytest.skip("z-loss penalises the shift: it is not invariant by its formula")
+    # Logits that are multiples of 8 are exact after the shift, so nothing may change. (z-loss penalises the shift: not here.)
     z, labels = case.draw(rng, (20,))
     z = jnp.round(z) * 8
     np.testing.assert_array_equal(case(z + shift, labels), case(z, labels))

@@ -5,7 +5,7 @@ as a value of its own, `WeightedSum`, that adds, is summed over devices, and is 
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,8 @@ from xentjax._core import checks, numerics
 class WeightedSum(NamedTuple):
     """Σ w·v and Σ w; a pytree that adds (over microbatches) and sums over devices before it divides once.
 
-    For two parts A and B: mean(A ∪ B) = (A + B).mean(), whatever their weights. Shapes: both fields have the shape that
-    `weighted_sum` left after reducing, [] by default.
+    For two parts A and B: mean(A ∪ B) = (A + B).mean(), whatever their weights. `total` may itself be a pytree, of gradients of
+    Σ w·loss for instance; `weight` has the shape [] that `weighted_sum` leaves, or what is left of [...] after `axis`.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -29,23 +29,24 @@ class WeightedSum(NamedTuple):
         4.0
     """
 
-    total: Array
-    """Σ w·v."""
+    total: Any
+    """Σ w·v, an array or a pytree of arrays."""
     weight: Array
     """Σ w."""
 
     def __add__(self, other: "WeightedSum") -> "WeightedSum":  # type: ignore[override]  # a sum, not a concatenation of tuples
         """The sum over both parts."""
-        return WeightedSum(self.total + other.total, self.weight + other.weight)
+        return jax.tree.map(jnp.add, self, other)
 
     def psum(self, axis_name: str | tuple[str, ...]) -> "WeightedSum":
         """The sum over the devices of a mesh axis, inside `jax.shard_map` or `jax.vmap(axis_name=…)`."""
-        return WeightedSum(lax.psum(self.total, axis_name), lax.psum(self.weight, axis_name))
+        return lax.psum(self, axis_name)
 
-    def mean(self) -> Array:
+    def mean(self) -> Any:
         """Σ w·v / Σ w; exactly 0 with gradient 0 where Σ w = 0."""
         empty = self.weight == 0
-        return jnp.where(empty, jnp.zeros_like(self.total), self.total) / jnp.where(empty, jnp.ones_like(self.weight), self.weight)
+        weight = jnp.where(empty, jnp.ones_like(self.weight), self.weight)
+        return jax.tree.map(lambda total: jnp.where(empty, jnp.zeros_like(total), total) / weight.astype(total.dtype), self.total)
 
 
 def weighted_sum(

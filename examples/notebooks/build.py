@@ -13,9 +13,8 @@ SCRIPT = Path(__file__).with_name("quickstart.py")
 
 def build(output: Path) -> None:
     notebook = jupytext.read(SCRIPT)
-    NotebookClient(
-        notebook, kernel_name="python3", timeout=300, record_timing=False, extra_arguments=["--log-level=ERROR"]
-    ).execute()  # raises if a cell does
+    options = {"kernel_name": "python3", "timeout": 300, "record_timing": False, "extra_arguments": ["--log-level=ERROR"]}
+    NotebookClient(notebook, coalesce_streams=True, **options).execute()  # raises if a cell does
     for i, cell in enumerate(notebook.cells):
         cell.id, cell.metadata = f"cell-{i}", {}
         for out in cell.get("outputs", []):

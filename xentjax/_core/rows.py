@@ -106,7 +106,8 @@ def statistics(rows: Rows) -> Statistics:
         return Statistics(m, c, None, None, largest(rows) == -jnp.inf)
     m, d, rest = _log_sums(rows.values, rows.raw, rows.labels, rows.class_mask, rows.where, rows.axis_name)
     dead = numerics.is_infinite(-d) & numerics.is_infinite(-rest)
-    a = jnp.where(dead, d, d - rest)
+    rest = jnp.where(dead, jnp.zeros_like(rest), rest)
+    a = d - rest
     # log(e^d + e^ℓ), relative to the larger of the two
     log_sum = jnp.where(a > 0, d + numerics.softplus(-a), rest + numerics.softplus(a))
     return Statistics(m, log_sum, d, a, dead)
@@ -140,7 +141,7 @@ def surprise_at(rows: Rows, found: Statistics, index: Array) -> Array:
     here = _here(rows, index)
     z = z if here is None else over_devices(rows, jnp.where(here, z, 0))
     u = (found.reference[..., None] - z) + found.log_sum[..., None]
-    return masked(jnp.where(inside, u, jnp.nan), rows.where)
+    return masked(u * jnp.where(inside, 1.0, jnp.nan).astype(u.dtype), rows.where)  # a product: the derivative is NaN as well
 
 
 def finite_values(rows: Rows) -> Array:
@@ -301,14 +302,15 @@ def _largest_class(rows):
 
 
 def _reference(top, rows):
-    """m: the maximum, or 0 where there is none to subtract or the example does not count."""
+    """m: the maximum; 0 where there is none to subtract or the example does not count; NaN for a logit of +∞."""
     m = top.astype(rows.values.dtype)
     usable = m != -jnp.inf
+    m = jnp.where(m == jnp.inf, jnp.nan, m)
     return jnp.where(usable if rows.where is None else usable & rows.where, m, jnp.zeros_like(m))
 
 
 def _gap(rows, m):
-    """The gap z_y − m: −INFINITE for an impossible label, NaN for an index out of range or a logit of +∞."""
+    """The gap z_y − m: −INFINITE for an impossible label, NaN for an index out of range."""
     local, inside = _local(rows, rows.labels)
     z = numerics.take_last(rows.raw, local[..., None]).squeeze(-1).astype(m.dtype)
     if rows.class_mask is not None:
@@ -316,7 +318,7 @@ def _gap(rows, m):
     here = _here(rows, rows.labels)
     if here is not None:
         z = over_devices(rows, jnp.where(here, numerics.finite(z), 0))
-    d = jnp.where(inside & (z != jnp.inf), numerics.finite(z) - m, jnp.nan)
+    d = jnp.where(inside, numerics.finite(z) - m, jnp.nan)
     return d if rows.where is None else jnp.where(rows.where, d, jnp.zeros_like(d))
 
 

@@ -1,0 +1,198 @@
+"""Masks are selections: what they hide reaches nothing, in value or derivative."""
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference as ref
+from test_values import RTOL, each_kind
+
+import xentjax
+
+POISON = (jnp.nan, jnp.inf, -jnp.inf, 1e30)
+
+
+def hide(labels, rows, fill):
+    """Labels with the given rows replaced by something that no label may be."""
+    if isinstance(labels, tuple):
+        return tuple(hide(x, rows, fill) for x in labels)
+    bad = jnp.asarray(-100 if jnp.issubdtype(labels.dtype, jnp.integer) else fill, labels.dtype)
+    return labels.at[rows].set(bad)
+
+
+@each_kind()
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_where_hides_everything(case, kind, dtype, rng):
+    z, labels = case.draw(rng, (6,), dtype=dtype, kind=kind)
+    where = jnp.array([True, False, True, False, False, True])
+    hidden = ~where
+    counted = jnp.broadcast_to(where[:, None], z.shape) if case.family == "bits" else where
+    value, slope = case(z, labels), cases.gradient(case, z, labels)
+    for poison in POISON:
+        z_bad, labels_bad = z.at[hidden].set(jnp.asarray(poison, dtype)), hide(labels, hidden, poison)
+        result = case(z_bad, labels_bad, where=counted)
+        np.testing.assert_allclose(result[where], value[where], rtol=RTOL)
+        np.testing.assert_array_equal(result[hidden], np.zeros_like(result[hidden]))
+        derivative = cases.gradient(case, z_bad, labels_bad, where=counted)
+        half = max(RTOL, float(jnp.finfo(dtype).eps))  # one rounding of the gradient to its dtype
+        np.testing.assert_allclose(np.asarray(derivative[where], np.float32), np.asarray(slope[where], np.float32), rtol=half, atol=RTOL)
+        np.testing.assert_array_equal(derivative[hidden], np.zeros_like(derivative[hidden]))
+        second = jax.jvp(jax.grad(lambda z, y=labels_bad: case(z, y, where=counted).sum()), (z_bad,), (jnp.ones_like(z_bad),))[1]
+        assert np.isfinite(np.asarray(second, np.float32)).all() and not second[hidden].any()
+        tangent = jax.jvp(lambda z, y=labels_bad: case(z, y, where=counted), (z_bad,), (jnp.ones_like(z_bad),))[1]
+        assert np.isfinite(tangent).all() and not tangent[hidden].any()
+
+
+@each_kind(cases.CATEGORICAL)
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_missing_classes_do_not_exist(case, kind, per_row, dtype, rng):
+    if case.family == "top_k":
+        z, labels = case.draw(rng, (8,), classes=5, dtype=dtype)
+        z = jnp.concatenate([z, z[:, :2]], -1)
+    else:
+        z, labels = case.draw(rng, (8,), dtype=dtype, kind=kind)
+        labels = labels % 5 if kind == "index" else labels.at[:, 5:].set(0.0)
+    mask = jnp.broadcast_to(jnp.arange(7) < 5, z.shape) if per_row else jnp.arange(7) < 5
+    # the same problem with five classes, by the formula
+    five = np.asarray(z, np.float64)[:, :5]
+    weights = case.target.get("class_weights")
+    target = {**case.target, **({"class_weights": weights[:5]} if weights else {})}
+    if case.family == "top_k":
+        t = case.targets(ref.Double, labels, 5)
+    else:
+        t = ref.targets(ref.Double, np.asarray(labels) if kind == "index" else np.asarray(labels)[:, :5], 5, **target)
+    value, slope = case.value(ref.Double, five, t, **case.formula), case.gradient(ref.Double, five, t, **case.formula)
+    half = max(RTOL, float(jnp.finfo(dtype).eps))
+    for poison in POISON:
+        z_bad = z.at[:, 5:].set(jnp.asarray(poison, dtype))
+        np.testing.assert_allclose(case(z_bad, labels, class_mask=mask), value, rtol=RTOL, atol=10 * RTOL)
+        derivative = np.asarray(cases.gradient(case, z_bad, labels, class_mask=mask), np.float64)
+        np.testing.assert_allclose(derivative[:, :5], slope, rtol=half, atol=10 * RTOL)
+        assert not derivative[:, 5:].any()
+
+
+@pytest.mark.parametrize("function", [xentjax.softmax_cross_entropy, xentjax.softmax_focal_loss])
+@pytest.mark.parametrize("soft", [False, True])
+def test_label_on_a_missing_class_costs_infinity(function, soft):
+    labels = jnp.array([0, 2])
+    labels = jax.nn.one_hot(labels, 3) if soft else labels
+    loss = function(jnp.zeros((2, 3)), labels, class_mask=jnp.array([True, True, False]))
+    assert np.isfinite(loss[0]) and loss[1] == np.inf
+    slope = jax.grad(lambda z: function(z, labels, class_mask=jnp.array([True, True, False])).sum())(jnp.zeros((2, 3)))
+    assert np.isfinite(slope).all()
+
+
+@each_kind(cases.CATEGORICAL)
+def test_row_without_any_class_costs_nothing(case, kind, rng):
+    z, labels = case.draw(rng, (2,), kind=kind)
+    mask = jnp.array([[False], [True]]) & jnp.ones(z.shape, bool)
+    assert case(z, labels, class_mask=mask)[0] == 0
+    assert not cases.gradient(case, z, labels, class_mask=mask)[0].any()
+    np.testing.assert_allclose(case(z, labels, class_mask=mask)[1], case(z, labels)[1], rtol=RTOL)
+
+
+# Smoothing puts weight on an impossible class: its loss is +∞ by the formula (test below).
+@each_kind([c for c in cases.CLASSES + cases.TOP_K if "label_smoothing" not in c.target])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_impossible_classes(case, kind, dtype, rng):
+    z, labels = case.draw(rng, (8,), classes=5 if case.family == "top_k" else 7, dtype=dtype, kind=kind)
+    if case.family == "top_k":
+        z = jnp.concatenate([z, z[:, :2]], -1)
+    elif kind == "index":
+        labels = labels % 5
+    else:
+        labels = labels.at[:, 5:].set(0.0)
+    z = z.at[:, 5:].set(-jnp.inf)
+    same = case(z, labels, class_mask=jnp.arange(7) < 5)
+    np.testing.assert_allclose(case(z, labels), same, rtol=RTOL)
+    for derive in (jax.grad, jax.jacfwd, lambda f: lambda z: jax.jvp(jax.grad(f), (z,), (jnp.ones_like(z),))[1]):
+        derivative = derive(lambda z: case(z, labels).sum())(z)
+        assert np.isfinite(np.asarray(derivative, np.float32)).all() and not derivative[:, 5:].any()
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_impossible_labels(soft, dtype):
+    z = jnp.array([[-jnp.inf, 1.0, 2.0], [-jnp.inf] * 3], dtype)
+    labels = jnp.array([0, 1])
+    labels = jax.nn.one_hot(labels, 3) if soft else labels
+    for function in (xentjax.softmax_cross_entropy, xentjax.softmax_focal_loss):
+        assert (function(z, labels) == np.inf).all()
+        slope = jax.grad(lambda z, f=function: f(z, labels).sum())(z)
+        assert np.isfinite(np.asarray(slope, np.float32)).all() and not slope[1].any()
+    # p − onehot(label) is finite where the loss is not
+    p = np.exp([1.0, 2.0]) / np.exp([1.0, 2.0]).sum()
+    slope = jax.grad(lambda z: xentjax.softmax_cross_entropy(z, labels).sum())(z)
+    np.testing.assert_allclose(np.asarray(slope[0], np.float64), [-1, *p], rtol=float(jnp.finfo(dtype).eps))
+    assert (xentjax.softmax_log_prob(z, labels) == -np.inf).all()
+
+
+def test_smoothing_over_an_impossible_class_costs_infinity():
+    z = jnp.array([0.0, 1.0, -jnp.inf])
+    assert xentjax.softmax_cross_entropy(z, jnp.array(0), label_smoothing=0.1) == np.inf
+    finite = xentjax.softmax_cross_entropy(z, jnp.array(0), label_smoothing=0.1, class_mask=jnp.array([True, True, False]))
+    assert np.isfinite(finite)
+
+
+def test_weight_zero_times_infinity_is_zero():
+    z = jnp.array([-jnp.inf, 1.0, 2.0])
+    w = jnp.array([0.0, 1.0, 1.0])
+    assert xentjax.softmax_cross_entropy(z, jnp.array(0), class_weights=w) == 0
+    assert xentjax.softmax_cross_entropy(z, jnp.array([1.0, 0.0, 0.0]), class_weights=w) == 0
+    assert not jax.grad(lambda z: xentjax.softmax_cross_entropy(z, jnp.array(0), class_weights=w))(z).any()
+
+
+WIDTHS = [(x, d) for x in (-1, -100, 7, 1000, 2**31 - 1) for d in (jnp.int8, jnp.int16, jnp.int32, jnp.uint8, jnp.uint32)]
+
+
+@pytest.mark.parametrize(
+    ("case", "label", "dtype"),
+    [(cases.CLASSES[0], *width) for width in WIDTHS] + [(c, -1, jnp.int32) for c in cases.CLASSES[1:]],
+    ids=str,
+)
+def test_bad_labels_are_nan_in_value_and_gradient(case, label, dtype, rng):
+    info = jnp.iinfo(dtype)
+    if not info.min <= label <= info.max:
+        label = int(np.array(label).astype(dtype))  # −1 as uint8 is 255: out of range as well
+    if 0 <= label < 7:
+        label = 7
+    z, y = case.draw(rng, (3,))
+    y = y.astype(dtype).at[1].set(label)
+    value, slope = case(z, y), cases.gradient(case, z, y)
+    assert np.isnan(value[1]) and np.isnan(slope[1]).all()
+    assert np.isfinite(value[::2]).all() and np.isfinite(slope[::2]).all()
+
+
+def test_bad_top_k_labels_are_nan(rng):
+    (case,) = cases.TOP_K
+    z, (ids, probs) = case.draw(rng, (3,))
+    ids = ids.at[1, 0].set(7)
+    value, slope = case(z, (ids, probs)), cases.gradient(case, z, (ids, probs))
+    assert np.isnan(value[1]) and np.isnan(slope[1]).all()
+    assert np.isfinite(value[::2]).all() and np.isfinite(slope[::2]).all()
+
+
+@each_kind(cases.CLASSES)
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_nan_stays_in_its_row(case, kind, bad, dtype, rng):
+    z, labels = case.draw(rng, (7,), dtype=dtype, kind=kind)
+    z = z.at[jnp.arange(7), jnp.arange(7)].set(jnp.asarray(bad, dtype)).at[3].set(0)
+    value, slope = case(z, labels), cases.gradient(case, z, labels)
+    assert np.isnan(np.delete(np.asarray(value), 3)).all()
+    assert np.isfinite(value[3]) and np.isfinite(np.asarray(slope[3], np.float32)).all()
+
+
+@pytest.mark.parametrize("case", cases.BITS, ids=str)
+def test_infinite_bits(case):
+    labels = jnp.array([1, 0, 1, 0, 1, 0, 1])
+    z = jnp.array([jnp.inf, -jnp.inf, -jnp.inf, jnp.inf, 0.0, 0.0, 0.0])
+    value = case(z, labels)
+    slope = cases.gradient(case, z, labels)
+    assert np.isfinite(slope).all()
+    if "label_smoothing" not in case.target:
+        assert (value[:2] == 0).all() and not slope[:2].any()
+        if case.name != "asymmetric_loss":
+            assert (value[2:4] == np.inf).all()
