@@ -135,6 +135,7 @@ def surprise_at(rows: Rows, found: Statistics, index: Array) -> Array:
     """−log p at several classes of a row, `index` [..., k]; NaN where an index is out of range, INFINITE where it does not exist."""
     index = index.astype(_index_dtype(index))
     local, inside = _local(rows, index)
+    inside = inside if rows.where is None else inside | ~rows.where[..., None]
     z = jnp.take_along_axis(finite_values(rows), local, axis=-1, mode="clip")
     if rows.class_mask is not None:
         z = jnp.where(jnp.take_along_axis(rows.class_mask, local, axis=-1, mode="clip"), z, -numerics.INFINITE)
