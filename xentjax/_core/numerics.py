@@ -126,18 +126,20 @@ def take_last(x: Array, index: Array) -> Array:
 
 
 @jax.custom_jvp
-def widen(values: Array, raw: Array) -> Array:
-    """`values`, which is `raw` in the accumulation dtype, read from `raw` without a conversion that XLA could share.
+def widen(x: Array) -> Array:
+    """`x` in the accumulation dtype, without a conversion that XLA could share with another loop.
 
     XLA on CPUs stores a conversion that two loops share as a full float32 array. The bits of a bfloat16 are the upper half
-    of a float32, so shifting them says the same in other operations. Derivatives go to `values`.
+    of a float32, so shifting them says the same in other operations.
     """
-    if raw.dtype == jnp.bfloat16 and values.dtype == jnp.float32:
-        return lax.bitcast_convert_type(lax.shift_left(_bits(raw).astype(jnp.uint32), jnp.uint32(16)), jnp.float32)
-    return values
+    if x.dtype == jnp.bfloat16:
+        return lax.bitcast_convert_type(lax.shift_left(_bits(x).astype(jnp.uint32), jnp.uint32(16)), jnp.float32)
+    return x.astype(accumulation_dtype(x.dtype))
 
 
-widen.defjvp(lambda primals, tangents: (widen(*primals), tangents[0]))
+@widen.defjvp
+def _(primals, tangents):
+    return widen(*primals), tangents[0].astype(accumulation_dtype(tangents[0].dtype))
 
 
 def _bits(x: Array) -> Array:

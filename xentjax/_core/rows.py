@@ -251,22 +251,26 @@ def _log_sums(values, raw, labels, class_mask, where, axis_name):
 @_log_sums.defjvp
 def _(axis_name, primals, tangents):
     values, raw, labels, class_mask, where = primals
-    rows = Rows(raw, values, labels, class_mask, where, axis_name)
     m, d, log_sum = _log_sums(values, raw, labels, class_mask, where, axis_name)
-    label = None if labels is None else _on_label(rows)
-    keep = _and(None if label is None else ~label, class_mask, where)
-    scale = jnp.exp(-jnp.where(numerics.is_infinite(-log_sum), jnp.zeros_like(log_sum), log_sum))
 
-    def log_sum_tangent(z, tangent):
-        softmax = _exponentials_again(z, raw, m, keep) * scale[..., None]
-        return class_sum(rows, softmax * tangent)
+    def linear(z, m, log_sum, tangent):
+        rows = Rows(raw, values, labels, class_mask, where, axis_name)
+        label = None if labels is None else _on_label(rows)
+        keep = _and(None if label is None else ~label, class_mask, where)
+        # x + (−m), not x − m, in half precision: not even the broadcast of m may be shared with the sum
+        x = z - m[..., None] if z.dtype == m.dtype else numerics.widen(z) + (-m)[..., None]
+        scale = jnp.exp(-jnp.where(numerics.is_infinite(-log_sum), jnp.zeros_like(log_sum), log_sum))
+        softmax = jnp.exp(x if keep is None else jnp.where(keep, x, -jnp.inf)) * scale[..., None]
+        log_sum_dot = class_sum(rows, softmax * tangent)
+        if label is None:
+            return jnp.zeros_like(m), log_sum_dot
+        return class_sum(rows, jnp.where(_and(label, class_mask, where), tangent, 0)), log_sum_dot
 
-    # Residuals of half precision are the logits themselves, not their exponentials in float32.
-    recompute = functools.partial(jax.checkpoint, prevent_cse=False) if raw.dtype != values.dtype else lambda f: f
-    log_sum_dot = recompute(log_sum_tangent)(values, tangents[0])
-    zero = jnp.zeros_like(m)
-    d_dot = zero if label is None else class_sum(rows, jnp.where(_and(label, class_mask, where), tangents[0], 0))
-    return (m, d, log_sum), (zero, d_dot, log_sum_dot)
+    # What a backward pass of its own gets handed over is the exponentials in float32, and in half precision the logits.
+    narrow = raw.dtype != values.dtype
+    linear = jax.checkpoint(linear, prevent_cse=False) if narrow else linear
+    z = values.astype(raw.dtype)  # exact: that is where they came from
+    return (m, d, log_sum), (jnp.zeros_like(m), *linear(z, m, log_sum, tangents[0]))
 
 
 def _exponentials(rows, m, keep):
@@ -274,13 +278,6 @@ def _exponentials(rows, m, keep):
     if rows.raw.dtype != m.dtype:
         return jnp.exp(numerics.select_logits(keep, rows.raw).astype(m.dtype) - m[..., None])
     return jnp.exp(jnp.where(keep, rows.raw - m[..., None], -jnp.inf))
-
-
-def _exponentials_again(z, raw, m, keep):
-    """The same for the derivative, as a function of z: one array with the sum's in float32, and none in half precision."""
-    # there x + (−m), not x − m, because not even the broadcast of m may be shared with the sum
-    x = z - m[..., None] if raw.dtype == m.dtype else numerics.widen(z, raw) + (-m)[..., None]
-    return jnp.exp(x if keep is None else jnp.where(keep, x, -jnp.inf))
 
 
 def _maximum(raw, mask, axis_name):

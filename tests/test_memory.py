@@ -1,0 +1,85 @@
+"""What the compiled program keeps: no float32 copy of half-precision logits, no one-hot labels, no more than the peer."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import xentjax
+
+ROWS, CLASSES = 512, 2048
+
+
+def compiled(function, dtype, labels=None):
+    z = jax.ShapeDtypeStruct((ROWS, CLASSES), dtype)
+    y = jax.ShapeDtypeStruct((ROWS,), jnp.int32) if labels is None else labels
+    return jax.jit(function).lower(z, y).compile()
+
+
+def buffers(program, dtype):
+    """How often an array of the size of the logits in `dtype` stands outside the fused loops, where it takes memory."""
+    entry = program.as_text().split("ENTRY")[1]
+    return len(re.findall(rf"= {dtype}\[{ROWS},{CLASSES}\]\S* (?!parameter|bitcast)", entry))
+
+
+def mean(loss):
+    return lambda z, y: loss(z, y).mean()
+
+
+LOSSES = [
+    xentjax.softmax_cross_entropy,
+    xentjax.softmax_log_prob,
+    xentjax.softmax_focal_loss,
+    lambda z, y: xentjax.softmax_cross_entropy(z, y, z_loss=0.1),
+    lambda z, y: xentjax.softmax_cross_entropy(z, y, where=y >= 0),
+]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("derive", [jax.value_and_grad, lambda f: f])
+def test_no_wide_copy_of_bfloat16_logits(loss, derive):
+    program = compiled(derive(mean(loss)), jnp.bfloat16)
+    assert buffers(program, "f32") == 0
+    # beside the gradient nothing larger than a masked copy in the logits' own dtype
+    assert program.memory_analysis().temp_size_in_bytes <= ROWS * CLASSES * 2 + 64 * ROWS
+
+
+def test_the_wide_copy_would_be_seen():
+    assert buffers(compiled(lambda z, y: z.astype(jnp.float32) * 2, jnp.bfloat16), "f32") == 1
+    assert buffers(compiled(lambda z, y: (jnp.sin(z) / jnp.cos(z).sum(1, keepdims=True)), jnp.float32), "f32") >= 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_no_more_than_optax(loss, dtype):
+    ours = compiled(jax.value_and_grad(mean(loss)), dtype).memory_analysis().temp_size_in_bytes
+    theirs = compiled(jax.value_and_grad(mean(optax.softmax_cross_entropy_with_integer_labels)), dtype).memory_analysis().temp_size_in_bytes
+    assert ours <= theirs + 64 * ROWS  # a few more numbers per row
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_residuals_between_passes_are_no_wider_than_the_logits(dtype):
+    # Outside jit the forward pass is a program of its own, and what it hands to the backward pass is stored.
+    z = jnp.zeros((ROWS, CLASSES), dtype)
+    y = jnp.zeros(ROWS, jnp.int32)
+    _, pull = jax.vjp(lambda z: xentjax.softmax_cross_entropy(z, y), z)
+    widest = max(leaf.nbytes for leaf in jax.tree.leaves(pull))
+    assert widest <= z.nbytes
+
+
+def test_top_k_labels_are_never_dense():
+    ids = jax.ShapeDtypeStruct((ROWS, 4), jnp.int32)
+
+    def loss(z, ids):
+        return xentjax.softmax_cross_entropy_with_top_k_labels(z, ids, jnp.full(ids.shape, 0.25)).mean()
+
+    text = compiled(loss, jnp.float32, ids).as_text()
+    assert f"[{ROWS},4,{CLASSES}]" not in text
+
+
+def test_indices_are_never_one_hot():
+    text = compiled(jax.value_and_grad(mean(xentjax.softmax_cross_entropy)), jnp.float32).as_text()
+    entry = text.split("ENTRY")[1]
+    assert not re.search(rf"= (pred|s32)\[{ROWS},{CLASSES}\]", entry)

@@ -1,0 +1,179 @@
+"""jit, vmap, scan, checkpoint, export, strict modes: a loss is an ordinary JAX function."""
+
+import functools
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference as ref
+from jax import export
+from test_values import RTOL, each_kind
+
+import xentjax
+
+
+@each_kind()
+def test_vmap_over_arguments_equals_the_batch(case, kind, rng):
+    z, labels = case.draw(rng, (4,), kind=kind)
+    batched = case(z, labels)
+    np.testing.assert_allclose(jax.vmap(case)(z, labels), batched, rtol=RTOL, atol=RTOL)
+    one = jax.tree.map(lambda x: x[0], labels)
+    np.testing.assert_allclose(jax.vmap(lambda z: case(z, one))(z)[0], batched[0], rtol=RTOL, atol=RTOL)
+    slope = jax.vmap(jax.grad(lambda z, y: case(z, y).sum()))(z, labels)
+    np.testing.assert_allclose(slope, cases.gradient(case, z, labels), rtol=RTOL, atol=RTOL)
+    last = jax.vmap(case, in_axes=(1, 0), out_axes=0)(jnp.moveaxis(z, 0, 1), labels)
+    np.testing.assert_allclose(last, batched, rtol=RTOL, atol=RTOL)
+
+
+@pytest.mark.parametrize(
+    ("function", "keyword", "values"),
+    [
+        (xentjax.softmax_cross_entropy, "label_smoothing", [0.0, 0.1, 0.5, 1.0]),
+        (xentjax.softmax_cross_entropy, "z_loss", [0.0, 0.1, 1.0]),
+        (xentjax.softmax_focal_loss, "gamma", [0.0, 0.5, 2.0]),
+        (xentjax.sigmoid_cross_entropy, "pos_weight", [0.0, 1.0, 3.0]),
+        (xentjax.sigmoid_focal_loss, "alpha", [0.0, 0.25, 1.0]),
+        (xentjax.asymmetric_loss, "clip", [0.01, 0.05, 0.5]),
+    ],
+)
+def test_vmap_over_hyper_parameters_equals_python_numbers(function, keyword, values, rng):
+    case = next(c for c in cases.LOSSES if c.function is function)
+    z, labels = case.draw(rng, (5,))
+    together = jax.vmap(lambda x: function(z, labels, **{keyword: x}))(jnp.asarray(values, jnp.float32))
+    for x, result in zip(values, together, strict=True):
+        np.testing.assert_allclose(result, function(z, labels, **{keyword: x}), rtol=RTOL, atol=RTOL)
+
+
+def test_vmap_over_masks_and_weights(rng):
+    z, y = cases.CLASSES[0].draw(rng, (5,))
+    masks = jnp.asarray(rng.uniform(size=(3, 7)) < 0.7).at[:, :].set(True).at[0, 6].set(False)
+    y = jnp.minimum(y, 5)
+    weights = jnp.asarray(rng.uniform(size=(3, 7)), jnp.float32)
+    counts = jnp.asarray(rng.uniform(size=(3, 5)) < 0.5)
+
+    def loss(mask, w, count):
+        return xentjax.softmax_cross_entropy(z, y, class_mask=mask, class_weights=w, where=count)
+
+    together = jax.vmap(loss)(masks, weights, counts)
+    for i in range(3):
+        np.testing.assert_allclose(together[i], loss(masks[i], weights[i], counts[i]), rtol=RTOL)
+
+
+@each_kind(cases.CLASSES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_checkpoint_and_scan(case, kind, dtype, rng):
+    z, labels = case.draw(rng, (4, 3), dtype=dtype, kind=kind)
+    slope = np.asarray(cases.gradient(case, z, labels), np.float32)
+    half = max(RTOL, float(jnp.finfo(dtype).eps))
+
+    def scanned(z):
+        return jax.lax.scan(lambda total, x: (total + case(*x).sum(), None), jnp.float32(0), (z, labels))[0]
+
+    for loss in (jax.checkpoint(lambda z: case(z, labels).sum()), scanned, jax.checkpoint(scanned)):
+        np.testing.assert_allclose(np.asarray(jax.grad(loss)(z), np.float32), slope, rtol=half, atol=RTOL)
+
+
+def compilations(function):
+    """How many programs XLA compiles while `function` runs."""
+    counted = []
+    jax.monitoring.register_event_duration_secs_listener(listener := lambda name, *_, **__: counted.append(name))
+    try:
+        function()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    return sum("backend_compile" in name for name in counted)
+
+
+def test_one_program_per_shape_and_option(rng):
+    z, y = cases.CLASSES[0].draw(rng, (11,), classes=13)
+    bits = jnp.ones_like(z)
+    sweeps = {
+        "label_smoothing": lambda x: xentjax.softmax_cross_entropy(z, y, label_smoothing=x),
+        "z_loss": lambda x: xentjax.softmax_cross_entropy(z, y, z_loss=x),
+        "gamma": lambda x: xentjax.softmax_focal_loss(z, y, gamma=x),
+        "alpha": lambda x: xentjax.sigmoid_focal_loss(z, bits, alpha=x),
+        "clip": lambda x: xentjax.asymmetric_loss(z, bits, clip=x),
+    }
+    for keyword, loss in sweeps.items():
+        values = [0.1, 0.2, 0.3, 0.9, 1.0, np.float32(0.5), np.float64(0.25)]
+        loss(0.7)
+        assert compilations(lambda loss=loss, values=values: [loss(x) for x in values]) == 0, keyword
+        # 0 leaves the term out: one more program, once
+        assert compilations(lambda loss=loss: [loss(0.0), loss(0), loss(0.0)]) <= 1, keyword
+    assert compilations(lambda: xentjax.softmax_cross_entropy(z, y, label_smoothing=0.7)) == 0
+    other, index = cases.CLASSES[0].draw(rng, (12,), classes=13)
+    assert compilations(lambda: xentjax.softmax_cross_entropy(other, index)) == 1  # an eager call is one program
+
+
+def test_a_user_s_jit_sees_no_call(rng):
+    z, y = cases.CLASSES[0].draw(rng)
+    jaxpr = jax.make_jaxpr(jax.jit(lambda z: xentjax.softmax_cross_entropy(z, y).mean()))(z)
+    inner = jaxpr.eqns[0].params["jaxpr"].eqns
+    assert "_cross_entropy" not in {e.params.get("name") for e in inner}
+
+
+@pytest.mark.parametrize("case", cases.LOSSES, ids=str)
+def test_export_with_gradient_for_every_platform(case, rng):
+    for kind in case.kinds:
+        z, labels = case.draw(rng, (4,), dtype=jnp.bfloat16, kind=kind)
+        step = jax.jit(jax.value_and_grad(lambda z, y: case(z, y).sum()))
+        exported = export.export(step, platforms=("cpu", "cuda", "rocm", "tpu"))(z, labels)
+        assert exported.platforms == ("cpu", "cuda", "rocm", "tpu")
+        value, slope = exported.call(z, labels)
+        np.testing.assert_allclose(value, step(z, labels)[0], rtol=RTOL)
+        np.testing.assert_array_equal(slope, step(z, labels)[1])
+
+
+@each_kind()
+def test_no_nan_on_the_way_to_a_finite_answer(case, kind, rng):
+    z, labels = case.draw(rng, (4,), kind=kind)
+    if case.family == "classes" and "label_smoothing" not in case.target and kind == "index":
+        z = z.at[:, 6].set(-jnp.inf)
+        labels = labels % 6
+    where = jnp.array([True, True, False, True])
+    where = jnp.broadcast_to(where[:, None], z.shape) if case.family == "bits" else where
+    poisoned = z.at[2].set(jnp.nan)
+    jax.config.update("jax_debug_nans", True)
+    try:
+        assert np.isfinite(case(z, labels)).all()
+        assert np.isfinite(cases.gradient(case, z, labels)).all()
+        assert np.isfinite(case(poisoned, labels, where=where)).all()
+    finally:
+        jax.config.update("jax_debug_nans", False)
+
+
+def test_an_optax_loop_learns(rng):
+    optax = pytest.importorskip("optax")
+    centres = rng.normal(size=(3, 5)) * 3
+    y = rng.integers(0, 3, 90)
+    x = jnp.asarray(centres[y] + rng.normal(size=(90, 5)), jnp.float32)
+    labels = jnp.asarray(y, jnp.int32)
+    parameters = {"kernel": jnp.zeros((5, 3)), "bias": jnp.zeros(3)}
+    optimizer = optax.sgd(0.5)
+    state = optimizer.init(parameters)
+
+    def loss(p):
+        return xentjax.weighted_mean(xentjax.softmax_cross_entropy(x @ p["kernel"] + p["bias"][None], labels))
+
+    @jax.jit
+    def step(p, state):
+        value, slope = jax.value_and_grad(loss)(p)
+        updates, state = optimizer.update(slope, state)
+        return optax.apply_updates(p, updates), state, value
+
+    first = None
+    for _ in range(50):
+        parameters, state, value = step(parameters, state)
+        first = value if first is None else first
+    np.testing.assert_allclose(first, np.log(3), rtol=RTOL)
+    assert value < 0.2 * first
+
+
+def test_weak_and_strong_scalars_agree(rng):
+    z, y = cases.CLASSES[0].draw(rng)
+    smooth = functools.partial(xentjax.softmax_cross_entropy, z, y)
+    for x in (0.1, np.float32(0.1), np.array(0.1), jnp.float32(0.1), jnp.bfloat16(0.1)):
+        expected = ref.cross_entropy(ref.Double, np.asarray(z, np.float64), ref.targets(ref.Double, y, 7, float(x)))
+        np.testing.assert_allclose(smooth(label_smoothing=x), expected, rtol=RTOL)
