@@ -114,12 +114,8 @@ TOP_K = (
 )
 STATISTICS = (
     Case("row_statistics", xentjax.row_statistics, ref.log_prob, ref.log_prob_gradient, field="log_prob"),
-    Case(
-        "row_statistics", xentjax.row_statistics, _without_targets(ref.entropy), _without_targets(ref.entropy_gradient), field="entropy"
-    ),
-    Case(
-        "row_statistics", xentjax.row_statistics, _without_targets(ref.normalizer), _without_targets(ref.softmax), field="log_normalizer"
-    ),
+    Case("row_statistics", xentjax.row_statistics, _without_targets(ref.entropy), _without_targets(ref.entropy_gradient), field="entropy"),
+    Case("row_statistics", xentjax.row_statistics, _without_targets(ref.normalizer), _without_targets(ref.softmax), field="log_normalizer"),
     Case(
         "row_statistics",
         xentjax.row_statistics,
@@ -136,7 +132,9 @@ BITS = (
     Case("sigmoid_focal_loss", *_BIT_FOCAL, family="bits", tolerance=3.0),
     Case("sigmoid_focal_loss", *_BIT_FOCAL, family="bits", target=_SMOOTH, formula={"gamma": 0.5, "alpha": 0.25}, tolerance=3.0),
     Case("asymmetric_loss", *_ASYMMETRIC, family="bits", tolerance=3.0),
-    Case("asymmetric_loss", *_ASYMMETRIC, family="bits", formula={"gamma_negative": 2.0, "gamma_positive": 0.0, "clip": 0.0}, tolerance=3.0),
+    Case(
+        "asymmetric_loss", *_ASYMMETRIC, family="bits", formula={"gamma_negative": 2.0, "gamma_positive": 0.0, "clip": 0.0}, tolerance=3.0
+    ),
 )
 LOSSES = CLASSES + TOP_K + STATISTICS + BITS
 CATEGORICAL = CLASSES + TOP_K + STATISTICS

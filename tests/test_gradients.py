@@ -143,7 +143,9 @@ def test_derivative_with_respect_to_hyper_parameters(function, keyword, at, rng,
     def formula(x):
         given = {keyword: x}
         options = {} if target else given
-        t = (ref.bits if case.family == "bits" else lambda m, y, **k: ref.targets(m, y, 7, **k))(ref.Double, labels, **(given if target else {}))
+        t = (ref.bits if case.family == "bits" else lambda m, y, **k: ref.targets(m, y, 7, **k))(
+            ref.Double, labels, **(given if target else {})
+        )
         return case.value(ref.Double, np.asarray(z), t, **options).sum()
 
     numeric = (formula(at + 1e-6) - formula(at - 1e-6)) / 2e-6

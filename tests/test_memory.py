@@ -48,7 +48,7 @@ def test_no_wide_copy_of_bfloat16_logits(loss, derive):
 
 def test_the_wide_copy_would_be_seen():
     assert buffers(compiled(lambda z, y: z.astype(jnp.float32) * 2, jnp.bfloat16), "f32") == 1
-    assert buffers(compiled(lambda z, y: (jnp.sin(z) / jnp.cos(z).sum(1, keepdims=True)), jnp.float32), "f32") >= 1
+    assert buffers(compiled(lambda z, y: jnp.sin(z) / jnp.cos(z).sum(1, keepdims=True), jnp.float32), "f32") >= 1
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -1,0 +1,227 @@
+"""`checked`: value errors with the loss, the first offending position and its value; nothing of it without."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import xentjax
+
+Z, Y = np.array([[1.0, 2.0, 0.5], [0.0, -1.0, 3.0]], np.float32), np.array([0, 2], np.int32)
+cross_entropy = xentjax.softmax_cross_entropy
+top_k = xentjax.softmax_cross_entropy_with_top_k_labels
+INDICES = (cross_entropy, xentjax.softmax_focal_loss, xentjax.softmax_log_prob, xentjax.row_statistics)
+BITS = (xentjax.sigmoid_cross_entropy, xentjax.sigmoid_focal_loss, xentjax.asymmetric_loss)
+
+
+def raises(message):
+    return pytest.raises(ValueError, match=f"^{re.escape(message)}(\n|$)")  # JAX appends a note about its traceback
+
+
+def name_of(x):
+    return getattr(x, "__name__", None)
+
+
+def put(x, position, value):
+    x = np.array(x)
+    x[position] = value
+    return x
+
+
+def checked_jit(function):
+    """One program to compile in place of one for each operation."""
+    return xentjax.checked(jax.jit(function, static_argnames="axis" if function in INDICES else None))
+
+
+@jax.jit
+def step(z, y):
+    return cross_entropy(z, y).sum()
+
+
+def two_losses(z, y):
+    return cross_entropy(z, y).sum() + xentjax.softmax_focal_loss(z, y + 1).sum()
+
+
+def scanned(z, y):
+    return jax.lax.scan(lambda total, row: (total + cross_entropy(*row), None), jnp.zeros(()), (z, y))[0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "complaint"),
+    [
+        (jnp.array(3), "labels = 3"),
+        (jnp.array(-1), "labels = -1"),
+        (jnp.array([0, 7]), "labels[1] = 7"),
+        (jnp.array([-100, 7]), "labels[0] = -100"),
+        (jnp.array([[0, 1], [2, -5], [9, 9]]), "labels[1, 1] = -5"),
+        (jnp.array([0, 200], jnp.uint8), "labels[1] = 200"),
+        (jnp.array([-128, 0], jnp.int8), "labels[0] = -128"),
+    ],
+    ids=["rank0", "negative", "rank1", "first", "rank2", "uint8", "int8"],
+)
+@pytest.mark.parametrize("function", INDICES, ids=name_of)
+def test_labels_out_of_range(function, labels, complaint):
+    with raises(f"{function.__name__}: {complaint} is outside [0, 3)."):
+        checked_jit(function)(jnp.zeros((*labels.shape, 3)), labels)
+
+
+@pytest.mark.parametrize("function", (*INDICES, *BITS), ids=name_of)
+def test_nan_logits(function):
+    labels = Y if function in INDICES else Z * 0
+    with raises(f"{function.__name__}: logits[0, 2] = nan is NaN."):
+        checked_jit(function)(put(put(Z, np.s_[0, 2], np.nan), np.s_[1, 0], np.nan), labels)
+    # infinite logits are classes with probability 0, not mistakes
+    checked_jit(function)(put(Z, np.s_[0, 1], -np.inf), labels)
+
+
+@pytest.mark.parametrize("function", INDICES, ids=name_of)
+@pytest.mark.parametrize("bad", [-0.25, np.nan])
+def test_labels_that_are_no_distribution(function, bad):
+    labels = np.array([[1.0, 0.0, 0.0], [0.5, bad, 0.5]], np.float32)
+    with raises(f"{function.__name__}: labels[1, 1] = {bad} is not a probability (it is negative or NaN)."):
+        checked_jit(function)(Z, labels)
+    # they need not sum to 1
+    checked_jit(function)(Z, np.array([[1.0, 2.0, 0.0], [0.0, 0.0, 0.0]], np.float32))
+
+
+def test_top_k_labels():
+    ids, probs = np.array([[0, 1], [2, 1]], np.int32), np.array([[0.5, 0.5], [0.75, 0.25]], np.float32)
+    checked = checked_jit(top_k)
+    with raises(f"{top_k.__name__}: label_ids[1, 1] = 3 is outside [0, 3)."):
+        checked(Z, put(ids, np.s_[1, 1], 3), probs)
+    with raises(f"{top_k.__name__}: label_ids[0, 0] = -1 is outside [0, 3)."):
+        checked(Z, put(ids, np.s_[0, 0], -1), probs)
+    for bad in (-0.5, np.nan):
+        with raises(f"{top_k.__name__}: label_probs[0, 1] = {bad} is not a probability (it is negative or NaN)."):
+            checked(Z, ids, put(probs, np.s_[0, 1], bad))
+    where = np.array([True, False])
+    np.testing.assert_array_equal(checked(Z, put(ids, np.s_[1], -7), put(probs, np.s_[1], np.nan), where=where)[0], top_k(Z, ids, probs)[0])
+
+
+@pytest.mark.parametrize("function", BITS, ids=name_of)
+def test_bits_outside_the_unit_interval(function):
+    checked, labels = checked_jit(function), np.array([[0.0, 1.0, 0.5], [0.25, 0.0, 1.0]], np.float32)
+    for bad in (1.5, -0.5, np.nan):
+        with raises(f"{function.__name__}: labels[1, 1] = {bad} is outside [0, 1]."):
+            checked(Z, put(labels, np.s_[1, 1], bad))
+    with raises(f"{function.__name__}: labels[0, 2] = 2 is outside [0, 1]."):
+        checked(Z, jnp.array([[0, 1, 2], [0, 0, -1]]))
+    where = jnp.ones((2, 3), bool).at[1, 1].set(False)
+    hidden = checked(put(Z, np.s_[1, 1], np.nan), put(labels, np.s_[1, 1], 1.5), where=where)
+    np.testing.assert_array_equal(hidden, function(Z, labels, where=where))
+
+
+def test_boolean_bits_are_in_range():
+    np.testing.assert_array_equal(checked_jit(BITS[0])(Z, Z > 0.5), BITS[0](Z, Z > 0.5))
+
+
+@pytest.mark.parametrize("function", INDICES[:2], ids=name_of)
+def test_what_is_masked_is_not_checked(function):
+    where = np.array([True, False])
+    checked = checked_jit(function)
+    for labels in (put(Y, np.s_[1], -100), np.eye(3, dtype=np.float32)[Y].at[1].set(-1.0)):
+        value = checked(put(Z, np.s_[1], np.nan), labels, where=where)
+        np.testing.assert_array_equal(value, function(Z, labels, where=where))
+    mask = np.array([True, False, True])
+    for exists in (mask, np.stack([mask, mask])):
+        value = checked(put(Z, np.s_[:, 1], np.nan), Y, class_mask=exists)
+        np.testing.assert_array_equal(value, function(Z, Y, class_mask=exists))
+    value = checked(put(Z.T, np.s_[1], np.nan), Y, axis=0, class_mask=mask)
+    np.testing.assert_array_equal(value, function(Z.T, Y, axis=0, class_mask=mask))
+    with raises(f"{function.__name__}: logits[2, 1] = nan is NaN."):
+        checked(put(Z.T, np.s_[2, 1], np.nan), Y, axis=0, class_mask=mask)
+
+
+def test_good_arguments_give_the_same_bits():
+    for function in INDICES:
+        checked = checked_jit(function)
+        for labels in (Y, np.abs(Z)):
+            jax.tree.map(np.testing.assert_array_equal, checked(Z, labels), function(Z, labels))
+    np.testing.assert_array_equal(xentjax.checked(cross_entropy)(Z, Y), cross_entropy(Z, Y))
+    for function in (step, jax.jit(jax.grad(step)), jax.jit(jax.vmap(cross_entropy)), jax.jit(scanned), jax.jit(two_losses)):
+        labels = np.array([0, 1], np.int32)
+        np.testing.assert_array_equal(xentjax.checked(function)(Z, labels), function(Z, labels))
+    assert xentjax.checked(cross_entropy)(jnp.zeros((0, 3)), jnp.zeros(0, jnp.int32)).shape == (0,)
+
+
+def test_a_function_compiled_before_is_checked_and_stays_free_after():
+    counted = []
+
+    @jax.jit
+    def train(z, y):
+        counted.append(None)
+        return cross_entropy(z, y).sum()
+
+    bad = put(Y, np.s_[1], 7)
+    assert np.isnan(train(Z, bad)) and len(counted) == 1
+    for _ in range(2):
+        with raises("softmax_cross_entropy: labels[1] = 7 is outside [0, 3)."):
+            xentjax.checked(train)(Z, bad)
+    traced = len(counted)
+    assert np.isnan(train(Z, bad)) and len(counted) == traced  # the first program, neither traced anew nor checked
+    assert "check" not in str(jax.make_jaxpr(train)(Z, Y))
+    np.testing.assert_array_equal(xentjax.checked(train)(Z, Y), train(Z, Y))
+
+
+def test_after_an_error_the_next_call_is_free():
+    with raises("softmax_cross_entropy: labels[0] = -1 is outside [0, 3)."):
+        xentjax.checked(cross_entropy)(Z, jnp.array([-1, 0]))
+    with pytest.raises(ValueError, match=r"labels must have shape \(2,\)"):
+        xentjax.checked(cross_entropy)(Z, Y[:, None])
+    assert np.isnan(cross_entropy(Z, jnp.array([-1, 0]))[0])
+    assert "check" not in str(jax.make_jaxpr(cross_entropy)(Z, Y))
+
+
+@pytest.mark.parametrize("function", (*INDICES, *BITS), ids=name_of)
+def test_checks_cost_nothing_without(function):
+    labels = Y if function in INDICES else Z * 0
+    assert "check" not in str(jax.make_jaxpr(lambda z: jax.tree.leaves(function(z, labels)))(Z))
+    assert "check" not in str(jax.make_jaxpr(jax.jit(jax.grad(lambda z: jax.tree.leaves(function(z, labels))[0].sum())))(Z))
+
+
+BAD = np.array([0, 7], np.int32)
+
+
+@pytest.mark.parametrize(
+    ("function", "complaint"),
+    [
+        (step, "softmax_cross_entropy: labels[1] = 7"),
+        (jax.jit(jax.grad(step)), "softmax_cross_entropy: labels[1] = 7"),
+        (jax.jit(jax.value_and_grad(step)), "softmax_cross_entropy: labels[1] = 7"),
+        (jax.jit(jax.hessian(step)), "softmax_cross_entropy: labels[1] = 7"),
+        (jax.jit(jax.grad(jax.checkpoint(step))), "softmax_cross_entropy: labels[1] = 7"),
+        (lambda z, y: jax.lax.cond(z.sum() > 0, cross_entropy, lambda z, y: z[:, 0], z, y), "softmax_cross_entropy: labels[1] = 7"),
+        (lambda z, y: step(z, y - 5) if z.ndim == 1 else step(z, y), "softmax_cross_entropy: labels[1] = 7"),
+        (jax.jit(scanned), "softmax_cross_entropy: labels = 7"),  # one row at a time: it has no position
+        (jax.vmap(cross_entropy), "softmax_cross_entropy: labels = 7"),
+    ],
+    ids=["jit", "grad", "value_and_grad", "hessian", "checkpoint", "cond", "nested", "scan", "vmap"],
+)
+def test_any_transform_of_a_loss(function, complaint):
+    with raises(f"{complaint} is outside [0, 3)."):
+        xentjax.checked(function)(Z, BAD)
+
+
+def test_the_loss_at_fault_is_named():
+    with raises("softmax_focal_loss: labels[1] = 3 is outside [0, 3)."):
+        checked_jit(two_losses)(Z, Y)
+    with raises("softmax_cross_entropy: labels[1] = 7 is outside [0, 3)."):
+        checked_jit(two_losses)(Z, BAD)
+
+
+@pytest.mark.parametrize(
+    "transform", [jax.jit, jax.vmap, lambda f: jax.grad(lambda z, y: f(z, y).sum()), jax.make_jaxpr], ids=["jit", "vmap", "grad", "jaxpr"]
+)
+def test_inside_a_trace_it_says_to_go_outside(transform):
+    remedy = "Put checked outside: checked(jax.jit(softmax_cross_entropy))."
+    for labels in (Y, BAD):
+        with pytest.raises(ValueError, match=f"^checked: .*{re.escape(remedy)}(\n|$)"):
+            transform(xentjax.checked(cross_entropy))(Z, labels)
+
+
+def test_name_and_documentation_stay():
+    checked = xentjax.checked(cross_entropy)
+    assert (checked.__name__, checked.__doc__, checked.__wrapped__) == (cross_entropy.__name__, cross_entropy.__doc__, cross_entropy)
+    assert xentjax.checked(step).__name__ == "step"

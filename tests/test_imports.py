@@ -1,0 +1,76 @@
+"""Imports run one way, and `import xentjax` costs next to nothing beside jax."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import xentjax
+
+ROOT = pathlib.Path(xentjax.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+HEAVY = ("optax", "chex", "matplotlib", "flax", "scipy.stats", "jax.experimental.pallas", "sklearn", "mpmath", "tqdm")
+
+
+def imported(path):
+    """The modules of xentjax that a file imports."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "xentjax":
+            yield from (f"{node.module}.{a.name}" if node.module in ("xentjax", "xentjax._core") else node.module for a in node.names)
+        if isinstance(node, ast.Import):
+            yield from (a.name for a in node.names if a.name.split(".")[0] == "xentjax")
+
+
+def rank(module):
+    """_core before losses before what is made of losses before the front door."""
+    part = module.split(".")[1:]
+    if not part:
+        return 9
+    if part[0] == "_core":
+        return {"numerics": 0, "rows": 1, "checks": 2}.get(part[-1], 0)
+    return {"_softmax": 3, "_sigmoid": 4, "_reduction": 4, "_checked": 5}.get(part[0], 3)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_one_way(path):
+    module = ".".join(["xentjax", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__")
+    for other in imported(path):
+        assert other != "xentjax", "nothing imports the front door"
+        assert rank(other) < rank(module), f"{module} imports {other}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_only_jax_and_the_standard_library(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            top = (name or "").split(".")[0]
+            assert top in {"jax", "numpy", "xentjax"} or top in sys.stdlib_module_names, name
+
+
+def test_files_stay_small():
+    assert all(len(path.read_text().splitlines()) <= 400 for path in FILES)
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_loads_nothing_of_weight():
+    loaded = run("import xentjax, sys; print(*sys.modules)").split()
+    assert not [name for name in HEAVY if name in loaded]
+
+
+def test_adds_little_to_the_import_of_jax():
+    # Modules, not seconds: a machine may be slow, but what is loaded beyond jax is the same everywhere.
+    code = "import sys, jax; a = set(sys.modules); import xentjax; print(*sorted(set(sys.modules) - a))"
+    added = run(code).split()
+    others = [name for name in added if not name.startswith(("xentjax", "jax"))]
+    assert len(others) <= 5, others
+    # and the share of the time: a tenth of the import of jax itself (about a second), the median of five
+    timed = "import time; t = time.perf_counter(); import jax; u = time.perf_counter(); import xentjax; print((time.perf_counter() - u) / (u - t))"
+    ratios = sorted(float(run(timed)) for _ in range(5))
+    assert ratios[2] <= 0.1, ratios
