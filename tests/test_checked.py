@@ -71,9 +71,9 @@ def test_labels_out_of_range(function, labels, complaint):
 def test_nan_logits(function):
     labels = Y if function in INDICES else Z * 0
     with raises(f"{function.__name__}: logits[0, 2] = nan is NaN."):
-        checked_jit(function)(put(put(Z, np.s_[0, 2], np.nan), np.s_[1, 0], np.nan), labels)
+        checked_jit(function)(put(put(Z, (0, 2), np.nan), (1, 0), np.nan), labels)
     # infinite logits are classes with probability 0, not mistakes
-    checked_jit(function)(put(Z, np.s_[0, 1], -np.inf), labels)
+    checked_jit(function)(put(Z, (0, 1), -np.inf), labels)
 
 
 @pytest.mark.parametrize("function", INDICES, ids=name_of)
@@ -90,14 +90,14 @@ def test_top_k_labels():
     ids, probs = np.array([[0, 1], [2, 1]], np.int32), np.array([[0.5, 0.5], [0.75, 0.25]], np.float32)
     checked = checked_jit(top_k)
     with raises(f"{top_k.__name__}: label_ids[1, 1] = 3 is outside [0, 3)."):
-        checked(Z, put(ids, np.s_[1, 1], 3), probs)
+        checked(Z, put(ids, (1, 1), 3), probs)
     with raises(f"{top_k.__name__}: label_ids[0, 0] = -1 is outside [0, 3)."):
-        checked(Z, put(ids, np.s_[0, 0], -1), probs)
+        checked(Z, put(ids, (0, 0), -1), probs)
     for bad in (-0.5, np.nan):
         with raises(f"{top_k.__name__}: label_probs[0, 1] = {bad} is not a probability (it is negative or NaN)."):
-            checked(Z, ids, put(probs, np.s_[0, 1], bad))
+            checked(Z, ids, put(probs, (0, 1), bad))
     where = np.array([True, False])
-    np.testing.assert_array_equal(checked(Z, put(ids, np.s_[1], -7), put(probs, np.s_[1], np.nan), where=where)[0], top_k(Z, ids, probs)[0])
+    np.testing.assert_array_equal(checked(Z, put(ids, 1, -7), put(probs, 1, np.nan), where=where)[0], top_k(Z, ids, probs)[0])
 
 
 @pytest.mark.parametrize("function", BITS, ids=name_of)
@@ -105,11 +105,11 @@ def test_bits_outside_the_unit_interval(function):
     checked, labels = checked_jit(function), np.array([[0.0, 1.0, 0.5], [0.25, 0.0, 1.0]], np.float32)
     for bad in (1.5, -0.5, np.nan):
         with raises(f"{function.__name__}: labels[1, 1] = {bad} is outside [0, 1]."):
-            checked(Z, put(labels, np.s_[1, 1], bad))
+            checked(Z, put(labels, (1, 1), bad))
     with raises(f"{function.__name__}: labels[0, 2] = 2 is outside [0, 1]."):
         checked(Z, jnp.array([[0, 1, 2], [0, 0, -1]]))
-    where = jnp.ones((2, 3), bool).at[1, 1].set(False)
-    hidden = checked(put(Z, np.s_[1, 1], np.nan), put(labels, np.s_[1, 1], 1.5), where=where)
+    where = put(np.ones((2, 3), bool), (1, 1), False)
+    hidden = checked(put(Z, (1, 1), np.nan), put(labels, (1, 1), 1.5), where=where)
     np.testing.assert_array_equal(hidden, function(Z, labels, where=where))
 
 
@@ -121,17 +121,17 @@ def test_boolean_bits_are_in_range():
 def test_what_is_masked_is_not_checked(function):
     where = np.array([True, False])
     checked = checked_jit(function)
-    for labels in (put(Y, np.s_[1], -100), np.eye(3, dtype=np.float32)[Y].at[1].set(-1.0)):
-        value = checked(put(Z, np.s_[1], np.nan), labels, where=where)
+    for labels in (put(Y, 1, -100), put(np.eye(3, dtype=np.float32)[Y], 1, -1)):
+        value = checked(put(Z, 1, np.nan), labels, where=where)
         np.testing.assert_array_equal(value, function(Z, labels, where=where))
     mask = np.array([True, False, True])
     for exists in (mask, np.stack([mask, mask])):
         value = checked(put(Z, np.s_[:, 1], np.nan), Y, class_mask=exists)
         np.testing.assert_array_equal(value, function(Z, Y, class_mask=exists))
-    value = checked(put(Z.T, np.s_[1], np.nan), Y, axis=0, class_mask=mask)
+    value = checked(put(Z.T, 1, np.nan), Y, axis=0, class_mask=mask)
     np.testing.assert_array_equal(value, function(Z.T, Y, axis=0, class_mask=mask))
     with raises(f"{function.__name__}: logits[2, 1] = nan is NaN."):
-        checked(put(Z.T, np.s_[2, 1], np.nan), Y, axis=0, class_mask=mask)
+        checked(put(Z.T, (2, 1), np.nan), Y, axis=0, class_mask=mask)
 
 
 def test_good_arguments_give_the_same_bits():
@@ -154,7 +154,7 @@ def test_a_function_compiled_before_is_checked_and_stays_free_after():
         counted.append(None)
         return cross_entropy(z, y).sum()
 
-    bad = put(Y, np.s_[1], 7)
+    bad = put(Y, 1, 7)
     assert np.isnan(train(Z, bad)) and len(counted) == 1
     for _ in range(2):
         with raises("softmax_cross_entropy: labels[1] = 7 is outside [0, 3)."):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import jax
+from jax import core
 from jax.experimental import checkify
 
 from xentjax._core import checks
@@ -44,7 +45,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
     def with_checks(*args: P.args, **kwargs: P.kwargs) -> T:
         with checks.checking_values(True):
             error, result = checkify.checkify(function, errors=checkify.user_checks)(*args, **kwargs)
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(error)):
+        if any(isinstance(leaf, core.Tracer) for leaf in jax.tree.leaves(error)):
             name = getattr(function, "__name__", "function")
             raise ValueError(
                 f"checked: an error cannot be raised from inside a traced function; got checked({name}) under jit, grad or vmap. "

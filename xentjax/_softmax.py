@@ -347,25 +347,26 @@ def _expected(
     smoothing: ArrayLike | None = None,
     class_weights: Array | None = None,
 ) -> tuple[Array, Array]:
-    """Σ_k t_k φ(a_k) and s = Σ_k t_k for a loss φ of the log-odds a; indices reach only their own class's a, unless smoothed."""
-    dtype = r.values.dtype
+    """Σ_k t_k φ(a_k) and s = Σ_k t_k for a loss φ of the log-odds a.
 
-    def over_classes(t):
+    Both are linear in t: the part of the labels, for which an index needs only its own class's log-odds, and the part of smoothing.
+    """
+    w = None if class_weights is None else class_weights.astype(r.values.dtype)
+
+    def sums(t):
+        t = t if w is None else t * numerics.expand_leading(w, t.ndim)
         # −log p_k needs no log-odds
-        return rows.class_sum(r, t * (rows.surprise(r, found) if phi is _minus_log_prob else phi(rows.class_log_odds(r))))
+        return rows.class_sum(r, t * (rows.surprise(r, found) if phi is _minus_log_prob else phi(rows.class_log_odds(r)))), rows.class_sum(
+            r, t
+        )
 
-    w = None if class_weights is None else numerics.expand_leading(class_weights.astype(dtype), r.values.ndim)
-    uniform = None
-    if smoothing is not None:
-        smoothing = jnp.asarray(smoothing, dtype)
-        uniform = rows.on_classes(r, smoothing / jnp.asarray(rows.class_count(r), dtype))
-        uniform = uniform if w is None else uniform * w
-    if not r.hard:
-        t = r.labels if w is None else r.labels * w
-        t = t if smoothing is None else (1 - smoothing) * t + uniform
-        return over_classes(t), rows.class_sum(r, t)
-    s = jnp.ones(found.reference.shape, dtype) if w is None else rows.at_label(r, class_weights.astype(dtype))
-    loss = s * phi(found.log_odds)
+    if found.log_odds is None:
+        loss, s = sums(r.labels)
+    else:
+        s = jnp.ones_like(found.log_odds) if w is None else rows.at_label(r, w)
+        loss = s * phi(found.log_odds)
     if smoothing is None:
         return loss, s
-    return (1 - smoothing) * loss + over_classes(uniform), (1 - smoothing) * s + rows.class_sum(r, uniform)
+    smoothing = jnp.asarray(smoothing, loss.dtype)
+    spread, total = sums(rows.on_classes(r, 1 / jnp.asarray(rows.class_count(r), loss.dtype)))
+    return (1 - smoothing) * loss + smoothing * spread, (1 - smoothing) * s + smoothing * total

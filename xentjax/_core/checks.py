@@ -97,7 +97,8 @@ def examples(
     mask = None if class_mask is None else boolean(function, "class_mask", class_mask)
     if mask is not None and mask.shape not in ((z.shape[axis],), z.shape):
         raise ValueError(
-            f"{function}: class_mask must have shape {(z.shape[axis],)}, one per class, or {z.shape}, the shape of logits; got {mask.shape}."
+            f"{function}: class_mask must have shape {(z.shape[axis],)}, one per class, or {z.shape}, the shape of logits; "
+            f"got {mask.shape}."
         )
     counts = None if where is None else boolean(function, "where", where)
     if counts is not None:
@@ -126,7 +127,8 @@ def top_k(function: str, ids: ArrayLike, probs: ArrayLike, batch: rows.Examples)
     if i.ndim != z.ndim or i.shape[:-1] != leading:
         expected = f"({', '.join([*map(str, leading), 'k'])})"
         raise ValueError(
-            f"{function}: label_ids must have shape {expected}, the shape of logits without its class axis and k classes per example; got {i.shape}."
+            f"{function}: label_ids must have shape {expected}, the shape of logits without its class axis and k classes per example; "
+            f"got {i.shape}."
         )
     shape(function, "label_probs", p, i.shape, "the shape of label_ids")
     if checking_values.value:
@@ -198,14 +200,8 @@ def _check_values(function: str, batch: rows.Examples) -> None:
     z, y = batch.logits, batch.labels
     ignored = jnp.zeros((), bool) if batch.where is None else ~batch.where
     over_classes = jnp.expand_dims(ignored, batch.axis) if ignored.ndim else ignored
-    missing = jnp.zeros((), bool)
-    if batch.class_mask is not None:
-        mask = (
-            batch.class_mask
-            if batch.class_mask.ndim == z.ndim
-            else jnp.moveaxis(jnp.expand_dims(batch.class_mask, range(z.ndim - 1)), -1, batch.axis)
-        )
-        missing = ~mask
+    mask = rows.of(batch).class_mask
+    missing = jnp.zeros((), bool) if mask is None else ~jnp.moveaxis(mask, -1, batch.axis)
     _check(function, "logits", z, jnp.isnan(z) & ~over_classes & ~missing, "is NaN")
     if y is None:
         return
@@ -231,5 +227,5 @@ def _check(function: str, name: str, x: Array, bad: Array, complaint: str) -> No
     position = jnp.unravel_index(first, x.shape)
     places = ", ".join(f"{{p{i}}}" for i in range(x.ndim))
     where = f"{name}[{places}]" if x.ndim else name
-    payload = {f"p{i}": p for i, p in enumerate(position)}
+    payload: dict[str, Any] = {f"p{i}": p for i, p in enumerate(position)}
     checkify.check(~flat[first], f"{function}: {where} = {{value}} {complaint}.", value=x.reshape(-1)[first], **payload)
