@@ -39,15 +39,15 @@ def problem(shape, dtype):
 def compiled(shape, dtype, rounds: int) -> dict:
     """One row of the table: value and gradient inside jit."""
     arguments = problem(shape, dtype)
-    functions = [jax.value_and_grad(f) for f in (ours, theirs)]
-    programs = [jax.jit(f).lower(*arguments).compile() for f in functions]
-    time = measure.interleaved(*programs, arguments, rounds * (5 if shape[1] < 100 else 1))
-    compilation = measure.interleaved_compilation(*functions, arguments, 5)
-    memory = [program.memory_analysis().temp_size_in_bytes for program in programs]
+    functions = jax.value_and_grad(ours), jax.value_and_grad(theirs)
+    programs = tuple(jax.jit(f).lower(*arguments).compile() for f in functions)
+    time = measure.interleaved(programs[0], programs[1], arguments, rounds * (5 if shape[1] < 100 else 1))
+    compilation = measure.interleaved_compilation(functions[0], functions[1], arguments, 5)
+    memory = [measure.temporary_bytes(program) for program in programs]
     return {
         "shape": f"{shape[0]} x {shape[1]}",
         "dtype": jnp.dtype(dtype).name,
-        "milliseconds": [round(time.ours * 1e3, 2), round(time.theirs * 1e3, 2)],
+        "milliseconds": time.milliseconds,
         "time ratio": round(time.ratio, 2),
         "compile ratio": round(compilation.ratio, 2),
         "temporary MB": [round(m / 1e6, 1) for m in memory],
@@ -60,9 +60,7 @@ def eager(rounds: int) -> list[dict]:
     rows = []
     for name, derive in (("value", lambda f: f), ("value and gradient", jax.value_and_grad)):
         time = measure.interleaved(derive(ours), derive(theirs), arguments, rounds)
-        rows.append(
-            {"call": name, "milliseconds": [round(time.ours * 1e3, 2), round(time.theirs * 1e3, 2)], "time ratio": round(time.ratio, 2)}
-        )
+        rows.append({"call": name, "milliseconds": time.milliseconds, "time ratio": round(time.ratio, 2)})
     return rows
 
 

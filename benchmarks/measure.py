@@ -16,7 +16,18 @@ class Pair(NamedTuple):
 
     @property
     def ratio(self) -> float:
+        """How many times as long ours takes."""
         return self.ours / self.theirs
+
+    @property
+    def milliseconds(self) -> list[float]:
+        """Both medians, to read."""
+        return [round(t * 1e3, 2) for t in self]
+
+
+def temporary_bytes(program) -> int:
+    """Memory of a compiled program beside its arguments and results, as the compiler reports it."""
+    return program.memory_analysis().temp_size_in_bytes
 
 
 def seconds(function: Callable, *arguments) -> float:

@@ -71,6 +71,9 @@ def test_adds_little_to_the_import_of_jax():
     others = [name for name in added if not name.startswith(("xentjax", "jax"))]
     assert len(others) <= 5, others
     # and the share of the time: a tenth of the import of jax itself (about a second), the median of five
-    timed = "import time; t = time.perf_counter(); import jax; u = time.perf_counter(); import xentjax; print((time.perf_counter() - u) / (u - t))"
+    timed = (
+        "import time; t = time.perf_counter(); import jax; u = time.perf_counter(); import xentjax; "
+        "print((time.perf_counter() - u) / (u - t))"
+    )
     ratios = sorted(float(run(timed)) for _ in range(5))
     assert ratios[2] <= 0.1, ratios

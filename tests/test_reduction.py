@@ -36,8 +36,9 @@ def test_values_and_gradients_are_those_of_the_formula(weighted, masked, axis, p
     total, weight = (x.sum(axes, keepdims=True) for x in (effective * v64, effective))
     safe = np.where(weight == 0, 1, weight)
     w, keywords = w if weighted else None, {"where": where if masked else None, "axis": axis}
-    sums, mean = xentjax.weighted_sum(v, w, **keywords), xentjax.weighted_mean(v, w, **keywords)
-    for found, expected in ((sums.total, total), (sums.weight, weight), (mean, total / safe), (sums.mean(), total / safe)):
+    sums = xentjax.weighted_sum(v, w, **keywords)
+    np.testing.assert_array_equal(xentjax.weighted_mean(v, w, **keywords), sums.mean())
+    for found, expected in ((sums.total, total), (sums.weight, weight), (sums.mean(), total / safe)):
         np.testing.assert_allclose(found, expected.reshape(found.shape), rtol=RTOL, atol=ATOL)
     # ∂mean/∂v = w/Σw, ∂mean/∂w = (v − mean)/Σw over what counts
     by_v = jax.jit(jax.grad(lambda v: xentjax.weighted_mean(v, w, **keywords).sum()))(v)
@@ -64,13 +65,11 @@ def test_gradient_by_a_weight_of_zero():
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 def test_what_is_hidden_reaches_nothing(poison):
-    where, weights = jnp.array([True, False, True]), jnp.array([1.0, poison, 3.0])
-    values = jnp.array([2.0, poison, 6.0])
+    values, weights, where = jnp.array([2.0, poison, 6.0]), jnp.array([1.0, poison, 3.0]), jnp.array([True, False, True])
     found, (by_v, by_w) = jax.value_and_grad(lambda v, w: xentjax.weighted_mean(v, w, where=where), (0, 1))(values, weights)
-    mean = (1 * 2 + 3 * 6) / 4
-    assert found == mean
+    assert found == (1 * 2 + 3 * 6) / 4
     np.testing.assert_array_equal(by_v, [1 / 4, 0, 3 / 4])
-    np.testing.assert_array_equal(by_w, [(2 - mean) / 4, 0, (6 - mean) / 4])
+    np.testing.assert_array_equal(by_w, [(2 - found) / 4, 0, (6 - found) / 4])
 
 
 @pytest.mark.parametrize("infinity", [np.inf, -np.inf])
@@ -98,7 +97,7 @@ def test_nothing_counts(shape):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_adds_in_float32(dtype):
     """10,000 ones: bfloat16 would stop at 256, float16 at 2,048."""
-    values, weights = jnp.full((10_000,), 3, dtype), jnp.ones((10_000,), dtype)
+    values, weights = jnp.full(10_000, 3, dtype), jnp.ones(10_000, dtype)
     sums = xentjax.weighted_sum(values, weights)
     assert sums.total.dtype == sums.weight.dtype == jnp.float32
     assert (sums.total, sums.weight, xentjax.weighted_mean(values, weights)) == (30_000, 10_000, 3)
@@ -220,8 +219,7 @@ def test_psum_over_devices_is_the_full_batch(batch):
         loss, gradients = regression(jax.tree.map(lambda p: p[0], parameters), *part)
         return loss.psum("data").mean(), gradients.psum("data").mean()
 
-    copies = jax.tree.map(lambda p: jnp.stack([p] * 8), parameters)
-    assert_same_step(*jax.jit(device)(copies, *data), batch)
+    assert_same_step(*jax.jit(device)(jax.tree.map(lambda p: jnp.stack([p] * 8), parameters), *data), batch)
 
 
 def test_mean_over_devices_has_the_gradient_of_the_full_batch(batch):
@@ -246,6 +244,6 @@ def test_mean_over_devices_counts_every_device():
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_mean_of_half_precision_totals(dtype):
     """The weight of a large batch does not fit float16 and is not exact in bfloat16."""
-    total, weight = jnp.asarray(6e4, dtype), jnp.asarray(100_001.0)
-    found = xentjax.WeightedSum({"w": total}, weight).mean()["w"]
+    total = jnp.asarray(6e4, dtype)
+    found = xentjax.WeightedSum({"w": total}, jnp.asarray(100_001.0)).mean()["w"]
     np.testing.assert_allclose(float(found), float(total) / 100_001, rtol=float(jnp.finfo(dtype).eps) / 2)  # one rounding
