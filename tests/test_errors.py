@@ -82,7 +82,7 @@ CLASS_MASK = "class_mask must have shape (3,), one per class, or (2, 3), the sha
         (Z[0, 0], {}, ValueError, SCALAR),
         (Z, {"where": jnp.ones(2)}, TypeError, "where must have dtype bool; got float32. Use where != 0."),
         (Z, {"where": jnp.ones((2, 1), bool)}, ValueError, f"{WHERE} (2, 1). Use where.squeeze(-1)."),
-        (Z, {"where": True}, ValueError, f"{WHERE} ()."),
+        (Z, {"where": True}, ValueError, f"{WHERE} (). Use jnp.broadcast_to(where, (2,)) if that is meant."),
         (Z, {"class_mask": jnp.ones(3)}, TypeError, "class_mask must have dtype bool; got float32. Use class_mask != 0."),
         (Z, {"class_mask": jnp.ones(2, bool)}, ValueError, CLASS_MASK),
     ],
@@ -195,7 +195,11 @@ def test_bits_are_never_broadcast(logits, labels, message):
 def test_other_arguments_of_bits():
     with raises(TypeError, "sigmoid_cross_entropy: labels must have a boolean, integer or floating dtype; got complex64."):
         bits(BITS, BITS.astype(jnp.complex64))
-    with raises(ValueError, "sigmoid_cross_entropy: where must have shape (64, 10), the shape of logits; got (64, 1)."):
+    with raises(
+        ValueError,
+        "sigmoid_cross_entropy: where must have shape (64, 10), the shape of logits; got (64, 1). "
+        "Use jnp.broadcast_to(where, (64, 10)) if that is meant.",
+    ):
         bits(BITS, BITS, where=jnp.ones((64, 1), bool))
     with raises(
         ValueError, f"{bits.__name__}: pos_weight must have shape (10,), one weight per class along the last axis of logits; got (3,)."

@@ -75,15 +75,15 @@ def test_checkpoint_and_scan(case, kind, dtype, rng):
         np.testing.assert_allclose(np.asarray(jax.grad(loss)(z), np.float32), slope, rtol=half, atol=RTOL)
 
 
+EVENTS: list[str] = []
+jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: EVENTS.append(name))
+
+
 def compilations(function):
     """How many programs XLA compiles while `function` runs."""
-    counted = []
-    jax.monitoring.register_event_duration_secs_listener(listener := lambda name, *_, **__: counted.append(name))
-    try:
-        function()
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
-    return sum("backend_compile" in name for name in counted)
+    before = len(EVENTS)
+    function()
+    return sum("backend_compile" in name for name in EVENTS[before:])
 
 
 def test_one_program_per_shape_and_option(rng):

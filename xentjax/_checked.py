@@ -20,6 +20,9 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
     The result has the shapes and values [...] of `function` = a loss, or anything that calls losses, jitted or not: a
     training step, its gradient. After the call the first violation is raised. Examples outside `where` are not checked.
 
+    Wrap the jitted function: one that is not jitted is traced and compiled anew at every call. A position is one in the array that
+    the loss sees: under `vmap`, `scan` or `shard_map` that is the slice, not the whole.
+
     Args:
         function: a function of arrays; `checked(jax.jit(step))` and `checked(jax.grad(loss))` are as good.
 
@@ -52,7 +55,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
                 f"Put checked outside: checked(jax.jit({name}))."
             )
         if message := error.get():
-            raise ValueError(message.removesuffix(" (`check` failed)"))
+            raise ValueError(message.replace(" (`check` failed)", ""))
         return result
 
     return with_checks

@@ -38,6 +38,10 @@ class WeightedSum(NamedTuple):
         """The sum over both parts."""
         return jax.tree.map(jnp.add, self, other)
 
+    def __radd__(self, other: int) -> "WeightedSum":
+        """So that the built-in `sum` can start from 0."""
+        return self if other == 0 else NotImplemented
+
     def psum(self, axis_name: str | tuple[str, ...]) -> "WeightedSum":
         """The sum over the devices of a mesh axis, inside `jax.shard_map` or `jax.vmap(axis_name=…)`."""
         return lax.psum(self, axis_name)
@@ -45,8 +49,15 @@ class WeightedSum(NamedTuple):
     def mean(self) -> Any:
         """Σ w·v / Σ w; exactly 0 with gradient 0 where Σ w = 0."""
         empty = self.weight == 0
-        weight = jnp.where(empty, jnp.ones_like(self.weight), self.weight)
-        return jax.tree.map(lambda total: jnp.where(empty, jnp.zeros_like(total), total) / weight.astype(total.dtype), self.total)
+
+        def divide(total: Array) -> Array:
+            # in the wider of both dtypes: neither may overflow the other's
+            dtype = jnp.dtype(jnp.float64) if jnp.float64 in (total.dtype, self.weight.dtype) else jnp.dtype(jnp.float32)
+            weight = jnp.where(empty, jnp.ones_like(self.weight), self.weight).astype(dtype)
+            mean = jnp.where(empty, jnp.zeros_like(total), total).astype(dtype) / weight
+            return mean.astype(total.dtype) if jnp.issubdtype(total.dtype, jnp.floating) else mean
+
+        return jax.tree.map(divide, self.total)
 
 
 def weighted_sum(
@@ -131,7 +142,7 @@ def _check(function, values, weights, where):
     counts = None if where is None else checks.boolean(function, "where", where)
     for name, x in (("weights", w), ("where", counts)):
         if x is not None:
-            checks.shape(function, name, x, v.shape, "the shape of values", f"Use jnp.broadcast_to({name}, {v.shape}) if that is meant.")
+            checks.same_shape(function, name, x, v.shape, "the shape of values")
     return v, w, counts
 
 
@@ -142,6 +153,6 @@ def _sum(values, weights, where, axis):
     w = jnp.ones_like(v) if weights is None else weights.astype(dtype)
     if where is not None:
         v, w = jnp.where(where, v, 0), jnp.where(where, w, 0)
-    # a value of weight 0 adds 0, be it infinite
-    product = jnp.where(w == 0, jnp.zeros_like(v), v) * w
+    # a value of weight 0 adds 0, be it infinite; finite values stay, because ∂total/∂w is v
+    product = jnp.where((w == 0) & ~jnp.isfinite(v), jnp.zeros_like(v), v) * w
     return WeightedSum(jnp.sum(product, axis), jnp.sum(w, axis))

@@ -219,7 +219,7 @@ def softmax_cross_entropy_with_top_k_labels(
         Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, 2015, arXiv 1503.02531.
     """
     name = "softmax_cross_entropy_with_top_k_labels"
-    batch = checks.examples(name, logits, None, axis, axis_name, class_mask, where)
+    batch = checks.examples(name, logits, None, axis, axis_name, class_mask, where, labelled=False)
     ids, probs = checks.top_k(name, label_ids, label_probs, batch)
     return _top_k(batch, ids, probs)
 

@@ -24,7 +24,8 @@ def floating(function: str, name: str, x: ArrayLike) -> Array:
     """`x` as an array; TypeError unless its dtype is floating."""
     array = _array(function, name, x)
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"{function}: {name} must have a floating dtype; got {array.dtype}. Use {name}.astype(jnp.float32).")
+        remedy = "" if jnp.issubdtype(array.dtype, jnp.complexfloating) else f" Use {name}.astype(jnp.float32)."
+        raise TypeError(f"{function}: {name} must have a floating dtype; got {array.dtype}.{remedy}")
     return array
 
 
@@ -41,6 +42,14 @@ def shape(function: str, name: str, x: Array, expected: tuple[int, ...], meaning
     if x.shape != expected:
         raise ValueError(f"{function}: {name} must have shape {expected}, {meaning}; got {x.shape}.{' ' + remedy if remedy else ''}")
     return x
+
+
+def same_shape(function: str, name: str, x: Array, expected: tuple[int, ...], meaning: str) -> Array:
+    """`x`; ValueError unless it has the shape of another argument. Nothing is broadcast, but the remedy may be to do so."""
+    remedy = "" if x.shape == expected else _to_shape(name, x.shape, expected)
+    if not remedy and x.ndim <= len(expected) and all(n in (1, m) for n, m in zip(x.shape[::-1], expected[::-1], strict=False)):
+        remedy = f"Use jnp.broadcast_to({name}, {expected}) if that is meant."
+    return shape(function, name, x, expected, meaning, remedy)
 
 
 def number(function: str, name: str, x: ArrayLike, low: float = 0.0, high: float = math.inf) -> ArrayLike | None:
@@ -81,19 +90,21 @@ def examples(
     class_mask: ArrayLike | None,
     where: ArrayLike | None,
     *,
-    only_indices: bool = False,
+    labelled: bool = True,
 ) -> rows.Examples:
-    """The arguments that every categorical loss shares, checked as far as dtypes and shapes go."""
+    """The arguments that every categorical loss shares, checked as far as dtypes and shapes go; `labels` is None if not `labelled`."""
     z = floating(function, "logits", logits)
     if z.ndim == 0:
         raise ValueError(f"{function}: logits must have a class axis; got a scalar. For one logit per decision use the sigmoid losses.")
+    if not isinstance(axis, int | np.integer):
+        raise TypeError(f"{function}: axis must be an integer; got {axis!r}.")
     if not -z.ndim <= axis < z.ndim:
         raise ValueError(f"{function}: axis must be in [{-z.ndim}, {z.ndim}) for logits of shape {z.shape}; got {axis}.")
-    axis %= z.ndim
+    axis = int(axis) % z.ndim
     if z.shape[axis] == 0:
         raise ValueError(f"{function}: logits must have at least one class on axis {axis}; got shape {z.shape}.")
     leading = z.shape[:axis] + z.shape[axis + 1 :]
-    y = None if labels is None else _labels(function, _array(function, "labels", labels), z, leading, axis, only_indices)
+    y = _labels(function, _array(function, "labels", labels), z, leading, axis) if labelled else None
     mask = None if class_mask is None else boolean(function, "class_mask", class_mask)
     if mask is not None and mask.shape not in ((z.shape[axis],), z.shape):
         raise ValueError(
@@ -102,7 +113,7 @@ def examples(
         )
     counts = None if where is None else boolean(function, "where", where)
     if counts is not None:
-        shape(function, "where", counts, leading, "the shape of logits without its class axis", _to_shape("where", counts.shape, leading))
+        same_shape(function, "where", counts, leading, "the shape of logits without its class axis")
     checked = rows.Examples(z, y, mask, counts, axis, axis_name)
     if checking_values.value:
         _check_values(function, checked)
@@ -125,7 +136,7 @@ def top_k(function: str, ids: ArrayLike, probs: ArrayLike, batch: rows.Examples)
     z, axis = batch.logits, batch.axis
     leading = z.shape[:axis] + z.shape[axis + 1 :]
     if i.ndim != z.ndim or i.shape[:-1] != leading:
-        expected = f"({', '.join([*map(str, leading), 'k'])})"
+        expected = f"({''.join(f'{n}, ' for n in leading)}k)" if leading else "(k,)"
         raise ValueError(
             f"{function}: label_ids must have shape {expected}, the shape of logits without its class axis and k classes per example; "
             f"got {i.shape}."
@@ -147,24 +158,27 @@ def elements(function: str, logits: ArrayLike, labels: ArrayLike, where: ArrayLi
     shape(function, "labels", t, z.shape, "the shape of logits, one label per logit", _elements_remedy(t.shape, z.shape))
     counts = None if where is None else boolean(function, "where", where)
     if counts is not None:
-        shape(function, "where", counts, z.shape, "the shape of logits", _to_shape("where", counts.shape, z.shape))
+        same_shape(function, "where", counts, z.shape, "the shape of logits")
     if checking_values.value:
         ignored = jnp.zeros(z.shape, bool) if counts is None else ~counts
         _check(function, "logits", z, jnp.isnan(z) & ~ignored, "is NaN")
-        _check(function, "labels", t, ~((t >= 0) & (t <= 1)) & ~ignored, "is outside [0, 1]")
+        if t.dtype != jnp.bool_:
+            _check(function, "labels", t, ~((t >= 0) & (t <= 1)) & ~ignored, "is outside [0, 1]")
     return z, t, counts
 
 
-def _labels(function: str, y: Array, z: Array, leading: tuple[int, ...], axis: int, only_indices: bool) -> Array:
+def _labels(function: str, y: Array, z: Array, leading: tuple[int, ...], axis: int) -> Array:
     expected = "the shape of logits without its class axis"
     if jnp.issubdtype(y.dtype, jnp.integer):
         remedy = _to_shape("labels", y.shape, leading)
         if y.shape == z.shape:
             remedy = f"For one-hot integers use labels.argmax({axis}), or labels.astype(float) for a distribution."
         return shape(function, "labels", y, leading, expected, remedy)
-    if only_indices or not jnp.issubdtype(y.dtype, jnp.floating):
-        kinds = "an integer dtype" if only_indices else "an integer dtype (class indices) or a floating one (distributions over classes)"
-        raise TypeError(f"{function}: labels must have {kinds}; got {y.dtype}. Use labels.astype(jnp.int32) for class indices.")
+    if not jnp.issubdtype(y.dtype, jnp.floating):
+        raise TypeError(
+            f"{function}: labels must have an integer dtype (class indices) or a floating one (distributions over classes); "
+            f"got {y.dtype}. Use labels.astype(jnp.int32) for class indices."
+        )
     remedy = "For class indices use labels.astype(jnp.int32)." if y.shape == leading else ""
     return shape(function, "labels", y, z.shape, "the shape of logits, because they are a distribution over classes", remedy)
 
