@@ -86,7 +86,7 @@ def test_indices_equal_one_hot_rows_over_the_product_of_keywords(label_smoothing
     np.testing.assert_allclose(index(z), np.where(keywords["where"], value, 0) if where else value, rtol=RTOL, atol=RTOL)
 
 
-@hypothesis.settings(deadline=None, max_examples=60)  # a new shape compiles a new program
+@hypothesis.settings(deadline=None, max_examples=40)  # a new shape compiles a new program
 @hypothesis.given(
     case=st.sampled_from([c for c in cases.LOSSES if "class_weights" not in c.target and np.ndim(c.formula.get("pos_weight", 0)) == 0]),
     leading=st.lists(st.integers(0, 4), max_size=3),
