@@ -42,14 +42,15 @@ def compiled(shape, dtype, rounds: int) -> dict:
     functions = jax.value_and_grad(ours), jax.value_and_grad(theirs)
     programs = tuple(jax.jit(f).lower(*arguments).compile() for f in functions)
     time = measure.interleaved(programs[0], programs[1], arguments, rounds * (5 if shape[1] < 100 else 1))
-    compilation = measure.interleaved_compilation(functions[0], functions[1], arguments, 5)
+    warm, cold = (measure.interleaved_compilation(functions[0], functions[1], arguments, 7, cold) for cold in (False, True))
     memory = [measure.temporary_bytes(program) for program in programs]
     return {
         "shape": f"{shape[0]} x {shape[1]}",
         "dtype": jnp.dtype(dtype).name,
         "milliseconds": time.milliseconds,
         "time ratio": round(time.ratio, 2),
-        "compile ratio": round(compilation.ratio, 2),
+        "compile ratio": round(warm.ratio, 2),
+        "first compile ratio": round(cold.ratio, 2),
         "temporary MB": [round(m / 1e6, 1) for m in memory],
     }
 
@@ -81,9 +82,11 @@ def run(arguments: argparse.Namespace) -> None:
     cases = [(shape, dtype) for dtype in (jnp.float32, jnp.bfloat16) for shape in SHAPES]
     rows = [compiled(*case, arguments.rounds) for case in tqdm(cases, desc="dense", unit="shape")]
     outside = eager(arguments.rounds)
-    medians = {d: statistics.median(r["time ratio"] for r in rows if r["dtype"] == d) for d in ("float32", "bfloat16")}
+    ratios = ("time ratio", "compile ratio", "first compile ratio")
+    medians = {d: {k: round(statistics.median(r[k] for r in rows if r["dtype"] == d), 2) for k in ratios} for d in ("float32", "bfloat16")}
     print(table(rows))
-    print("median time ratio: " + ", ".join(f"{d} {m:.2f}" for d, m in medians.items()))
+    for dtype, median in medians.items():
+        print(f"median {dtype}: " + ", ".join(f"{k} {v:.2f}" for k, v in median.items()))
     print(f"\noutside jit, {EAGER_SHAPE[0]} x {EAGER_SHAPE[1]}, float32\n{table(outside)}")
     if arguments.json:
         result = {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "compiled": rows, "median": medians, "eager": outside}

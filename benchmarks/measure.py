@@ -50,18 +50,19 @@ def interleaved(ours: Callable, theirs: Callable, arguments: tuple, rounds: int)
     return Pair(statistics.median(taken[ours]), statistics.median(taken[theirs]))
 
 
-def compile_seconds(function: Callable, arguments: tuple) -> float:
-    """Tracing, lowering and compiling from nothing."""
-    jax.clear_caches()
+def compile_seconds(function: Callable, arguments: tuple, cold: bool) -> float:
+    """Tracing, lowering and compiling; `cold` forgets all that JAX has traced before, its own helper functions included."""
+    if cold:
+        jax.clear_caches()
     start = time.perf_counter()
-    jax.jit(function).lower(*arguments).compile()
+    jax.jit(lambda *a: function(*a)).lower(*arguments).compile()  # a new function, never seen by the cache
     return time.perf_counter() - start
 
 
-def interleaved_compilation(ours: Callable, theirs: Callable, arguments: tuple, rounds: int) -> Pair:
+def interleaved_compilation(ours: Callable, theirs: Callable, arguments: tuple, rounds: int, cold: bool) -> Pair:
     """Medians of compile times, alternating."""
     taken: tuple[list[float], list[float]] = ([], [])
     for i in range(rounds):
         for k in (0, 1) if i % 2 else (1, 0):
-            taken[k].append(compile_seconds((ours, theirs)[k], arguments))
+            taken[k].append(compile_seconds((ours, theirs)[k], arguments, cold))
     return Pair(statistics.median(taken[0]), statistics.median(taken[1]))

@@ -7,6 +7,7 @@ large enough that its exponential is exactly 0. A loss of that size is turned in
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 INFINITE = 2.0**120  # stands for ∞ inside a formula
 _THRESHOLD = 2.0**80  # what exceeds this is INFINITE times a weight: no finite logits of a model come near
@@ -17,10 +18,25 @@ def accumulation_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
+def where(condition: Array, x: ArrayLike, y: ArrayLike) -> Array:
+    """`jnp.where` for an array and a number, or two arrays of one shape; `condition` may have length 1 on the last axis.
+
+    The one of NumPy's kind is a jitted function, and a dozen of those are half the time of tracing a loss.
+    """
+    like = x if isinstance(x, Array) else y
+    assert isinstance(like, Array)
+    if condition.shape != like.shape:
+        condition = lax.broadcast_in_dim(condition, like.shape, range(like.ndim))
+    x, y = (
+        v if isinstance(v, Array) and v.shape == like.shape else jnp.broadcast_to(jnp.asarray(v, like.dtype), like.shape) for v in (x, y)
+    )
+    return lax.select(condition, x, y)
+
+
 @jax.custom_jvp
 def finite(x: Array) -> Array:
     """`x` with ±∞ replaced by ±INFINITE; the derivative passes unchanged."""
-    return jnp.clip(x, -INFINITE, INFINITE)
+    return lax.clamp(jnp.asarray(-INFINITE, x.dtype), x, jnp.asarray(INFINITE, x.dtype))
 
 
 finite.defjvp(lambda primals, tangents: (finite(*primals), tangents[0]))
@@ -38,7 +54,7 @@ def is_infinite(x: Array) -> Array:
 
 def restore_infinity(loss: Array) -> Array:
     """The inverse of `finite` on a loss: what stands for +∞ becomes +∞ (derivative unchanged)."""
-    return jnp.where(is_infinite(loss), loss + jnp.inf, loss)
+    return where(is_infinite(loss), loss + jnp.inf, loss)
 
 
 def sigmoid(x: Array) -> Array:
@@ -49,7 +65,7 @@ def sigmoid(x: Array) -> Array:
 @jax.custom_jvp
 def _sigmoid(x: Array) -> Array:
     e = jnp.exp(-jnp.abs(x))
-    return jnp.where(x >= 0, jnp.ones_like(e), e) / (1 + e)
+    return where(x >= 0, jnp.ones_like(e), e) / (1 + e)
 
 
 _sigmoid.defjvp(lambda primals, tangents: (_sigmoid(*primals), _sigmoid(*primals) * _sigmoid(-primals[0]) * tangents[0]))
@@ -63,8 +79,8 @@ def sigmoid_excess(x: Array, clip: Array) -> Array:
     """
     step = x - (jnp.log(clip) - jnp.log1p(-clip))
     above = step > 0
-    excess = _sigmoid(x) * (1 - clip) * -jnp.expm1(-jnp.where(above, step, jnp.ones_like(step)))
-    return jnp.where(above, excess, jnp.full_like(excess, 0.25))
+    excess = _sigmoid(x) * (1 - clip) * -jnp.expm1(-where(above, step, jnp.ones_like(step)))
+    return where(above, excess, jnp.full_like(excess, 0.25))
 
 
 @sigmoid_excess.defjvp
@@ -92,7 +108,7 @@ def log_odds_of_surprise(surprise: Array) -> Array:
     u = jnp.maximum(surprise, jnp.finfo(surprise.dtype).tiny)
     small = jnp.minimum(u, 1)  # each branch sees only arguments at which it is finite
     large = jnp.maximum(u, 1)
-    return -jnp.where(u < 1, jnp.log(jnp.expm1(small)), large + jnp.log1p(-jnp.exp(-large)))
+    return -where(u < 1, jnp.log(jnp.expm1(small)), large + jnp.log1p(-jnp.exp(-large)))
 
 
 @log_odds_of_surprise.defjvp
@@ -109,8 +125,8 @@ def select_logits(keep: Array, logits: Array) -> Array:
     """
     fill = jnp.array(-jnp.inf, logits.dtype)
     if logits.dtype.itemsize == 2:
-        return lax.bitcast_convert_type(jnp.where(keep, _bits(logits), _bits(fill)), logits.dtype)
-    return jnp.where(keep, logits, fill)
+        return lax.bitcast_convert_type(where(keep, _bits(logits), _bits(fill)), logits.dtype)
+    return where(keep, logits, fill)
 
 
 def same(x: Array, y: Array) -> Array:

@@ -103,14 +103,14 @@ def of(examples: Examples) -> Rows:
 def statistics(rows: Rows) -> Statistics:
     """Reference, log-sum and (for labels that are indices) log-odds of every row; one pass over the logits."""
     if not rows.hard:
-        m, _, c = _log_sums(rows.values, rows.raw, None, rows.class_mask, rows.where, rows.axis_name)
+        m, _, c, _ = _log_sums(rows.values, rows.raw, None, rows.class_mask, rows.where, rows.axis_name)
         return Statistics(m, c, None, None, largest(rows) == -jnp.inf)
-    m, d, rest = _log_sums(rows.values, rows.raw, rows.labels, rows.class_mask, rows.where, rows.axis_name)
+    m, d, rest, _ = _log_sums(rows.values, rows.raw, rows.labels, rows.class_mask, rows.where, rows.axis_name)
     dead = numerics.is_infinite(-d) & numerics.is_infinite(-rest)
-    rest = jnp.where(dead, jnp.zeros_like(rest), rest)
+    rest = numerics.where(dead, jnp.zeros_like(rest), rest)
     a = d - rest
     # log(e^d + e^ℓ), relative to the larger of the two
-    log_sum = jnp.where(a > 0, d + numerics.softplus(-a), rest + numerics.softplus(a))
+    log_sum = numerics.where(a > 0, d + numerics.softplus(-a), rest + numerics.softplus(a))
     return Statistics(m, log_sum, d, a, dead)
 
 
@@ -129,7 +129,7 @@ def class_log_odds(rows: Rows) -> Array:
 def surprise(rows: Rows, found: Statistics) -> Array:
     """−log p_k for every class [..., classes]; INFINITE for classes that do not exist."""
     u = (found.reference[..., None] - finite_values(rows)) + found.log_sum[..., None]
-    return u if rows.class_mask is None else jnp.where(rows.class_mask, u, numerics.INFINITE)
+    return u if rows.class_mask is None else numerics.where(rows.class_mask, u, numerics.INFINITE)
 
 
 def surprise_at(rows: Rows, found: Statistics, index: Array) -> Array:
@@ -139,11 +139,11 @@ def surprise_at(rows: Rows, found: Statistics, index: Array) -> Array:
     inside = inside if rows.where is None else inside | ~rows.where[..., None]
     z = jnp.take_along_axis(finite_values(rows), local, axis=-1, mode="clip")
     if rows.class_mask is not None:
-        z = jnp.where(jnp.take_along_axis(rows.class_mask, local, axis=-1, mode="clip"), z, -numerics.INFINITE)
+        z = numerics.where(jnp.take_along_axis(rows.class_mask, local, axis=-1, mode="clip"), z, -numerics.INFINITE)
     here = _here(rows, index)
-    z = z if here is None else over_devices(rows, jnp.where(here, z, 0))
+    z = z if here is None else over_devices(rows, numerics.where(here, z, 0))
     u = (found.reference[..., None] - z) + found.log_sum[..., None]
-    return masked(u * jnp.where(inside, 1.0, jnp.nan).astype(u.dtype), rows.where)  # a product: the derivative is NaN as well
+    return masked(u * numerics.where(inside, jnp.ones_like(u), jnp.nan), rows.where)  # a product: the derivative is NaN as well
 
 
 def finite_values(rows: Rows) -> Array:
@@ -154,7 +154,7 @@ def finite_values(rows: Rows) -> Array:
 def masked(per_class: Array, where: Array | None, class_mask: Array | None = None) -> Array:
     """`per_class` [..., n] with 0 in examples that do not count and classes that do not exist."""
     keep = _and(None, class_mask, where)
-    return per_class if keep is None else jnp.where(keep, per_class, 0)
+    return per_class if keep is None else numerics.where(keep, per_class, 0)
 
 
 def on_classes(rows: Rows, per_row: ArrayLike) -> Array:
@@ -186,7 +186,7 @@ def at_label(rows: Rows, per_class: Array) -> Array:
     local, _ = _local(rows, rows.labels)
     taken = jnp.take(per_class, local, mode="clip")
     here = _here(rows, rows.labels)
-    return taken if here is None else over_devices(rows, jnp.where(here, taken, 0))
+    return taken if here is None else over_devices(rows, numerics.where(here, taken, 0))
 
 
 def largest(rows: Rows) -> Array:
@@ -205,17 +205,17 @@ def counted(rows: Rows) -> Array | None:
 def row_value(rows: Rows, values: Array) -> Array:
     """One number per row, exactly 0 (or False) where an example does not count."""
     count = counted(rows)
-    return values if count is None else jnp.where(count, values, jnp.zeros_like(values))
+    return values if count is None else numerics.where(count, values, jnp.zeros_like(values))
 
 
 def close(rows: Rows, found: Statistics, loss: Array) -> Array:
     """A finished loss: +∞ restored, rows of only −∞ without gradient, exactly 0 where an example does not count."""
-    return row_value(rows, numerics.restore_infinity(jnp.where(found.dead, lax.stop_gradient(loss), loss)))
+    return row_value(rows, numerics.restore_infinity(numerics.where(found.dead, lax.stop_gradient(loss), loss)))
 
 
 def log_normalizer(rows: Rows, found: Statistics) -> Array:
     """lse(z) of every row; −∞ where all logits are."""
-    return jnp.where(found.dead, -jnp.inf, found.reference + found.log_sum)
+    return numerics.where(found.dead, -jnp.inf, found.reference + found.log_sum)
 
 
 def hits(rows: Rows, found: Statistics) -> Array:
@@ -233,8 +233,9 @@ def hits(rows: Rows, found: Statistics) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
 def _log_sums(values, raw, labels, class_mask, where, axis_name):
-    """(m, d, ℓ) with labels, (m, m, c) without, as the module docstring defines them; ℓ = −INFINITE if nothing is left.
+    """(m, d, ℓ, e^(−ℓ)) with labels, (m, m, c, e^(−c)) without, as the module docstring defines them.
 
+    If nothing is left, ℓ = −INFINITE and 1 stands for its exponential, which then multiplies zeros.
     `raw` holds the same numbers as `values` in the caller's dtype and carries no derivative.
     """
     rows = Rows(raw, values, labels, class_mask, where, axis_name)
@@ -244,41 +245,43 @@ def _log_sums(values, raw, labels, class_mask, where, axis_name):
     total = class_sum(rows, _exponentials(rows, m, _and(~left_out, class_mask, where)))
     if labels is None:
         ties = class_sum(rows, _and(left_out, class_mask, where).astype(m.dtype))
-        return m, m, jnp.log1p(jnp.maximum(total + (ties - 1), 0))
+        total = jnp.maximum(total + (ties - 1), 0)
+        return m, m, jnp.log1p(total), 1 / (1 + total)
     empty = total == 0  # no other class exists, or all underflow: p_y = 1
-    return m, _gap(rows, m), jnp.where(empty, -numerics.INFINITE, jnp.log(jnp.where(empty, jnp.ones_like(total), total)))
+    total = numerics.where(empty, jnp.ones_like(total), total)
+    return m, _gap(rows, m), numerics.where(empty, -numerics.INFINITE, jnp.log(total)), 1 / total
 
 
 @_log_sums.defjvp
 def _(axis_name, primals, tangents):
     values, raw, labels, class_mask, where = primals
-    m, d, log_sum = _log_sums(values, raw, labels, class_mask, where, axis_name)
+    m, d, log_sum, scale = _log_sums(values, raw, labels, class_mask, where, axis_name)
 
-    def linear(z, m, log_sum, tangent):
+    def linear(z, m, scale, tangent):
         rows = Rows(raw, values, labels, class_mask, where, axis_name)
         label = None if labels is None else _on_label(rows)
         keep = _and(None if label is None else ~label, class_mask, where)
         # x + (−m), not x − m, in half precision: not even the broadcast of m may be shared with the sum
         x = z - m[..., None] if z.dtype == m.dtype else numerics.widen(z) + (-m)[..., None]
-        scale = jnp.exp(-jnp.where(numerics.is_infinite(-log_sum), jnp.zeros_like(log_sum), log_sum))
-        softmax = jnp.exp(x if keep is None else jnp.where(keep, x, -jnp.inf)) * scale[..., None]
+        softmax = jnp.exp(x if keep is None else numerics.where(keep, x, -jnp.inf)) * scale[..., None]
         log_sum_dot = class_sum(rows, softmax * tangent)
         if label is None:
             return jnp.zeros_like(m), log_sum_dot
-        return class_sum(rows, jnp.where(_and(label, class_mask, where), tangent, 0)), log_sum_dot
+        return class_sum(rows, numerics.where(_and(label, class_mask, where), tangent, 0)), log_sum_dot
 
     # What a backward pass of its own gets handed over is the exponentials in float32, and in half precision the logits.
     narrow = raw.dtype != values.dtype
     linear = jax.checkpoint(linear, prevent_cse=False) if narrow else linear
     z = values.astype(raw.dtype)  # exact: that is where they came from
-    return (m, d, log_sum), (jnp.zeros_like(m), *linear(z, m, log_sum, tangents[0]))
+    d_dot, log_sum_dot = linear(z, m, scale, tangents[0])
+    return (m, d, log_sum, scale), (jnp.zeros_like(m), d_dot, log_sum_dot, -scale * log_sum_dot)
 
 
 def _exponentials(rows, m, keep):
     """e^(z − m) where `keep`, 0 elsewhere, for a sum over classes."""
     if rows.raw.dtype != m.dtype:
         return jnp.exp(numerics.select_logits(keep, rows.raw).astype(m.dtype) - m[..., None])
-    return jnp.exp(jnp.where(keep, rows.raw - m[..., None], -jnp.inf))
+    return jnp.exp(numerics.where(keep, rows.raw - m[..., None], -jnp.inf))
 
 
 def _maximum(raw, mask, axis_name):
@@ -297,15 +300,15 @@ def _largest_class(rows):
         return index
     local = jnp.max(z, axis=-1)
     index = index + lax.axis_index(rows.axis_name) * z.shape[-1]
-    return lax.pmax(jnp.where(local == lax.pmax(local, rows.axis_name), index, -1), rows.axis_name)
+    return lax.pmax(numerics.where(local == lax.pmax(local, rows.axis_name), index, -1), rows.axis_name)
 
 
 def _reference(top, rows):
     """m: the maximum; 0 where there is none to subtract or the example does not count; NaN for a logit of +∞."""
     m = top.astype(rows.values.dtype)
     usable = m != -jnp.inf
-    m = jnp.where(m == jnp.inf, jnp.nan, m)
-    return jnp.where(usable if rows.where is None else usable & rows.where, m, jnp.zeros_like(m))
+    m = numerics.where(m == jnp.inf, jnp.nan, m)
+    return numerics.where(usable if rows.where is None else usable & rows.where, m, jnp.zeros_like(m))
 
 
 def _gap(rows, m):
@@ -313,12 +316,12 @@ def _gap(rows, m):
     local, inside = _local(rows, rows.labels)
     z = numerics.take_last(rows.raw, local[..., None]).squeeze(-1).astype(m.dtype)
     if rows.class_mask is not None:
-        z = jnp.where(jnp.take_along_axis(rows.class_mask, local[..., None], axis=-1, mode="clip").squeeze(-1), z, -jnp.inf)
+        z = numerics.where(jnp.take_along_axis(rows.class_mask, local[..., None], axis=-1, mode="clip").squeeze(-1), z, -jnp.inf)
     here = _here(rows, rows.labels)
     if here is not None:
-        z = over_devices(rows, jnp.where(here, numerics.finite(z), 0))
-    d = jnp.where(inside, numerics.finite(z) - m, jnp.nan)
-    return d if rows.where is None else jnp.where(rows.where, d, jnp.zeros_like(d))
+        z = over_devices(rows, numerics.where(here, numerics.finite(z), 0))
+    d = numerics.where(inside, numerics.finite(z) - m, jnp.nan)
+    return d if rows.where is None else numerics.where(rows.where, d, jnp.zeros_like(d))
 
 
 def _class_index(rows):
