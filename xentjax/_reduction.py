@@ -146,7 +146,7 @@ def _check(function, values, weights, where):
     return v, w, counts
 
 
-@functools.partial(jax.jit, inline=True, static_argnames=("axis",))
+@functools.partial(jax.jit, static_argnames=("axis",))
 def _sum(values, weights, where, axis):
     dtype = numerics.accumulation_dtype(values.dtype)
     v = values.astype(dtype)

@@ -11,8 +11,6 @@ What every function here shares:
   t = (1 − ε)·labels + ε/2.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -156,14 +154,14 @@ def asymmetric_loss(
     return _asymmetric(z, t, counts, negative, positive, checks.number(name, "clip", clip, high=1.0))
 
 
-@functools.partial(jax.jit, inline=True)
+@jax.jit
 def _cross_entropy(logits, labels, where, smoothing, pos_weight):
     z, t = _prepare(logits, labels, where, smoothing)
     positive = t if pos_weight is None else t * numerics.expand_leading(jnp.asarray(pos_weight, z.dtype), z.ndim)
     return _close(positive * numerics.softplus(-z) + (1 - t) * numerics.softplus(z), where)
 
 
-@functools.partial(jax.jit, inline=True)
+@jax.jit
 def _focal(logits, labels, where, gamma, alpha, smoothing):
     z, t = _prepare(logits, labels, where, smoothing)
     a = None if alpha is None else jnp.asarray(alpha, z.dtype)
@@ -171,7 +169,7 @@ def _focal(logits, labels, where, gamma, alpha, smoothing):
     return _close(positive * focal(z, gamma) + negative * focal(-z, gamma), where)
 
 
-@functools.partial(jax.jit, inline=True)
+@jax.jit
 def _asymmetric(logits, labels, where, gamma_negative, gamma_positive, clip):
     z, t = _prepare(logits, labels, where, None)
     negative = focal(-z, gamma_negative) if clip is None else _shifted_focal(z, gamma_negative, jnp.asarray(clip, z.dtype))

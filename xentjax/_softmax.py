@@ -282,10 +282,10 @@ def row_statistics(
     return _statistics(checks.examples("row_statistics", logits, labels, axis, axis_name, class_mask, where))
 
 
-# The compiled parts: a call outside jit runs one cached program; inside a user's jit they are inlined.
+# The compiled parts: outside jit a call runs one cached program, and its derivative another; inside a user's jit XLA inlines them.
 
 
-@functools.partial(jax.jit, inline=True)
+@jax.jit
 def _cross_entropy(batch, smoothing, class_weights, z_loss):
     r = rows.of(batch)
     found = rows.statistics(r)
@@ -295,7 +295,7 @@ def _cross_entropy(batch, smoothing, class_weights, z_loss):
     return rows.close(r, found, loss)
 
 
-@functools.partial(jax.jit, inline=True)
+@jax.jit
 def _focal(batch, gamma, smoothing, class_weights):
     r = rows.of(batch)
     found = rows.statistics(r)
@@ -303,7 +303,7 @@ def _focal(batch, gamma, smoothing, class_weights):
     return rows.close(r, found, loss)
 
 
-@functools.partial(jax.jit, inline=True)
+@jax.jit
 def _top_k(batch, ids, probs):
     r = rows.of(batch)
     found = rows.statistics(r)
@@ -311,7 +311,7 @@ def _top_k(batch, ids, probs):
     return rows.close(r, found, loss)
 
 
-@functools.partial(jax.jit, inline=True)
+@jax.jit
 def _statistics(batch):
     r = rows.of(batch)
     found = rows.statistics(r)
