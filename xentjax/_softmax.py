@@ -356,9 +356,8 @@ def _expected(
     def sums(t):
         t = t if w is None else t * numerics.expand_leading(w, t.ndim)
         # −log p_k needs no log-odds
-        return rows.class_sum(r, t * (rows.surprise(r, found) if phi is _minus_log_prob else phi(rows.class_log_odds(r)))), rows.class_sum(
-            r, t
-        )
+        per_class = rows.surprise(r, found) if phi is _minus_log_prob else phi(rows.class_log_odds(r))
+        return rows.class_sum(r, t * per_class), rows.class_sum(r, t)
 
     if found.log_odds is None:
         loss, s = sums(r.labels)

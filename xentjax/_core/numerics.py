@@ -21,7 +21,7 @@ def accumulation_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
 def where(condition: Array, x: ArrayLike, y: ArrayLike) -> Array:
     """`jnp.where` for an array and a number, or two arrays of one shape; `condition` may have length 1 on the last axis.
 
-    The one of NumPy's kind is a jitted function, and a dozen of those are half the time of tracing a loss.
+    `jnp.where` is a jitted function, and a dozen of those are half the time of tracing a loss.
     """
     like = x if isinstance(x, Array) else y
     assert isinstance(like, Array)
@@ -57,18 +57,14 @@ def restore_infinity(loss: Array) -> Array:
     return where(is_infinite(loss), loss + jnp.inf, loss)
 
 
+@jax.custom_jvp
 def sigmoid(x: Array) -> Array:
     """σ(x) = 1/(1 + e^(−x)), accurate relative to its value on both sides, with dσ = σ(x)·σ(−x)."""
-    return _sigmoid(x)
-
-
-@jax.custom_jvp
-def _sigmoid(x: Array) -> Array:
     e = jnp.exp(-jnp.abs(x))
     return where(x >= 0, jnp.ones_like(e), e) / (1 + e)
 
 
-_sigmoid.defjvp(lambda primals, tangents: (_sigmoid(*primals), _sigmoid(*primals) * _sigmoid(-primals[0]) * tangents[0]))
+sigmoid.defjvp(lambda primals, tangents: (sigmoid(*primals), sigmoid(*primals) * sigmoid(-primals[0]) * tangents[0]))
 
 
 @jax.custom_jvp
@@ -79,14 +75,14 @@ def sigmoid_excess(x: Array, clip: Array) -> Array:
     """
     step = x - (jnp.log(clip) - jnp.log1p(-clip))
     above = step > 0
-    excess = _sigmoid(x) * (1 - clip) * -jnp.expm1(-where(above, step, jnp.ones_like(step)))
+    excess = sigmoid(x) * (1 - clip) * -jnp.expm1(-where(above, step, jnp.ones_like(step)))
     return where(above, excess, jnp.full_like(excess, 0.25))
 
 
 @sigmoid_excess.defjvp
 def _(primals, tangents):
     x, clip = primals
-    return sigmoid_excess(x, clip), _sigmoid(x) * _sigmoid(-x) * tangents[0] - tangents[1]
+    return sigmoid_excess(x, clip), sigmoid(x) * sigmoid(-x) * tangents[0] - tangents[1]
 
 
 @jax.custom_jvp
@@ -95,7 +91,7 @@ def softplus(x: Array) -> Array:
     return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
 
 
-softplus.defjvp(lambda primals, tangents: (softplus(*primals), _sigmoid(*primals) * tangents[0]))
+softplus.defjvp(lambda primals, tangents: (softplus(*primals), sigmoid(*primals) * tangents[0]))
 
 
 @jax.custom_jvp

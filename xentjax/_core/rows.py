@@ -14,8 +14,8 @@ Derivatives. Both sums are logarithms of Σ_{k∈A} e^(z_k − m) over some clas
     ∂d/∂z_y = 1        ∂ℓ/∂z_k = e^(z_k − m − ℓ) for k ≠ y        ∂c/∂z_k = e^(z_k − m − c) for every k
 
 which are softmaxes over A, and JAX differentiates the rest: ∂(−log p_y)/∂z_y = −σ(−a) is p_y − 1 without the subtraction.
-The exponentials are functions of z and ℓ again, each at most 1, so the rule differentiates to any order without a quotient
-that could overflow.
+The exponentials are functions of z again, and 1/e^ℓ has the derivative −ℓ̇/e^ℓ, so the rule differentiates to any order by
+products alone: no power of a small sum can overflow.
 
 Masks: a class that does not exist (`class_mask`) and every class of an example that does not count (`where`) is left out of
 all sums, by selection before the exponential: e^(−∞) = 0 with derivative 0 whatever its logit.
