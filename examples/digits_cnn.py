@@ -8,12 +8,13 @@ Run:      pip install "xentjax[examples]" && python examples/digits_cnn.py
           python examples/digits_cnn.py --data-dir FOLDER     the same on MNIST, from its four IDX files, plain or .gz
 Takes:    12 s on two CPU cores (measured); MNIST about a quarter of an hour (extrapolated from 100 batches of its size)
 Prints:   precision and recall of every class, the gradient norms, and last (measured, jax 0.10, CPU, seed 0)
-              held-out accuracy 99.72%, mean loss 0.0134 nats; picture in examples/output/digits.png
+              held-out accuracy 100.00%, mean loss 0.0107 nats; picture in examples/output/digits.png
 Accuracy: on the held-out fifth, 360 images, another fifth for each of the seeds 0 to 4 (measured; one image is 0.28 %,
           and other rounding, by another machine or version, can move a figure by an image)
-              cross_entropy    99.72  99.44  99.44  98.33  99.17 %     median 99.44 %
+              cross_entropy   100.00  99.17  99.17  98.61  99.44 %     median 99.17 %
               focal            99.72  98.61  98.33  98.33  99.17 %     median 98.61 %
-          The learning rate was picked on these splits, from three trials. On seeds 5 to 9, which no setting was picked on:
+          The learning rate was picked on these splits, from three trials. On seeds 5 to 9, which no setting was picked on
+          (these and the focal row were measured before the last change of rounding in the library):
               cross_entropy    99.17  99.72  99.44  98.89  97.50 %     median 99.17 %
 """
 
