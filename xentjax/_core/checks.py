@@ -144,7 +144,7 @@ def top_k(function: str, ids: ArrayLike, probs: ArrayLike, batch: rows.Examples)
     shape(function, "label_probs", p, i.shape, "the shape of label_ids")
     if checking_values.value:
         ignored = jnp.zeros((), bool) if batch.where is None else ~batch.where[..., None]
-        check_indices(function, "label_ids", i, rows.of(batch).classes, ignored)
+        _check_indices(function, "label_ids", i, rows.of(batch).classes, ignored)
         _check(function, "label_probs", p, ~(p >= 0) & ~ignored, "is not a probability (it is negative or NaN)")
     return i, p
 
@@ -220,16 +220,14 @@ def _check_values(function: str, batch: rows.Examples) -> None:
     if y is None:
         return
     if jnp.issubdtype(y.dtype, jnp.integer):
-        check_indices(function, "labels", y, rows.of(batch).classes, ignored)
+        _check_indices(function, "labels", y, rows.of(batch).classes, ignored)
     else:
         _check(function, "labels", y, ~(y >= 0) & ~over_classes, "is not a probability (it is negative or NaN)")
 
 
-def check_indices(function: str, name: str, index: Array, classes: int, ignored: Array) -> None:
-    """Inside `checked`, that every index that counts is a class."""
-    if checking_values.value:
-        wide = index.astype(jnp.int64 if index.dtype.itemsize == 8 else jnp.int32)
-        _check(function, name, index, ((wide < 0) | (wide >= classes)) & ~ignored, f"is outside [0, {classes})")
+def _check_indices(function: str, name: str, index: Array, classes: int, ignored: Array) -> None:
+    wide = index.astype(rows.index_dtype(index))
+    _check(function, name, index, ((wide < 0) | (wide >= classes)) & ~ignored, f"is outside [0, {classes})")
 
 
 def _check(function: str, name: str, x: Array, bad: Array, complaint: str) -> None:
