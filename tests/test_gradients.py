@@ -179,3 +179,43 @@ def test_focal_losses_are_finite_at_saturated_logits(gamma, traced, order):
             for _ in range(order):
                 derivative = jax.grad(derivative)
             assert np.isfinite(derivative(jnp.asarray(z, jnp.float32))), (z, gamma, order)
+
+
+def inside_scan(case, labels):
+    """Σ of the losses of examples [3, 4, ...], taken one after another in a loop."""
+
+    def step(total, example):
+        return total + case(*example).sum(), None
+
+    return lambda z: jax.lax.scan(step, jnp.zeros((), jax.eval_shape(lambda *x: case(*x), z, labels).dtype), (z, labels))[0]
+
+
+@each_kind()
+def test_second_derivatives_through_a_scan(case, kind, rng, x64):
+    # jax.lax.scan differentiates the code of a rule's function where it was to use the rule: that code must be right as well
+    z, labels = case.draw(rng, (3, 4), dtype=jnp.float64, kind=kind)
+    direction = jnp.asarray(rng.normal(size=z.shape))
+    step = 1e-5
+
+    def slope(x):
+        return case.exact(ref.Double, x, labels)[1]
+
+    numeric = (slope(np.asarray(z + step * direction)) - slope(np.asarray(z - step * direction))) / (2 * step)
+    looped = inside_scan(case, labels)
+    forward = jax.jvp(jax.grad(looped), (z,), (direction,))[1]
+    reverse = jax.grad(lambda z: jnp.vdot(jax.grad(looped)(z), direction))(z)
+    for product in (forward, reverse):
+        np.testing.assert_allclose(product, numeric, rtol=1e-7, atol=1e-7)  # differences in float64, several directions at once
+
+
+def test_second_derivatives_of_half_precision_through_a_scan(rng):
+    case = cases.CLASSES[0]
+    z, labels = case.draw(rng, (3, 4), dtype=jnp.bfloat16)
+    direction = jnp.ones_like(z).at[..., 0].set(-1)
+
+    def product(function):
+        return jax.jvp(jax.grad(function), (z,), (direction,))[1].astype(jnp.float32)
+
+    expected = product(lambda z: case(z, labels).sum())
+    assert jnp.isnan(product(inside_scan(case, labels))).any()  # loud, because the bits of half precision have no derivative
+    np.testing.assert_allclose(product(inside_scan(jax.checkpoint(lambda *x: case(*x)), labels)), expected, rtol=2**-7, atol=2**-8)

@@ -52,7 +52,7 @@ class WeightedSum(NamedTuple):
 
         def divide(total: Array) -> Array:
             # in the wider of both dtypes: neither may overflow the other's
-            dtype = jnp.dtype(jnp.float64) if jnp.float64 in (total.dtype, self.weight.dtype) else jnp.dtype(jnp.float32)
+            dtype = numerics.accumulation_dtype(total.dtype, self.weight.dtype)
             weight = jnp.where(empty, jnp.ones_like(self.weight), self.weight).astype(dtype)
             mean = jnp.where(empty, jnp.zeros_like(total), total).astype(dtype) / weight
             return mean.astype(total.dtype) if jnp.issubdtype(total.dtype, jnp.floating) else mean

@@ -13,9 +13,9 @@ INFINITE = 2.0**120  # stands for ∞ inside a formula
 _THRESHOLD = 2.0**80  # what exceeds this is INFINITE times a weight: no finite logits of a model come near
 
 
-def accumulation_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
-    """The dtype of arithmetic and results: float32, or float64 for float64 input."""
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+def accumulation_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
+    """The dtype of arithmetic and results: float32, or float64 if any input has it."""
+    return jnp.dtype(jnp.float64 if jnp.float64 in dtypes else jnp.float32)
 
 
 def where(condition: Array, x: ArrayLike, y: ArrayLike) -> Array:
@@ -40,6 +40,12 @@ def finite(x: Array) -> Array:
 
 
 finite.defjvp(lambda primals, tangents: (finite(*primals), tangents[0]))
+
+
+def zero_without_derivative(x: Array) -> Array:
+    """0, with a derivative of NaN or ∞: what is not to be differentiated says so."""
+    x = where(jnp.isfinite(x), x, jnp.zeros_like(x))
+    return jnp.sqrt(x - lax.stop_gradient(x))
 
 
 def expand_leading(x: Array, ndim: int) -> Array:

@@ -55,7 +55,7 @@ class Examples:
 class Rows(NamedTuple):
     """Logits with the class axis last and what is known of each row; made by `of` inside the compiled part of a loss."""
 
-    raw: Array  # [..., classes], the caller's dtype, no derivative
+    raw: Array  # [..., classes], the caller's dtype
     values: Array  # [..., classes], the accumulation dtype; derivatives come here, and are cast to the caller's dtype once
     labels: Array | None  # indices [...], or a distribution [..., classes] in the accumulation dtype
     class_mask: Array | None  # [..., classes]
@@ -97,7 +97,7 @@ def of(examples: Examples) -> Rows:
         mask = last(mask) if mask.ndim == logits.ndim else mask
         mask = jnp.broadcast_to(numerics.expand_leading(mask, logits.ndim), last(logits).shape)
     z = last(logits)
-    return Rows(lax.stop_gradient(z), z.astype(dtype), labels, mask, examples.where, examples.axis_name)
+    return Rows(z, z.astype(dtype), labels, mask, examples.where, examples.axis_name)
 
 
 def statistics(rows: Rows) -> Statistics:
@@ -236,16 +236,26 @@ def _log_sums(values, raw, labels, class_mask, where, axis_name):
     """(m, d, ℓ, e^(−ℓ)) with labels, (m, m, c, e^(−c)) without, as the module docstring defines them.
 
     If nothing is left, ℓ = −INFINITE and 1 stands for its exponential, which then multiplies zeros.
-    `raw` holds the same numbers as `values` in the caller's dtype and carries no derivative.
+    `raw` holds the same numbers as `values` in the caller's dtype, and the rule takes no derivative through it.
+
+    JAX may differentiate this code in place of the rule: `lax.scan` drops rules from what a second derivative goes through. So
+    it has the right derivative, if not at every margin; in half precision, whose bits have none, it has NaN.
     """
     rows = Rows(raw, values, labels, class_mask, where, axis_name)
     top = _maximum(raw, class_mask, axis_name)
     m = _reference(top, rows)
+    if raw.dtype != values.dtype:
+        m += numerics.zero_without_derivative(values[..., 0])
     left_out = numerics.same(raw, top[..., None]) if labels is None else _on_label(rows)
     total = class_sum(rows, _exponentials(rows, m, _and(~left_out, class_mask, where)))
     if labels is None:
-        ties = class_sum(rows, _and(left_out, class_mask, where).astype(m.dtype))
-        total = jnp.maximum(total + (ties - 1), 0)
+        ties = jnp.sum(_and(left_out, class_mask, where).astype(m.dtype), axis=-1)
+        if raw.dtype == values.dtype:  # each stands for e^(z_k − m), which is 1 but has a derivative
+            largest_here = _local_maximum(raw, class_mask)
+            largest_here = numerics.where(jnp.isfinite(largest_here), largest_here, 0)
+            ties *= 1 + (largest_here - lax.stop_gradient(largest_here))
+        ties = over_devices(rows, ties)
+        total = numerics.where(ties == 0, 0, total + (ties - 1))
         return m, m, jnp.log1p(total), 1 / (1 + total)
     empty = total == 0  # no other class exists, or all underflow: p_y = 1
     total = numerics.where(empty, jnp.ones_like(total), total)
@@ -286,10 +296,13 @@ def _exponentials(rows, m, keep):
 
 def _maximum(raw, mask, axis_name):
     """The largest logit of each row in the dtype of `raw`; it has no derivative."""
-    raw = lax.stop_gradient(raw)
-    z = raw if mask is None else numerics.select_logits(mask, raw)
-    top = jnp.max(z, axis=-1, initial=-jnp.inf)
+    top = _local_maximum(lax.stop_gradient(raw), mask)
     return top if axis_name is None else lax.pmax(top, axis_name)
+
+
+def _local_maximum(raw, mask):
+    z = raw if mask is None else numerics.select_logits(mask, raw)
+    return jnp.max(z, axis=-1, initial=-jnp.inf)
 
 
 def _largest_class(rows):
