@@ -30,8 +30,8 @@ def rank(module):
     if not part:
         return 9
     if part[0] == "_core":
-        return {"numerics": 0, "rows": 1, "checks": 2}.get(part[-1], 0)
-    return {"_softmax": 3, "_sigmoid": 4, "_reduction": 4, "_checked": 5}.get(part[0], 3)
+        return {"numerics": 0, "rows": 1, "chunks": 1, "checks": 2}.get(part[-1], 0)
+    return {"_softmax": 3, "_sigmoid": 4, "_reduction": 4, "_linear": 5, "_checked": 5}.get(part[0], 3)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -1,6 +1,10 @@
 """Cross-entropy losses for JAX: exact at any margin, the same everywhere, differentiable to any order."""
 
 from xentjax._checked import checked as checked
+from xentjax._linear import LinearPlan as LinearPlan
+from xentjax._linear import fuse_linear as fuse_linear
+from xentjax._linear import linear_softmax_cross_entropy as linear_softmax_cross_entropy
+from xentjax._linear import plan_linear as plan_linear
 from xentjax._reduction import WeightedSum as WeightedSum
 from xentjax._reduction import weighted_mean as weighted_mean
 from xentjax._reduction import weighted_sum as weighted_sum

@@ -72,6 +72,24 @@ def fraction(function: str, name: str, x: ArrayLike) -> ArrayLike:
     return 0.0 if checked is None else checked
 
 
+def positive(function: str, name: str, x: ArrayLike) -> ArrayLike:
+    """A scalar above 0: a Python number that is not raises ValueError; of an array only the shape can be known."""
+    if isinstance(x, numbers.Real) and not x > 0:
+        raise ValueError(f"{function}: {name} must be above 0; got {float(x):g}.")
+    checked = number(function, name, x)
+    assert checked is not None
+    return checked
+
+
+def count(function: str, name: str, x: int) -> int:
+    """A Python integer of at least 1."""
+    if isinstance(x, bool) or not isinstance(x, int | np.integer):
+        raise TypeError(f"{function}: {name} must be an integer, known before tracing; got {type(x).__name__}.")
+    if x < 1:
+        raise ValueError(f"{function}: {name} must be at least 1; got {x}.")
+    return int(x)
+
+
 def pos_weight(function: str, weight: ArrayLike | None, logits: Array) -> ArrayLike | None:
     """A weight of positive terms: a scalar, or one per class along the last axis."""
     if weight is None or np.ndim(weight) == 0:
@@ -104,7 +122,7 @@ def examples(
     if z.shape[axis] == 0:
         raise ValueError(f"{function}: logits must have at least one class on axis {axis}; got shape {z.shape}.")
     leading = z.shape[:axis] + z.shape[axis + 1 :]
-    y = _labels(function, _array(function, "labels", labels), z, leading, axis) if labelled else None
+    y = _labels(function, labels, z.shape, axis, "logits") if labelled else None
     mask = None if class_mask is None else boolean(function, "class_mask", class_mask)
     if mask is not None and mask.shape not in ((z.shape[axis],), z.shape):
         raise ValueError(
@@ -167,20 +185,107 @@ def elements(function: str, logits: ArrayLike, labels: ArrayLike, where: ArrayLi
     return z, t, counts
 
 
-def _labels(function: str, y: Array, z: Array, leading: tuple[int, ...], axis: int) -> Array:
-    expected = "the shape of logits without its class axis"
+def linear(
+    function: str,
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    bias: ArrayLike | None,
+    where: ArrayLike | None,
+    weights: ArrayLike | None,
+    classes_first: bool,
+) -> tuple[Array, Array, Array | None, Array | None, Array | None]:
+    """The arguments that every loss of a linear layer shares."""
+    h, k = floating(function, "hidden", hidden), floating(function, "kernel", kernel)
+    classes = linear_shapes(function, h.shape, k.shape, classes_first)
+    b = None if bias is None else floating(function, "bias", bias)
+    counts = None if where is None else boolean(function, "where", where)
+    w = None if weights is None else floating(function, "weights", weights)
+    if b is not None:
+        shape(function, "bias", b, (classes,), "one per class")
+    for name, x in (("where", counts), ("weights", w)):
+        if x is not None:
+            same_shape(function, name, x, h.shape[:-1], "the shape of hidden without its feature axis")
+    return h, k, b, counts, w
+
+
+def linear_shapes(function: str, hidden: tuple[int, ...], kernel: tuple[int, ...], classes_first: bool) -> int:
+    """The number of classes of a linear layer whose shapes fit each other."""
+    if not hidden:
+        raise ValueError(f"{function}: hidden must have a feature axis; got shape ().")
+    features = hidden[-1]
+    expected = f"(classes, {features})" if classes_first else f"({features}, classes)"
+    if len(kernel) != 2 or kernel[1 if classes_first else 0] != features:
+        turned = len(kernel) == 2 and kernel[0 if classes_first else 1] == features
+        remedy = f" Use classes_first={not classes_first}." if turned else ""
+        raise ValueError(f"{function}: kernel must have shape {expected} for hidden of shape {hidden}; got {kernel}.{remedy}")
+    classes = kernel[0 if classes_first else 1]
+    if classes == 0:
+        raise ValueError(f"{function}: kernel must have at least one class; got shape {kernel}.")
+    return classes
+
+
+def linear_labels(function: str, labels: ArrayLike, leading: tuple[int, ...], classes: int, where: Array | None) -> Array:
+    """Labels of logits that do not exist: indices [*leading], or distributions [*leading, classes]."""
+    y = _labels(function, labels, (*leading, classes), len(leading), "hidden")
+    if checking_values.value:
+        ignored = jnp.zeros((), bool) if where is None else ~where
+        _check_label_values(function, y, classes, ignored, len(leading))
+    return y
+
+
+def per_example(function: str, args: tuple, leading: tuple[int, ...]) -> tuple:
+    """Pytrees of arrays that have an example's axes first."""
+
+    def check(path, x):
+        name = f"args{jax.tree_util.keystr(path)}"
+        array = _array(function, name, x)
+        if array.shape[: len(leading)] != leading:
+            expected = f"({''.join(f'{n}, ' for n in leading)}...)"
+            raise ValueError(
+                f"{function}: {name} must have shape {expected}, the leading axes of hidden first; got {array.shape}. "
+                "What is not one per example is closed over by loss_fn."
+            )
+        return array
+
+    return jax.tree_util.tree_map_with_path(check, args)
+
+
+def loss_per_example(result: Any, logits: Array, has_aux: bool) -> tuple[Array, Any]:
+    """What a user's loss returned for a chunk [examples, classes]: the losses in the dtype of the logits, and the rest."""
+    function, examples = "fuse_linear", logits.shape[:1]
+    if has_aux and not (isinstance(result, tuple) and len(result) == 2):
+        raise ValueError(f"{function}: with has_aux=True loss_fn must return a pair (loss, aux); got {type(result).__name__}.")
+    loss, aux = result if has_aux else (result, ())
+    loss = floating(function, "the result of loss_fn", loss)
+    remedy = "Do not reduce inside: reduction='mean' does it." if loss.ndim == 0 else ""
+    shape(function, "the result of loss_fn", loss, examples, f"one value per example for logits of shape {logits.shape}", remedy)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(aux):
+        if jnp.shape(leaf)[:1] != examples:
+            name = f"aux{jax.tree_util.keystr(path)}"
+            raise ValueError(
+                f"{function}: {name} must have shape ({examples[0]}, ...), one entry per example for logits of shape {logits.shape}; "
+                f"got {jnp.shape(leaf)}."
+            )
+    return loss.astype(logits.dtype), jax.tree.map(jnp.asarray, aux)
+
+
+def _labels(function: str, labels: ArrayLike | None, full: tuple[int, ...], axis: int, like: str) -> Array:
+    """Labels of logits of the shape `full`; `like` names the argument that has their leading axes."""
+    y = _array(function, "labels", labels)
+    leading = full[:axis] + full[axis + 1 :]
     if jnp.issubdtype(y.dtype, jnp.integer):
         remedy = _to_shape("labels", y.shape, leading)
-        if y.shape == z.shape:
+        if y.shape == full:
             remedy = f"For one-hot integers use labels.argmax({axis}), or labels.astype(float) for a distribution."
-        return shape(function, "labels", y, leading, expected, remedy)
+        without = "class axis" if like == "logits" else "feature axis"
+        return shape(function, "labels", y, leading, f"the shape of {like} without its {without}", remedy)
     if not jnp.issubdtype(y.dtype, jnp.floating):
         raise TypeError(
             f"{function}: labels must have an integer dtype (class indices) or a floating one (distributions over classes); "
             f"got {y.dtype}. Use labels.astype(jnp.int32) for class indices."
         )
     remedy = "For class indices use labels.astype(jnp.int32)." if y.shape == leading else ""
-    return shape(function, "labels", y, z.shape, "the shape of logits, because they are a distribution over classes", remedy)
+    return shape(function, "labels", y, full, "the shape of logits, because they are a distribution over classes", remedy)
 
 
 def _to_shape(name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> str:
@@ -217,11 +322,15 @@ def _check_values(function: str, batch: rows.Examples) -> None:
     mask = rows.of(batch).class_mask
     missing = jnp.zeros((), bool) if mask is None else ~jnp.moveaxis(mask, -1, batch.axis)
     _check(function, "logits", z, jnp.isnan(z) & ~over_classes & ~missing, "is NaN")
-    if y is None:
-        return
+    if y is not None:
+        _check_label_values(function, y, rows.of(batch).classes, ignored, batch.axis)
+
+
+def _check_label_values(function: str, y: Array, classes: int, ignored: Array, axis: int) -> None:
     if jnp.issubdtype(y.dtype, jnp.integer):
-        _check_indices(function, "labels", y, rows.of(batch).classes, ignored)
+        _check_indices(function, "labels", y, classes, ignored)
     else:
+        over_classes = jnp.expand_dims(ignored, axis) if ignored.ndim else ignored
         _check(function, "labels", y, ~(y >= 0) & ~over_classes, "is not a probability (it is negative or NaN)")
 
 
