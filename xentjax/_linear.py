@@ -271,7 +271,7 @@ def _cross_entropy(hidden, kernel, bias, where, weights, labels, settings, optio
 def _run(loss_fn, options, hidden, kernel, bias, where, weights, args):
     reduction, chunk_size, has_aux, classes_first = options
     dtype = numerics.accumulation_dtype(hidden.dtype)
-    w = jnp.ones(hidden.shape[:-1], dtype) if weights is None else weights.astype(dtype)
+    w = jnp.ones_like(hidden[..., 0], dtype) if weights is None else weights.astype(dtype)  # of hidden, to be sharded as it is
     w = w if where is None else jnp.where(where, w, jnp.zeros_like(w))
     layer, cut = chunks.Layer(kernel, bias), _layout(hidden, kernel, chunk_size, classes_first)
 

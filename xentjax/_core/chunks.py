@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
+from jax.sharding import AxisType
 
 from xentjax._core import numerics
 
@@ -78,7 +79,7 @@ class Layout:
     @property
     def examples(self) -> int:
         """The number of examples in the largest chunk."""
-        return self.outer * max(self.first, self.chunk)
+        return self.outer * max(self.first, self.chunk if self.others else 0)
 
     def split(self, x: Array) -> tuple[Array, Array | None]:
         """`x` [*leading, ...] as the first chunk [examples, ...] and the others [others, examples, ...]."""
@@ -161,7 +162,9 @@ def per_example(loss_fn: Callable, batch: Batch, layer: Layer, cut: Layout, clas
     kernel = layer.kernel.astype(batch.hidden.dtype)
     accumulator = layer.kernel.astype(numerics.accumulation_dtype(batch.hidden.dtype))
 
+    # Twice: a derivative leaves the outer one behind, and the inner one keeps a second derivative from storing logits.
     @functools.partial(jax.checkpoint, prevent_cse=False)  # in a loop nothing can be shared anyway
+    @functools.partial(jax.checkpoint, prevent_cse=False)
     def losses(chunk, kernel, accumulator, bias):
         chunk = _masked(chunk)
         logits = _add_bias(_product(chunk.hidden, kernel, accumulator, 1 if classes_first else 0), bias)
@@ -197,7 +200,7 @@ def _step(loss_fn, classes_first, wanted, before, chunk, layer, hoisted):
     def losses(*moved):
         moved = iter(moved)
         logits, args, hoisted = jax.tree.unflatten(structure, [next(moved) if m else x for x, m in zip(inputs, moving, strict=True)])
-        return loss_fn(logits, *args, *hoisted)
+        return loss_fn(logits, args, hoisted)
 
     loss, pull, aux = jax.vjp(losses, *(x for x, m in zip(inputs, moving, strict=True) if m), has_aux=True)
     cotangents = iter(pull(chunk.weights))
@@ -213,7 +216,7 @@ def _step(loss_fn, classes_first, wanted, before, chunk, layer, hoisted):
         sums = jax.tree.map(jnp.add, before._replace(layer=before.layer._replace(kernel=None)), sums)
     if of_layer.kernel:
         factors = (narrow, chunk.hidden) if classes_first else (chunk.hidden, narrow)
-        kernel_bar = _dot(*factors, 0, 0) if before is None else _add_product(before.layer.kernel, *factors, classes)
+        kernel_bar = _dot(*factors, 0, 0, layer.kernel) if before is None else _add_product(before.layer.kernel, *factors, classes)
         sums = sums._replace(layer=sums.layer._replace(kernel=kernel_bar))
     batch_bar = Batch(
         hidden=_dot(narrow, layer.kernel, 1, classes) if of_batch.hidden else None,
@@ -228,8 +231,13 @@ def _hoist(loss_fn, chunk, layer, classes_first):
     """`loss_fn` as a function of what it closes over as well, and those values."""
     layer = layer._replace(kernel=layer.kernel.astype(chunk.hidden.dtype))
     logits = _logits(chunk, layer, classes_first)  # for its type: the product itself is dead code
-    function, hoisted = jax.closure_convert(lambda *args: loss_fn(*args), logits, *chunk.args)  # a lambda: the cache keys on it
-    return function, tuple(hoisted)
+    closed, shapes = jax.make_jaxpr(lambda *args: loss_fn(*args), return_shape=True)(logits, *chunk.args)
+    structure = jax.tree.structure(shapes)
+
+    def function(logits, args, hoisted):
+        return jax.tree.unflatten(structure, jax.core.eval_jaxpr(closed.jaxpr, hoisted, *jax.tree.leaves((logits, args))))
+
+    return function, tuple(closed.consts)
 
 
 def _logits(chunk, layer, classes_first):
@@ -288,10 +296,14 @@ def _weighted(chunk, loss):
 # Matrix products -----------------------------------------------------------------------------------------------------------
 
 
-def _dot(x, y, x_axis, y_axis, precision=None):
-    """The product over one axis of each, accumulated and returned in float32 or wider."""
+def _dot(x, y, x_axis, y_axis, like=None):
+    """The product over one axis of each, accumulated and returned in float32 or wider; split over an explicit mesh as `like` is."""
     dtype = numerics.accumulation_dtype(x.dtype, y.dtype)
-    return lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), precision=precision, preferred_element_type=dtype)
+    sharding = None if like is None else jax.typeof(like).sharding
+    explicit = sharding is not None and AxisType.Explicit in (sharding.mesh.axis_types or ())
+    return lax.dot_general(
+        x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=dtype, out_sharding=sharding if explicit else None
+    )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
@@ -304,10 +316,11 @@ def _product(hidden, kernel, accumulator, features):
 def _(features, primals, tangents):
     hidden, kernel, accumulator = primals
     hidden_dot, _, kernel_dot = tangents
-    # The cotangent of a product in float32 is float32; this lets XLA round it to bfloat16 as it enters the products.
-    precision = lax.DotAlgorithmPreset.BF16_BF16_F32 if hidden.dtype == jnp.bfloat16 else None
-    tangent = _dot(hidden_dot, kernel, 1, features, precision) + _dot(hidden, kernel_dot, 1, features, precision)
-    return _product(hidden, kernel, accumulator, features), tangent
+    # JAX transposes a product into one that has the dtype of its result. So the first is rounded to that of `hidden`, in which its
+    # transpose ends; the second, whose transpose is added up, is a product in float32 at any dtype.
+    first = lax.dot_general(hidden_dot, kernel, (((1,), (features,)), ((), ())))
+    second = _dot(hidden.astype(kernel_dot.dtype), kernel_dot, 1, features)
+    return _product(hidden, kernel, accumulator, features), first.astype(second.dtype) + second
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
@@ -319,11 +332,12 @@ def _add_product(total, left, right, classes):
 @_add_product.defjvp
 def _(classes, primals, tangents):
     (_, left, right), (total_dot, left_dot, right_dot) = primals, tangents
-    return _add_product(*primals, classes), total_dot + _dot(left_dot, right, 0, 0) + _dot(left, right_dot, 0, 0)
+    tangent = total_dot + _dot(left_dot, right, 0, 0, total_dot) + _dot(left, right_dot, 0, 0, total_dot)
+    return _add_product(*primals, classes), tangent
 
 
 def _add_at_once(total, left, right):
-    return total + _dot(left, right, 0, 0)
+    return total + _dot(left, right, 0, 0, total)
 
 
 def _add_in_blocks(classes, total, left, right):
@@ -336,7 +350,7 @@ def _add_in_blocks(classes, total, left, right):
     def add(start, width, total):
         block = lax.dynamic_slice_in_dim(total, start, width, classes)
         factor = lax.dynamic_slice_in_dim((left, right)[classes], start, width, 1)
-        block += _dot(factor, right, 0, 0) if classes == 0 else _dot(left, factor, 0, 0)
+        block += _dot(factor, right, 0, 0, block) if classes == 0 else _dot(left, factor, 0, 0, block)
         return lax.dynamic_update_slice_in_dim(total, block, start, classes)
 
     whole = size // width

@@ -27,9 +27,7 @@ def where(condition: Array, x: ArrayLike, y: ArrayLike) -> Array:
     assert isinstance(like, Array)
     if condition.shape != like.shape:
         condition = lax.broadcast_in_dim(condition, like.shape, range(like.ndim))
-    x, y = (
-        v if isinstance(v, Array) and v.shape == like.shape else jnp.broadcast_to(jnp.asarray(v, like.dtype), like.shape) for v in (x, y)
-    )
+    x, y = (v if isinstance(v, Array) and v.shape == like.shape else lax.full_like(like, v) for v in (x, y))
     return lax.select(condition, x, y)
 
 

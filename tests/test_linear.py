@@ -1,0 +1,293 @@
+"""Losses of a linear layer by chunks equal those of the logits: values and derivatives of every order, for every reduction."""
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference as ref
+
+import xentjax
+
+EPS = float(jnp.finfo(jnp.float32).eps)
+FIRST, SECOND = 2e-5, 2e-4  # float32 sums over 97 examples and 131 classes, relative to the largest component
+
+
+def problem(rng, leading=(97,), features=11, classes=131, dtype=jnp.float32):
+    """Hidden, kernel, bias, weights per example, a temperature; labels and which of them count."""
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    where = jnp.asarray(rng.uniform(size=leading) < 0.8)
+    where = where if where.any() else ~where
+    labels = jnp.where(where, jnp.asarray(rng.integers(0, classes, leading), jnp.int32), -100)
+    weights = jnp.asarray(rng.uniform(0.5, 2.0, leading), jnp.float32)
+    return (draw(*leading, features), draw(features, classes), draw(classes), weights, jnp.asarray(1.3, jnp.float32)), labels, where
+
+
+def exact_loss(z, labels):
+    """−log softmax at the label, by the definition; autodiff of it in float64 is the reference."""
+    return jax.nn.logsumexp(z, -1) - jnp.take_along_axis(z, jnp.maximum(labels, 0)[..., None], -1)[..., 0]
+
+
+def dense(reduction, labels, where):
+    def value(hidden, kernel, bias, weights, temperature):
+        z = (jnp.tensordot(hidden, kernel, 1) + bias.reshape((1,) * (hidden.ndim - 1) + (-1,))) / temperature
+        loss = jnp.where(where, weights * exact_loss(z, labels), 0)
+        total = jnp.sum(jnp.where(where, weights, 0))
+        return {"mean": loss.sum() / total, "sum": loss.sum(), "none": loss}[reduction]
+
+    return value
+
+
+def fused(reduction, labels, where, chunk_size, classes_first=False):
+    """Masked rows are NaN on the way in, the temperature is closed over."""
+
+    def value(hidden, kernel, bias, weights, temperature):
+        run = xentjax.fuse_linear(
+            lambda z, y: xentjax.softmax_cross_entropy(z / temperature, y),
+            reduction=reduction,
+            chunk_size=chunk_size,
+            classes_first=classes_first,
+        )
+        poisoned = jnp.where(where[..., None], hidden, jnp.nan)
+        return run(poisoned, kernel.T if classes_first else kernel, labels, bias=bias, where=where, weights=weights)
+
+    return value
+
+
+def close(got, expected, tolerance):
+    """Equal relative to the largest component, or to 0.05 where terms of order 1 cancel (a mean's derivative by its only weight)."""
+    for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        e = np.asarray(e, np.float64)
+        np.testing.assert_allclose(np.asarray(g, np.float64), e, rtol=0, atol=tolerance * (np.abs(e).max(initial=0) + 0.05))
+
+
+def in_float64(function, *trees):
+    """`function` of the same numbers in float64."""
+    jax.config.update("jax_enable_x64", True)
+    try:
+        wide = jax.tree.map(lambda x: np.asarray(x, np.float64 if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype), trees)
+        return jax.tree.map(np.asarray, jax.jit(function)(*jax.tree.map(jnp.asarray, wide)))
+    finally:
+        jax.config.update("jax_enable_x64", False)
+
+
+def derivatives(function, cotangent):
+    """Value, gradient, tangent and both Hessian products of the sum of `cotangent`·function."""
+
+    def scalar(x):
+        return jnp.sum(function(*x) * cotangent.astype(x[0].dtype))
+
+    def hessian_in_reverse(x, t):
+        return jax.grad(lambda x: sum(jnp.vdot(g, d) for g, d in zip(jax.grad(scalar)(x), t, strict=True)))(x)
+
+    def run(x, t):
+        first = function(*x), jax.grad(scalar)(x), jax.jvp(lambda x: function(*x), (x,), (t,))[1]
+        return first, (jax.jvp(jax.grad(scalar), (x,), (t,))[1], hessian_in_reverse(x, t))
+
+    return run
+
+
+SETTINGS = [
+    # reduction, leading axes, classes, chunk size, classes first
+    ("mean", (97,), 131, 7, False),
+    ("mean", (97,), 101, 1, False),
+    ("mean", (97,), 131, 16, True),
+    ("mean", (97,), 131, 1000, False),
+    ("mean", (97,), 101, None, True),
+    ("mean", (1,), 131, 16, False),
+    ("mean", (), 101, 7, False),
+    ("mean", (5, 13), 131, 16, True),
+    ("sum", (97,), 131, 16, False),
+    ("sum", (2, 3, 7), 101, 1, False),
+    ("sum", (40, 2), 101, 7, False),
+    ("none", (97,), 131, 7, False),
+    ("none", (97,), 101, 1000, True),
+    ("none", (5, 13), 131, 16, False),
+    ("none", (), 101, 1, False),
+]
+
+
+@pytest.mark.parametrize(("reduction", "leading", "classes", "chunk_size", "classes_first"), SETTINGS)
+def test_equals_dense_to_second_order(rng, reduction, leading, classes, chunk_size, classes_first):
+    x, labels, where = problem(rng, leading, classes=classes)
+    t = jax.tree.map(lambda v: jnp.asarray(rng.normal(size=v.shape), v.dtype), x)
+    cotangent = jnp.asarray(rng.normal(size=leading if reduction == "none" else ()), jnp.float32)
+    if reduction == "none" and leading:
+        cotangent = cotangent.at[(0,) * len(leading)].set(0)
+    first, second = jax.jit(derivatives(fused(reduction, labels, where, chunk_size, classes_first), cotangent))(x, t)
+    expected = in_float64(derivatives(dense(reduction, labels, where), cotangent), x, t)
+    close(first, expected[0], FIRST)
+    close(second, expected[1], SECOND)
+
+
+@pytest.mark.parametrize("case", cases.CATEGORICAL, ids=str)
+def test_every_loss_fused_equals_dense(case, rng, x64):
+    z, labels = case.draw(rng, (13,), dtype=jnp.float64, kind=case.kinds[-1])
+    hidden, kernel = jnp.asarray(rng.normal(size=(13, 4))), jnp.asarray(rng.normal(size=(4, 7)))
+    direction = jnp.asarray(rng.normal(size=hidden.shape))
+    labels = labels if isinstance(labels, tuple) else (labels,)
+
+    def loss(z, *labels):
+        return case(z, labels if case.family == "top_k" else labels[0])
+
+    def both(function):
+        slope = jax.grad(function, (0, 1))
+        product = jax.jvp(lambda h: slope(h, kernel), (hidden,), (direction,))[1]
+        return function(hidden, kernel), slope(hidden, kernel), product
+
+    value, slope, product = both(lambda h, k: xentjax.fuse_linear(loss, chunk_size=5)(h, k, *labels))
+    expected = both(lambda h, k: loss(h @ k, *labels).mean())
+    close((value, slope), expected[:2], 1e-13)
+    close(product, expected[2], 1e-12)
+    exact, _ = case.exact(ref.Double, hidden @ kernel, labels if case.family == "top_k" else labels[0])
+    close(value, exact.mean(), 1e-12)
+
+
+@pytest.mark.parametrize("case", cases.BITS, ids=str)
+def test_losses_per_element_are_summed_inside(case, rng, x64):
+    _, bits = case.draw(rng, (13,), dtype=jnp.float64)
+    hidden, kernel = jnp.asarray(rng.normal(size=(13, 4))), jnp.asarray(rng.normal(size=(4, 7)))
+    run = xentjax.fuse_linear(lambda z, b: case(z, b).sum(-1), chunk_size=4)
+    value, slope = jax.value_and_grad(run, (0, 1))(hidden, kernel, bits)
+    exact, of_logits = case.exact(ref.Double, hidden @ kernel, bits)
+    close(value, exact.sum() / 13, 1e-12)
+    close(slope, (of_logits @ kernel.T / 13, hidden.T @ of_logits / 13), 1e-12)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 16, 1000])
+def test_zero_logits_cost_the_logarithm_of_the_class_count(chunk_size):
+    hidden, kernel, labels = jnp.ones((97, 8)), jnp.zeros((8, 131)), jnp.arange(97)
+    log = np.float32(np.log(131))
+    each = xentjax.linear_softmax_cross_entropy(hidden, kernel, labels, reduction="none", chunk_size=chunk_size)
+    np.testing.assert_array_equal(each, np.full(97, log))
+    one = xentjax.linear_softmax_cross_entropy(hidden[:1], kernel, labels[:1], chunk_size=chunk_size)
+    assert one == log
+    mean = xentjax.linear_softmax_cross_entropy(hidden, kernel, labels, chunk_size=chunk_size)
+    np.testing.assert_allclose(mean, log, rtol=4 * EPS)  # 97 times log/97, added in float32
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_is_no_worse_than_dense(rng, reduction, dtype):
+    (hidden, kernel, *_), labels, _ = problem(rng, (61,), 32, 101, dtype)
+    labels = jnp.maximum(labels, 0)
+    ct = jnp.asarray(rng.normal(size=61), jnp.float32) if reduction == "none" else jnp.ones(())
+
+    def naive(h, k):  # what one writes without the library: logits of half precision in memory
+        each = exact_loss((h @ k).astype(jnp.float32), labels)
+        return jnp.sum(ct * (each if reduction == "none" else each.mean()))
+
+    def ours(h, k):
+        return jnp.sum(ct * xentjax.linear_softmax_cross_entropy(h, k, labels, reduction=reduction, chunk_size=8))
+
+    def exact(h, k, ct):
+        each = exact_loss(h @ k, labels)
+        return jnp.sum(ct * (each if reduction == "none" else each.mean()))
+
+    expected = in_float64(jax.value_and_grad(exact, (0, 1)), hidden, kernel, ct)
+
+    def error(function):
+        value, slopes = jax.value_and_grad(function, (0, 1))(hidden, kernel)
+        assert value.dtype == jnp.float32 and slopes[0].dtype == dtype and slopes[1].dtype == dtype
+        return [np.abs(np.asarray(g, np.float64) - e).max() for g, e in zip((value, *slopes), (expected[0], *expected[1]), strict=True)]
+
+    for mine, theirs in zip(error(ours), error(naive), strict=True):
+        assert mine <= theirs
+
+
+def test_the_kernel_s_gradient_adds_up_in_float32():
+    # 2,048 equal contributions, one a chunk: a sum in bfloat16 stops growing at 256
+    hidden, kernel, labels = jnp.ones((2048, 1), jnp.bfloat16), jnp.zeros((1, 2), jnp.bfloat16), jnp.zeros(2048, jnp.int32)
+    for reduction in ("sum", "none"):
+
+        def loss(k, reduction=reduction):
+            return jnp.sum(xentjax.linear_softmax_cross_entropy(hidden, k, labels, reduction=reduction, chunk_size=1))
+
+        np.testing.assert_array_equal(jax.grad(loss)(kernel).astype(jnp.float32), [[-1024, 1024]])
+
+
+def test_float16_gradients_are_made_before_the_division():
+    # 1/65,536 of a probability of 1e-3 is below the smallest float16: with a loss scale the mean's gradient must survive
+    n, classes = 65_536, 512
+    hidden, kernel, labels = jnp.ones((n, 1), jnp.float16), jnp.zeros((1, classes), jnp.float16), jnp.zeros(n, jnp.int32)
+    slope = jax.grad(lambda k: 1024 * xentjax.linear_softmax_cross_entropy(hidden, k, labels, chunk_size=8192))(kernel)
+    np.testing.assert_allclose(slope[0, 1:].astype(jnp.float32), 1024 / classes, rtol=2**-10)
+
+
+def test_float32_kernels_keep_float32_gradients(rng):
+    (hidden, kernel, *_), labels, _ = problem(rng, (40,))
+    narrow = hidden.astype(jnp.bfloat16)
+    slope = jax.grad(xentjax.linear_softmax_cross_entropy, 1)(narrow, kernel, jnp.maximum(labels, 0), chunk_size=8)
+    assert slope.dtype == jnp.float32
+    rounded = slope.astype(jnp.bfloat16).astype(jnp.float32)
+    assert (slope != rounded).mean() > 0.9
+    wide = jax.grad(xentjax.linear_softmax_cross_entropy, 1)(hidden, kernel.astype(jnp.bfloat16), jnp.maximum(labels, 0), chunk_size=8)
+    assert wide.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("chunk_size", [4, 100])
+def test_masked_examples_do_not_exist(rng, reduction, chunk_size):
+    (hidden, kernel, bias, weights, _), labels, where = problem(rng, (30,))
+    poison = {"hidden": jnp.where(where[:, None], hidden, jnp.inf), "weights": jnp.where(where, weights, jnp.nan)}
+    soft = jnp.where(where[:, None], jnp.asarray(rng.dirichlet(np.ones(131), 30), jnp.float32), jnp.nan)
+
+    def value(h, k, b, w, t, where):
+        run = xentjax.fuse_linear(xentjax.softmax_cross_entropy, reduction=reduction, chunk_size=chunk_size)
+        return run(h, k, t, bias=b, where=where, weights=w)
+
+    arguments = (poison["hidden"], kernel, bias, poison["weights"], soft)
+    result = value(*arguments, where)
+    slopes = jax.grad(lambda *a: value(*a, where).sum(), range(5))(*arguments)
+    kept = np.flatnonzero(where)
+    few = value(hidden[kept], kernel, bias, weights[kept], soft[kept], None)
+    few_slopes = jax.grad(lambda *a: value(*a, None).sum(), range(5))(hidden[kept], kernel, bias, weights[kept], soft[kept])
+    if reduction == "none":
+        assert (np.delete(result, kept) == 0).all()
+        result = result[kept]
+    close(result, few, FIRST)
+    for i, (slope, alone) in enumerate(zip(slopes, few_slopes, strict=True)):
+        if i in (0, 3, 4):
+            assert (np.delete(slope, kept, axis=0) == 0).all()
+            slope = slope[kept]
+        close(slope, alone, FIRST)
+    nothing = jnp.zeros_like(where)
+    assert (value(*arguments, nothing) == 0).all()
+    for slope in jax.grad(lambda *a: value(*a, nothing).sum(), range(5))(*arguments):
+        assert (slope == 0).all()
+
+
+def test_no_examples_cost_nothing():
+    value, slopes = jax.value_and_grad(xentjax.linear_softmax_cross_entropy, (0, 1))(
+        jnp.zeros((0, 4)), jnp.ones((4, 7)), jnp.zeros(0, jnp.int32)
+    )
+    assert value == 0 and slopes[0].shape == (0, 4) and (slopes[1] == 0).all()
+    each = xentjax.linear_softmax_cross_entropy(jnp.zeros((3, 0, 4)), jnp.ones((4, 7)), jnp.zeros((3, 0), jnp.int32), reduction="none")
+    assert each.shape == (3, 0)
+
+
+def test_an_infinite_loss_of_weight_zero_costs_nothing():
+    kernel = jnp.array([[0.0, -jnp.inf, 0.0]])
+    value = xentjax.linear_softmax_cross_entropy(jnp.ones((2, 1)), kernel, jnp.array([0, 1]), weights=jnp.array([1.0, 0.0]))
+    np.testing.assert_allclose(value, np.log(2), rtol=4 * EPS)
+
+
+def test_bad_labels_are_nan(rng):
+    (hidden, kernel, *_), _, _ = problem(rng, (9,))
+    labels = jnp.arange(9).at[5].set(131)
+    each = xentjax.linear_softmax_cross_entropy(hidden, kernel, labels, reduction="none", chunk_size=4)
+    np.testing.assert_array_equal(np.isnan(each), np.arange(9) == 5)
+    slope = jax.grad(xentjax.linear_softmax_cross_entropy)(hidden, kernel, labels, chunk_size=4)
+    assert np.isnan(slope[5]).all() and np.isfinite(np.delete(slope, 5, axis=0)).all()
+
+
+def test_confident_labels_keep_their_loss_and_gradient():
+    # a margin of 40 nats: loss 2·e⁻⁴⁰, where lse − z and p − 1 are 0
+    hidden, kernel = jnp.full((5, 1), 40.0), jnp.array([[1.0, 0.0, 0.0]])
+    value, slope = jax.value_and_grad(xentjax.linear_softmax_cross_entropy, 1)(hidden, kernel, jnp.zeros(5, jnp.int32), chunk_size=2)
+    tiny = np.exp(-40.0)
+    np.testing.assert_allclose(value, 2 * tiny, rtol=60 * EPS)  # (8 + margin) eps and the mean
+    np.testing.assert_allclose(slope, [[-80 * tiny, 40 * tiny, 40 * tiny]], rtol=60 * EPS)
