@@ -144,6 +144,10 @@ ELSEWHERE = {
     "weighted_mean": "test_reduction.py",
     "weighted_sum": "test_reduction.py",
     "WeightedSum": "test_reduction.py",
+    "fuse_linear": "test_linear.py",
+    "linear_softmax_cross_entropy": "test_linear_inputs.py",
+    "plan_linear": "test_linear_programs.py",
+    "LinearPlan": "test_linear_programs.py",
     "RowStatistics": "test_values.py",
     "checked": "test_checked.py",
 }

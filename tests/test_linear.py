@@ -125,7 +125,7 @@ def test_equals_dense_to_second_order(rng, reduction, leading, classes, chunk_si
 
 @pytest.mark.parametrize("case", cases.CATEGORICAL, ids=str)
 def test_every_loss_fused_equals_dense(case, rng, x64):
-    z, labels = case.draw(rng, (13,), dtype=jnp.float64, kind=case.kinds[-1])
+    _, labels = case.draw(rng, (13,), dtype=jnp.float64, kind=case.kinds[-1])
     hidden, kernel = jnp.asarray(rng.normal(size=(13, 4))), jnp.asarray(rng.normal(size=(4, 7)))
     direction = jnp.asarray(rng.normal(size=hidden.shape))
     labels = labels if isinstance(labels, tuple) else (labels,)
@@ -231,7 +231,7 @@ def test_float32_kernels_keep_float32_gradients(rng):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("chunk_size", [4, 100])
 def test_masked_examples_do_not_exist(rng, reduction, chunk_size):
-    (hidden, kernel, bias, weights, _), labels, where = problem(rng, (30,))
+    (hidden, kernel, bias, weights, _), _, where = problem(rng, (30,))
     poison = {"hidden": jnp.where(where[:, None], hidden, jnp.inf), "weights": jnp.where(where, weights, jnp.nan)}
     soft = jnp.where(where[:, None], jnp.asarray(rng.dirichlet(np.ones(131), 30), jnp.float32), jnp.nan)
 

@@ -111,9 +111,7 @@ def test_aux_comes_back_with_the_leading_axes(rng, reduction):
     assert aux["hit"].dtype == bool and aux["top"].dtype == jnp.int32
     assert value_.shape == ((3, 11) if reduction == "none" else ())
     plain = xentjax.fuse_linear(xentjax.softmax_cross_entropy, reduction=reduction, chunk_size=6)
-    close(
-        jax.grad(lambda h: value(h)[0].sum())(hidden), jax.grad(lambda h: plain(h, kernel, labels, where=where).sum())(hidden), 1e-6
-    )
+    close(jax.grad(lambda h: value(h)[0].sum())(hidden), jax.grad(lambda h: plain(h, kernel, labels, where=where).sum())(hidden), 1e-6)
     stopped = jax.grad(lambda h: value(h)[1]["entropy"].sum())(hidden)
     assert (stopped == 0).all()
 
@@ -241,41 +239,72 @@ def test_value_checks_name_the_label():
 
 H, K, Y = jnp.zeros((4, 3)), jnp.zeros((3, 5)), jnp.zeros(4, jnp.int32)
 cross_entropy = xentjax.softmax_cross_entropy
-linear = xentjax.linear_softmax_cross_entropy
+linear, fused = xentjax.linear_softmax_cross_entropy, xentjax.fuse_linear
+
+
+def mean(z, y):
+    return cross_entropy(z, y).mean()
+
+
+KERNEL = "kernel must have shape (3, classes) for hidden of shape (4, 3); got"
+LEADING = "must have shape (4,), the shape of hidden without its feature axis; got"
+SOFT = "labels must have shape (4, 5), the shape of logits, because they are a distribution over classes; got"
+ARGS = "must have shape (4, ...), the leading axes of hidden first; got"
+CLOSE = "What is not one per example is closed over by loss_fn."
+RESULT = "the result of loss_fn must have shape (4,), one value per example for logits of shape (4, 5); got"
+REDUCTIONS_ARE = 'reduction must be "mean", "sum" or "none"; got'
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "message"),
+    ("call", "message"),
     [
-        (lambda: linear(H, K.T, Y), ValueError, "linear_softmax_cross_entropy: kernel must have shape (3, classes) for hidden of shape (4, 3); got (5, 3). Use classes_first=True."),
-        (lambda: linear(H, K[:2], Y), ValueError, "linear_softmax_cross_entropy: kernel must have shape (3, classes) for hidden of shape (4, 3); got (2, 5)."),
-        (lambda: linear(H, K[:, :0], Y), ValueError, "linear_softmax_cross_entropy: kernel must have at least one class; got shape (3, 0)."),
-        (lambda: linear(H, K, Y[:3]), ValueError, "linear_softmax_cross_entropy: labels must have shape (4,), the shape of hidden without its feature axis; got (3,)."),
-        (lambda: linear(H, K, Y[:, None]), ValueError, "linear_softmax_cross_entropy: labels must have shape (4,), the shape of hidden without its feature axis; got (4, 1). Use labels.squeeze(-1)."),
-        (lambda: linear(H, K, jnp.zeros(4)), ValueError, "linear_softmax_cross_entropy: labels must have shape (4, 5), the shape of logits, because they are a distribution over classes; got (4,). For class indices use labels.astype(jnp.int32)."),
-        (lambda: linear(H, K, Y, chunk_size=0), ValueError, "linear_softmax_cross_entropy: chunk_size must be at least 1; got 0."),
-        (lambda: linear(H, K, Y, chunk_size=2.0), TypeError, "linear_softmax_cross_entropy: chunk_size must be an integer, known before tracing; got float."),
-        (lambda: linear(H, K, Y, reduction="avg"), ValueError, "linear_softmax_cross_entropy: reduction must be \"mean\", \"sum\" or \"none\"; got 'avg'."),
-        (lambda: linear(H, K, Y, bias=jnp.zeros(3)), ValueError, "linear_softmax_cross_entropy: bias must have shape (5,), one per class; got (3,)."),
-        (lambda: linear(H, K, Y, weights=jnp.zeros((4, 1))), ValueError, "linear_softmax_cross_entropy: weights must have shape (4,), the shape of hidden without its feature axis; got (4, 1). Use weights.squeeze(-1)."),
-        (lambda: linear(H, K, Y, where=Y), TypeError, "linear_softmax_cross_entropy: where must have dtype bool; got int32. Use where != 0."),
-        (lambda: linear(H, K, Y, class_mask=jnp.ones(4, bool)), ValueError, "linear_softmax_cross_entropy: class_mask must have shape (5,), one per class; got (4,)."),
-        (lambda: linear(H, K, Y, softcap=0), ValueError, "linear_softmax_cross_entropy: softcap must be above 0; got 0."),
-        (lambda: linear(H.astype(int), K, Y), TypeError, "linear_softmax_cross_entropy: hidden must have a floating dtype; got int32. Use hidden.astype(jnp.float32)."),
-        (lambda: xentjax.fuse_linear("loss"), TypeError, "fuse_linear: loss_fn must be a function of (logits, *args); got str."),
-        (lambda: xentjax.fuse_linear(cross_entropy, reduction=None), ValueError, 'fuse_linear: reduction must be "mean", "sum" or "none"; got None.'),
-        (lambda: xentjax.fuse_linear(cross_entropy, chunk_size=-1), ValueError, "fuse_linear: chunk_size must be at least 1; got -1."),
-        (lambda: xentjax.fuse_linear(cross_entropy)(H, K, Y[:3]), ValueError, "fuse_linear: args[0] must have shape (4, ...), the leading axes of hidden first; got (3,). What is not one per example is closed over by loss_fn."),
-        (lambda: xentjax.fuse_linear(cross_entropy)(H, K, {"y": Y, "t": 1.0}), ValueError, "fuse_linear: args[0]['t'] must have shape (4, ...), the leading axes of hidden first; got (). What is not one per example is closed over by loss_fn."),
-        (lambda: xentjax.fuse_linear(lambda z, y: cross_entropy(z, y).mean())(H, K, Y), ValueError, "fuse_linear: the result of loss_fn must have shape (4,), one value per example for logits of shape (4, 5); got (). Do not reduce inside: reduction='mean' does it."),
-        (lambda: xentjax.fuse_linear(lambda z, y: z)(H, K, Y), ValueError, "fuse_linear: the result of loss_fn must have shape (4,), one value per example for logits of shape (4, 5); got (4, 5)."),
-        (lambda: xentjax.fuse_linear(lambda z, y: y)(H, K, Y), TypeError, "fuse_linear: the result of loss_fn must have a floating dtype; got int32."),
-        (lambda: xentjax.fuse_linear(cross_entropy, has_aux=True)(H, K, Y), ValueError, "fuse_linear: with has_aux=True loss_fn must return a pair (loss, aux); got"),
-        (lambda: xentjax.fuse_linear(lambda z, y: (cross_entropy(z, y), z.mean()), has_aux=True)(H, K, Y), ValueError, "fuse_linear: aux must have shape (4, ...), one entry per example for logits of shape (4, 5); got ()."),
-        (lambda: xentjax.plan_linear(H, K.T), ValueError, "plan_linear: kernel must have shape (3, classes) for hidden of shape (4, 3); got (5, 3). Use classes_first=True."),
-        (lambda: xentjax.plan_linear(H, K, chunk_size=0), ValueError, "plan_linear: chunk_size must be at least 1; got 0."),
+        (lambda: linear(H, K.T, Y), f"{KERNEL} (5, 3). Use classes_first=True."),
+        (lambda: linear(H, K, Y, classes_first=True), "kernel must have shape (classes, 3) for hidden of shape (4, 3); got (3, 5)."),
+        (lambda: linear(H, K[:2], Y), f"{KERNEL} (2, 5)."),
+        (lambda: linear(H, K[:, :0], Y), "kernel must have at least one class; got shape (3, 0)."),
+        (lambda: linear(H[0, 0], K, Y), "hidden must have a feature axis; got shape ()."),
+        (lambda: linear(H, K, Y[:3]), f"labels {LEADING} (3,)."),
+        (lambda: linear(H, K, Y[:, None]), f"labels {LEADING} (4, 1). Use labels.squeeze(-1)."),
+        (lambda: linear(H, K, jnp.zeros(4)), f"{SOFT} (4,). For class indices use labels.astype(jnp.int32)."),
+        (lambda: linear(H, K, Y, weights=jnp.zeros((4, 1))), f"weights {LEADING} (4, 1). Use weights.squeeze(-1)."),
+        (lambda: linear(H, K, Y, where=Y[:3] > 0), f"where {LEADING} (3,)."),
+        (lambda: linear(H, K, Y, bias=jnp.zeros(3)), "bias must have shape (5,), one per class; got (3,)."),
+        (lambda: linear(H, K, Y, class_mask=jnp.ones(4, bool)), "class_mask must have shape (5,), one per class; got (4,)."),
+        (lambda: linear(H, K, Y, class_weights=jnp.ones(4)), "class_weights must have shape (5,), one per class; got (4,)."),
+        (lambda: linear(H, K, Y, chunk_size=0), "chunk_size must be at least 1; got 0."),
+        (lambda: linear(H, K, Y, reduction="avg"), f"{REDUCTIONS_ARE} 'avg'."),
+        (lambda: linear(H, K, Y, softcap=0), "softcap must be above 0; got 0."),
+        (lambda: linear(H, K, Y, label_smoothing=2), "label_smoothing must be a finite number in [0, 1]; got 2."),
+        (lambda: xentjax.fuse_linear(cross_entropy, reduction=None), f"{REDUCTIONS_ARE} None."),
+        (lambda: xentjax.fuse_linear(cross_entropy, chunk_size=-1), "chunk_size must be at least 1; got -1."),
+        (lambda: fused(cross_entropy)(H, K, Y[:3]), f"args[0] {ARGS} (3,). {CLOSE}"),
+        (lambda: fused(cross_entropy)(H, K, {"y": Y, "t": 1.0}), f"args[0]['t'] {ARGS} (). {CLOSE}"),
+        (lambda: fused(mean)(H, K, Y), f"{RESULT} (). Do not reduce inside: reduction='mean' does it."),
+        (lambda: fused(lambda z, y: z)(H, K, Y), f"{RESULT} (4, 5)."),
+        (lambda: fused(cross_entropy, has_aux=True)(H, K, Y), "with has_aux=True loss_fn must return a pair (loss, aux); got"),
+        (
+            lambda: fused(lambda z, y: (cross_entropy(z, y), {"top": z.max()}), has_aux=True)(H, K, Y),
+            "aux['top'] must have shape (4, ...), one entry per example for logits of shape (4, 5); got ().",
+        ),
+        (lambda: xentjax.plan_linear(H, K.T), f"{KERNEL} (5, 3). Use classes_first=True."),
+        (lambda: xentjax.plan_linear(H, K, chunk_size=0), "chunk_size must be at least 1; got 0."),
     ],
-)  # fmt: skip
-def test_errors_name_what_came_and_what_to_do(call, error, message):
-    with pytest.raises(error, match=f"^{re.escape(message)}"):
+)
+def test_errors_of_shapes_and_ranges(call, message):
+    with pytest.raises(ValueError, match=rf"^(linear_softmax_cross_entropy|fuse_linear|plan_linear): {re.escape(message)}"):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: linear(H.astype(int), K, Y), "hidden must have a floating dtype; got int32. Use hidden.astype(jnp.float32)."),
+        (lambda: linear(H, K, Y, where=Y), "where must have dtype bool; got int32. Use where != 0."),
+        (lambda: linear(H, K, Y, chunk_size=2.0), "chunk_size must be an integer, known before tracing; got float."),
+        (lambda: fused("loss"), "loss_fn must be a function of (logits, *args); got str."),
+        (lambda: fused(lambda z, y: y)(H, K, Y), "the result of loss_fn must have a floating dtype; got int32."),
+    ],
+)
+def test_errors_of_dtypes(call, message):
+    with pytest.raises(TypeError, match=rf"^(linear_softmax_cross_entropy|fuse_linear): {re.escape(message)}"):
         call()

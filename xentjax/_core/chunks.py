@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array, core, lax
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 from jax.sharding import AxisType
 
@@ -35,23 +35,23 @@ _BLOCK_BYTES = 2**24  # of a sum of products on CPUs, where XLA cannot add a pro
 
 
 class Batch(NamedTuple):
-    """What a fused loss knows of each example, or of those of one chunk (then [...] is [examples])."""
+    """What a fused loss knows of each example, or of those of one chunk (then [...] is [examples]); also gradients, None if not wanted."""
 
-    hidden: Array  # [..., features]
-    weights: Array  # [...], the accumulation dtype, 0 where an example does not count
-    where: Array | None  # [...]
-    args: tuple  # pytrees with the leading axes of `hidden`
+    hidden: Any  # [..., features]
+    weights: Any  # [...], the accumulation dtype, 0 where an example does not count
+    where: Any  # [...], or None
+    args: Any  # pytrees with the leading axes of `hidden`
 
 
 class Layer(NamedTuple):
-    """The linear layer that all examples share."""
+    """The linear layer that all examples share; also its gradients, None if not wanted."""
 
-    kernel: Array  # [features, classes], or [classes, features]
-    bias: Array | None  # [classes]
+    kernel: Any  # [features, classes], or [classes, features]
+    bias: Any  # [classes], or None
 
 
 class _Sums(NamedTuple):
-    """What is added up over chunks: the value, and gradients of what all chunks share (None where nobody asks)."""
+    """What is added up over chunks: the value, and gradients of what all chunks share."""
 
     value: Array
     layer: Layer
@@ -59,7 +59,7 @@ class _Sums(NamedTuple):
 
 
 class _Each(NamedTuple):
-    """What a chunk gives per example: gradients (None where nobody asks), and what else the loss returns."""
+    """What a chunk gives per example: gradients, and what else the loss returns."""
 
     batch: Batch
     aux: Any
@@ -194,22 +194,14 @@ def _step(loss_fn, classes_first, wanted, before, chunk, layer, hoisted):
     of_batch, of_layer, of_hoisted = wanted
     classes = 0 if classes_first else 1
     chunk = _masked(chunk)
-    inputs, structure = jax.tree.flatten((_logits(chunk, layer, classes_first), chunk.args, hoisted))
-    moving = jax.tree.leaves((of_batch.hidden or any(jax.tree.leaves(of_layer)), of_batch.args, of_hoisted))
-
-    def losses(*moved):
-        moved = iter(moved)
-        logits, args, hoisted = jax.tree.unflatten(structure, [next(moved) if m else x for x, m in zip(inputs, moving, strict=True)])
-        return loss_fn(logits, args, hoisted)
-
-    loss, pull, aux = jax.vjp(losses, *(x for x, m in zip(inputs, moving, strict=True) if m), has_aux=True)
-    cotangents = iter(pull(chunk.weights))
-    logits_bar, args_bar, hoisted_bar = jax.tree.unflatten(structure, [next(cotangents) if m else None for m in moving])
+    inputs = _logits(chunk, layer, classes_first), chunk.args, hoisted
+    asked = of_batch.hidden or any(jax.tree.leaves(of_layer)), of_batch.args, of_hoisted
+    loss, aux, (logits_bar, args_bar, hoisted_bar) = _pull(loss_fn, chunk.weights, inputs, asked)
     logits_bar, args_bar = _mask(chunk.where, (logits_bar, args_bar))
     narrow = None if logits_bar is None else logits_bar.astype(chunk.hidden.dtype)
     sums = _Sums(
         value=jnp.sum(_weighted(chunk, loss)),
-        layer=Layer(None, jnp.sum(logits_bar, axis=0) if of_layer.bias else None),
+        layer=Layer(None, None if logits_bar is None or not of_layer.bias else jnp.sum(logits_bar, axis=0)),
         hoisted=jax.tree.map(lambda g: g.astype(numerics.accumulation_dtype(g.dtype)), hoisted_bar),
     )
     if before is not None:
@@ -227,6 +219,20 @@ def _step(loss_fn, classes_first, wanted, before, chunk, layer, hoisted):
     return sums, _Each(batch_bar, _mask(chunk.where, lax.stop_gradient(aux)))
 
 
+def _pull(loss_fn, weights, inputs, asked):
+    """The losses, what else comes with them, and the gradient of Σ w·loss for the inputs that are asked for (None for the others)."""
+    leaves, structure = jax.tree.flatten(inputs)
+    moving = jax.tree.leaves(asked)
+
+    def losses(*moved):
+        moved = iter(moved)
+        return loss_fn(*jax.tree.unflatten(structure, [next(moved) if m else x for x, m in zip(leaves, moving, strict=True)]))
+
+    loss, pull, aux = jax.vjp(losses, *(x for x, m in zip(leaves, moving, strict=True) if m), has_aux=True)
+    gradients = iter(pull(weights))
+    return loss, aux, jax.tree.unflatten(structure, [next(gradients) if m else None for m in moving])
+
+
 def _hoist(loss_fn, chunk, layer, classes_first):
     """`loss_fn` as a function of what it closes over as well, and those values."""
     layer = layer._replace(kernel=layer.kernel.astype(chunk.hidden.dtype))
@@ -235,7 +241,7 @@ def _hoist(loss_fn, chunk, layer, classes_first):
     structure = jax.tree.structure(shapes)
 
     def function(logits, args, hoisted):
-        return jax.tree.unflatten(structure, jax.core.eval_jaxpr(closed.jaxpr, hoisted, *jax.tree.leaves((logits, args))))
+        return jax.tree.unflatten(structure, core.eval_jaxpr(closed.jaxpr, hoisted, *jax.tree.leaves((logits, args))))
 
     return function, tuple(closed.consts)
 
