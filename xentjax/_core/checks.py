@@ -74,10 +74,9 @@ def fraction(function: str, name: str, x: ArrayLike) -> ArrayLike:
 
 def positive(function: str, name: str, x: ArrayLike) -> ArrayLike:
     """A scalar above 0: a Python number that is not raises ValueError; of an array only the shape can be known."""
-    if isinstance(x, numbers.Real) and not x > 0:
-        raise ValueError(f"{function}: {name} must be above 0; got {float(x):g}.")
     checked = number(function, name, x)
-    assert checked is not None
+    if checked is None:
+        raise ValueError(f"{function}: {name} must be above 0; got 0.")
     return checked
 
 
@@ -256,7 +255,7 @@ def loss_per_example(result: Any, logits: Array, has_aux: bool) -> tuple[Array, 
     if has_aux and not (isinstance(result, tuple) and len(result) == 2):
         raise ValueError(f"{function}: with has_aux=True loss_fn must return a pair (loss, aux); got {type(result).__name__}.")
     loss, aux = result if has_aux else (result, ())
-    loss = floating(function, "the result of loss_fn", loss)
+    loss = floating(function, "the result of loss_fn", loss)  # type: ignore[arg-type]  # anything may come
     remedy = "Do not reduce inside: reduction='mean' does it." if loss.ndim == 0 else ""
     shape(function, "the result of loss_fn", loss, examples, f"one value per example for logits of shape {logits.shape}", remedy)
     for path, leaf in jax.tree_util.tree_leaves_with_path(aux):

@@ -119,9 +119,9 @@ def layout(leading: tuple[int, ...], chunk_size: int) -> Layout:
 def total(loss_fn: Callable, batch: Batch, layer: Layer, cut: Layout, classes_first: bool) -> tuple[Array, Any]:
     """Σ w·loss [], and what else `loss_fn(logits, *args)` returns beside the losses, [...], without derivative."""
     first, rest = _split(batch, cut)
-    example = first if rest is None else jax.tree.map(lambda x: x[0], rest)
-    # What the loss closes over becomes an argument of it, once for each of the two sizes of chunks.
-    functions, hoisted = zip(*(_hoist(loss_fn, chunk, layer, classes_first) for chunk in (first, example)), strict=True)
+    sizes = (first,) if rest is None else (first, jax.tree.map(lambda x: x[0], rest))
+    # What the loss closes over becomes an argument of it, for each size of chunks.
+    functions, hoisted = zip(*(_hoist(loss_fn, chunk, layer, classes_first) for chunk in sizes), strict=True)
 
     def sweep(batch, layer, hoisted, wanted):
         first, rest = _split(batch, cut)
@@ -134,7 +134,7 @@ def total(loss_fn: Callable, batch: Batch, layer: Layer, cut: Layout, classes_fi
         ]
         sums, each = steps[0](None, first, converted, hoisted[0])
         if rest is None:
-            return sums._replace(hoisted=(sums.hoisted, _wanted_zeros(hoisted[1], of_hoisted[1]))), _join(each, None, cut)
+            return sums._replace(hoisted=(sums.hoisted,)), _join(each, None, cut)
         start = sums._replace(hoisted=_wanted_zeros(hoisted[1], of_hoisted[1]))
         end, others = lax.scan(lambda before, chunk: steps[1](before, chunk, converted, hoisted[1]), start, rest)
         return end._replace(hoisted=(sums.hoisted, end.hoisted)), _join(each, others, cut)
