@@ -235,28 +235,30 @@ def test_masked_examples_do_not_exist(rng, reduction, chunk_size):
     poison = {"hidden": jnp.where(where[:, None], hidden, jnp.inf), "weights": jnp.where(where, weights, jnp.nan)}
     soft = jnp.where(where[:, None], jnp.asarray(rng.dirichlet(np.ones(131), 30), jnp.float32), jnp.nan)
 
-    def value(h, k, b, w, t, where):
-        run = xentjax.fuse_linear(xentjax.softmax_cross_entropy, reduction=reduction, chunk_size=chunk_size)
+    def value(h, k, b, w, t, scale, where):
+        run = xentjax.fuse_linear(lambda z, t: xentjax.softmax_cross_entropy(z * scale, t), reduction=reduction, chunk_size=chunk_size)
         return run(h, k, t, bias=b, where=where, weights=w)
 
-    arguments = (poison["hidden"], kernel, bias, poison["weights"], soft)
+    def slopes(*arguments):
+        return jax.grad(lambda *a: value(*a, arguments[-1]).sum(), range(6))(*arguments[:-1])
+
+    scale = jnp.asarray(0.7, jnp.float32)
+    arguments = (poison["hidden"], kernel, bias, poison["weights"], soft, scale)
     result = value(*arguments, where)
-    slopes = jax.grad(lambda *a: value(*a, where).sum(), range(5))(*arguments)
     kept = np.flatnonzero(where)
-    few = value(hidden[kept], kernel, bias, weights[kept], soft[kept], None)
-    few_slopes = jax.grad(lambda *a: value(*a, None).sum(), range(5))(hidden[kept], kernel, bias, weights[kept], soft[kept])
+    few = (hidden[kept], kernel, bias, weights[kept], soft[kept], scale, None)
     if reduction == "none":
         assert (np.delete(result, kept) == 0).all()
         result = result[kept]
-    close(result, few, FIRST)
-    for i, (slope, alone) in enumerate(zip(slopes, few_slopes, strict=True)):
+    close(result, value(*few), FIRST)
+    for i, (slope, alone) in enumerate(zip(slopes(*arguments, where), slopes(*few), strict=True)):
         if i in (0, 3, 4):
             assert (np.delete(slope, kept, axis=0) == 0).all()
             slope = slope[kept]
         close(slope, alone, FIRST)
     nothing = jnp.zeros_like(where)
     assert (value(*arguments, nothing) == 0).all()
-    for slope in jax.grad(lambda *a: value(*a, nothing).sum(), range(5))(*arguments):
+    for slope in slopes(*arguments, nothing):
         assert (slope == 0).all()
 
 
