@@ -1,21 +1,25 @@
-"""`python -m benchmarks dense [--rounds N] [--json FILE]`."""
+"""`python -m benchmarks linear|dense|compile|accuracy [--peers …] [--shapes …] [--json FILE] [--plot FILE]`."""
 
 import argparse
+from collections.abc import Sequence
 
-from benchmarks import dense
+from benchmarks import accuracy, compilation, dense, linear
 
-BENCHMARKS = {"dense": dense}
+BENCHMARKS = {"linear": linear, "dense": dense, "compile": compilation, "accuracy": accuracy}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="NAME")
     for name, module in BENCHMARKS.items():
-        command = commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
+        description = module.__doc__ or ""
+        style = argparse.RawDescriptionHelpFormatter
+        command = commands.add_parser(name, help=description.splitlines()[0], description=description, formatter_class=style)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    arguments = parser.parse_args()
-    arguments.run(arguments)
+    parsed = parser.parse_args(arguments)
+    parsed.run(parsed)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -5,8 +5,6 @@ and called outside jit.
 """
 
 import argparse
-import json
-import pathlib
 import statistics
 
 import jax
@@ -16,9 +14,10 @@ import optax
 from tqdm import tqdm
 
 import xentjax
-from benchmarks import measure
+from benchmarks import measure, plots, report, shapes
 
-SHAPES = ((50_000, 10), (8_000, 1_000), (1_000, 32_000), (250, 128_000))
+SIZES = ((50_000, 10), (8_000, 1_000), (1_000, 32_000), (250, 128_000))
+DEFAULT = tuple(shapes.Shape(tokens, None, classes, dtype) for dtype in ("float32", "bfloat16") for tokens, classes in SIZES)
 EAGER_SHAPE = (8_000, 1_000)
 
 
@@ -42,7 +41,8 @@ def compiled(shape, dtype, rounds: int) -> dict:
     functions = jax.value_and_grad(ours), jax.value_and_grad(theirs)
     programs = tuple(jax.jit(f).lower(*arguments).compile() for f in functions)
     time = measure.interleaved(programs[0], programs[1], arguments, rounds * (5 if shape[1] < 100 else 1))
-    warm, cold = (measure.interleaved_compilation(functions[0], functions[1], arguments, 7, cold) for cold in (False, True))
+    compilations = min(rounds, 7)
+    warm, cold = (measure.interleaved_compilation(functions[0], functions[1], arguments, compilations, cold) for cold in (False, True))
     memory = [measure.temporary_bytes(program) for program in programs]
     return {
         "shape": f"{shape[0]} x {shape[1]}",
@@ -55,9 +55,9 @@ def compiled(shape, dtype, rounds: int) -> dict:
     }
 
 
-def eager(rounds: int) -> list[dict]:
-    """Calls outside jit, value alone and value with gradient."""
-    arguments = problem(EAGER_SHAPE, jnp.float32)
+def eager(shape, rounds: int) -> list[dict]:
+    """Calls outside jit, value alone and value with gradient, in float32."""
+    arguments = problem(shape, jnp.float32)
     rows = []
     for name, derive in (("value", lambda f: f), ("value and gradient", jax.value_and_grad)):
         time = measure.interleaved(derive(ours), derive(theirs), arguments, rounds)
@@ -65,29 +65,27 @@ def eager(rounds: int) -> list[dict]:
     return rows
 
 
-def table(rows: list[dict]) -> str:
-    """Rows with equal keys as a Markdown table."""
-    cells = [[" / ".join(map(str, v)) if isinstance(v, list) else str(v) for v in row.values()] for row in rows]
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *cells]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, default=31, help="calls of each per shape (default 31)")
-    parser.add_argument("--json", type=pathlib.Path, help="write the rows to this file")
+    report.add_arguments(parser, rounds=31, shape=shapes.parse)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.plot:
+        plots.require()
+    cases = arguments.shapes or DEFAULT
+    size = (cases[0].tokens, cases[0].classes) if arguments.shapes else EAGER_SHAPE
     print(f"jax {jax.__version__}, optax {optax.__version__}, {jax.devices()[0].device_kind}; xentjax / optax")
-    cases = [(shape, dtype) for dtype in (jnp.float32, jnp.bfloat16) for shape in SHAPES]
-    rows = [compiled(*case, arguments.rounds) for case in tqdm(cases, desc="dense", unit="shape")]
-    outside = eager(arguments.rounds)
+    rows = [compiled((case.tokens, case.classes), case.dtype, arguments.rounds) for case in tqdm(cases, desc="dense", unit="shape")]
+    outside = eager(size, arguments.rounds)
     ratios = ("time ratio", "compile ratio", "first compile ratio")
-    medians = {d: {k: round(statistics.median(r[k] for r in rows if r["dtype"] == d), 2) for k in ratios} for d in ("float32", "bfloat16")}
-    print(table(rows))
+    dtypes = dict.fromkeys(row["dtype"] for row in rows)
+    medians = {d: {k: round(statistics.median(r[k] for r in rows if r["dtype"] == d), 2) for k in ratios} for d in dtypes}
+    print(report.table(rows))
     for dtype, median in medians.items():
         print(f"median {dtype}: " + ", ".join(f"{k} {v:.2f}" for k, v in median.items()))
-    print(f"\noutside jit, {EAGER_SHAPE[0]} x {EAGER_SHAPE[1]}, float32\n{table(outside)}")
-    if arguments.json:
-        result = {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "compiled": rows, "median": medians, "eager": outside}
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\noutside jit, {size[0]} x {size[1]}, float32\n{report.table(outside)}")
+    result = {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "compiled": rows, "median": medians, "eager": outside}
+    report.write(arguments.json, result)
+    if arguments.plot:
+        groups = {f"{row['shape']}, {row['dtype']}": {k: row[k] for k in ratios} for row in rows}
+        plots.save_bars(arguments.plot, "softmax_cross_entropy, value and gradient", "ratio to optax (below 1: faster)", groups)

@@ -1,8 +1,9 @@
-"""Interleaved timing of two functions, so that what disturbs one disturbs the other."""
+"""Interleaved measurements, so that what disturbs one contender disturbs the others."""
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -39,15 +40,33 @@ def seconds(function: Callable, *arguments) -> float:
     return elapsed
 
 
+def rotation(names: Iterable[str], turn: int) -> list[str]:
+    """The names in the order of round `turn`: reversed every other round, and every second round another goes first."""
+    names = list(names)
+    start = turn // 2 % max(1, len(names))
+    order = names[start:] + names[:start]
+    return order[::-1] if turn % 2 else order
+
+
+def interleaved_times(stopwatches: Mapping[str, Callable[[], float]], rounds: Iterable[int]) -> dict[str, list[float]]:
+    """Seconds of each contender in each round, in the order of the rounds; a stopwatch makes one measurement and returns it."""
+    taken: dict[str, list[float]] = {name: [] for name in stopwatches}
+    for turn in rounds:
+        for name in rotation(stopwatches, turn):
+            taken[name].append(stopwatches[name]())
+    return taken
+
+
+def median_ratio(times: list[float], others: list[float]) -> float:
+    """Median over the rounds of the ratio within a round, where both met the same disturbances."""
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
+
+
 def interleaved(ours: Callable, theirs: Callable, arguments: tuple, rounds: int) -> Pair:
-    """Medians over `rounds`; the two alternate, and so does which of them goes first."""
-    taken: dict[Callable, list[float]] = {ours: [], theirs: []}
-    for function in taken:
-        seconds(function, *arguments)
-    for i in range(rounds):
-        for function in (ours, theirs) if i % 2 else (theirs, ours):
-            taken[function].append(seconds(function, *arguments))
-    return Pair(statistics.median(taken[ours]), statistics.median(taken[theirs]))
+    """Medians over `rounds` after one call that is not counted."""
+    stopwatches = {"ours": partial(seconds, ours, *arguments), "theirs": partial(seconds, theirs, *arguments)}
+    interleaved_times(stopwatches, range(1))
+    return Pair(*map(statistics.median, interleaved_times(stopwatches, range(rounds)).values()))
 
 
 def compile_seconds(function: Callable, arguments: tuple, cold: bool) -> float:
@@ -61,8 +80,19 @@ def compile_seconds(function: Callable, arguments: tuple, cold: bool) -> float:
 
 def interleaved_compilation(ours: Callable, theirs: Callable, arguments: tuple, rounds: int, cold: bool) -> Pair:
     """Medians of compile times, alternating."""
-    taken: tuple[list[float], list[float]] = ([], [])
-    for i in range(rounds):
-        for k in (0, 1) if i % 2 else (1, 0):
-            taken[k].append(compile_seconds((ours, theirs)[k], arguments, cold))
-    return Pair(statistics.median(taken[0]), statistics.median(taken[1]))
+    stopwatches = {name: partial(compile_seconds, f, arguments, cold) for name, f in (("ours", ours), ("theirs", theirs))}
+    return Pair(*map(statistics.median, interleaved_times(stopwatches, range(rounds)).values()))
+
+
+def peak_bytes(run: Callable) -> int | None:
+    """Largest memory in use on JAX's device during a call beyond what was in use before it; None where it is not known.
+
+    The device keeps one peak for the whole process: a call that stays below an earlier peak has no figure.
+    """
+    device = jax.devices()[0]
+    before = device.memory_stats() or {}
+    jax.block_until_ready(run())
+    after = device.memory_stats() or {}
+    if after.get("peak_bytes_in_use", 0) <= before.get("peak_bytes_in_use", 0):
+        return None
+    return after["peak_bytes_in_use"] - before["bytes_in_use"]
