@@ -26,7 +26,8 @@ from xentjax._core import checks, chunks, numerics
 from xentjax._reduction import WeightedSum
 
 _SMALL_BYTES = 2**25  # full logits of this size are left whole
-_LARGE_BYTES = 2**30  # no chunk's logits take more
+_FEW_EXAMPLES = 192  # smaller chunks wait for the kernel's gradient, which each of them rereads, rather than for their products
+_LARGE_BYTES = 2**30  # no chunk's logits take more, however few examples that is
 
 
 def fuse_linear(
@@ -195,8 +196,8 @@ class LinearPlan(NamedTuple):
 def plan_linear(hidden: Any, kernel: Any, *, chunk_size: int | None = None, classes_first: bool = False) -> LinearPlan:
     """The chunks that `fuse_linear` takes for arguments of these shapes and dtypes, and their memory.
 
-    chunk_size = all examples if their logits take at most 32 MiB, or else a quarter of them, but no more than 1 GiB of logits allows.
-    Each further chunk rereads the gradient of the kernel; each larger one takes memory. Nothing is computed.
+    chunk_size = all examples if their logits take at most 32 MiB, or else a quarter of them, but at least 192, and no more than 1 GiB
+    of logits allows. Each further chunk rereads the gradient of the kernel; each larger one takes memory. Nothing is computed.
 
     Gradient: none; the plan is made of shapes.
 
@@ -243,7 +244,7 @@ def _layout(hidden, kernel, chunk_size, classes_first) -> chunks.Layout:
         examples = hidden.size // max(1, hidden.shape[-1])
         row = kernel.shape[0 if classes_first else 1] * numerics.accumulation_dtype(hidden.dtype).itemsize
         small = examples * row <= _SMALL_BYTES
-        chunk_size = examples if small else min(-(-examples // 4), _LARGE_BYTES // row)
+        chunk_size = examples if small else min(max(-(-examples // 4), _FEW_EXAMPLES), _LARGE_BYTES // row)
     return chunks.layout(hidden.shape[:-1], max(1, chunk_size))
 
 
