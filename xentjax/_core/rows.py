@@ -307,7 +307,8 @@ def _local_maximum(raw, mask):
 
 def _largest_class(rows):
     """The global index of a class with the largest logit [...]."""
-    z = rows.raw if rows.class_mask is None else numerics.select_logits(rows.class_mask, rows.raw)
+    raw = lax.stop_gradient(rows.raw)
+    z = raw if rows.class_mask is None else numerics.select_logits(rows.class_mask, raw)
     index = jnp.argmax(z, axis=-1).astype(jnp.int32)
     if rows.axis_name is None:
         return index
