@@ -225,9 +225,8 @@ def plan_linear(hidden: Any, kernel: Any, *, chunk_size: int | None = None, clas
     """
     name = "plan_linear"
     _check_options(name, "none", chunk_size)
-    checks.linear_shapes(name, hidden.shape, kernel.shape, classes_first)
+    classes = checks.linear_shapes(name, hidden.shape, kernel.shape, classes_first)
     cut = _layout(hidden, kernel, chunk_size, classes_first)
-    classes = kernel.shape[0 if classes_first else 1]
     wide, narrow = numerics.accumulation_dtype(hidden.dtype).itemsize, jnp.dtype(hidden.dtype).itemsize
     logits = cut.examples * classes
     return LinearPlan(

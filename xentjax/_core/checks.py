@@ -120,7 +120,7 @@ def examples(
     axis = int(axis) % z.ndim
     if z.shape[axis] == 0:
         raise ValueError(f"{function}: logits must have at least one class on axis {axis}; got shape {z.shape}.")
-    leading = z.shape[:axis] + z.shape[axis + 1 :]
+    leading = _without(z.shape, axis)
     y = _labels(function, labels, z.shape, axis, "logits") if labelled else None
     mask = None if class_mask is None else boolean(function, "class_mask", class_mask)
     if mask is not None and mask.shape not in ((z.shape[axis],), z.shape):
@@ -151,7 +151,7 @@ def top_k(function: str, ids: ArrayLike, probs: ArrayLike, batch: rows.Examples)
     if not jnp.issubdtype(i.dtype, jnp.integer):
         raise TypeError(f"{function}: label_ids must have an integer dtype; got {i.dtype}. Use label_ids.astype(jnp.int32).")
     z, axis = batch.logits, batch.axis
-    leading = z.shape[:axis] + z.shape[axis + 1 :]
+    leading = _without(z.shape, axis)
     if i.ndim != z.ndim or i.shape[:-1] != leading:
         expected = f"({''.join(f'{n}, ' for n in leading)}k)" if leading else "(k,)"
         raise ValueError(
@@ -271,7 +271,7 @@ def loss_per_example(result: Any, logits: Array, has_aux: bool) -> tuple[Array, 
 def _labels(function: str, labels: ArrayLike | None, full: tuple[int, ...], axis: int, like: str) -> Array:
     """Labels of logits of the shape `full`; `like` names the argument that has their leading axes."""
     y = _array(function, "labels", labels)
-    leading = full[:axis] + full[axis + 1 :]
+    leading = _without(full, axis)
     if jnp.issubdtype(y.dtype, jnp.integer):
         remedy = _to_shape("labels", y.shape, leading)
         if y.shape == full:
@@ -285,6 +285,10 @@ def _labels(function: str, labels: ArrayLike | None, full: tuple[int, ...], axis
         )
     remedy = "For class indices use labels.astype(jnp.int32)." if y.shape == leading else ""
     return shape(function, "labels", y, full, "the shape of logits, because they are a distribution over classes", remedy)
+
+
+def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return shape[:axis] + shape[axis + 1 :]
 
 
 def _to_shape(name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> str:
