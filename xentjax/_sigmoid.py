@@ -17,7 +17,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from xentjax._core import checks, numerics
-from xentjax._softmax import focal
+from xentjax._core.odds import focal
 
 
 def sigmoid_cross_entropy(

@@ -16,7 +16,6 @@ What every function here shares:
 """
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -24,7 +23,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics, rows
+from xentjax._core import checks, odds, rows
 
 
 def softmax_cross_entropy(
@@ -289,7 +288,7 @@ def row_statistics(
 def _cross_entropy(batch, smoothing, class_weights, z_loss):
     r = rows.of(batch)
     found = rows.statistics(r)
-    loss, total = _expected(r, found, _minus_log_prob, smoothing, class_weights)
+    loss, total = odds.expected(r, found, odds.surprise, smoothing, class_weights)
     if z_loss is not None:
         loss += jnp.asarray(z_loss, loss.dtype) * total * (found.reference + found.log_sum) ** 2
     return rows.close(r, found, loss)
@@ -299,7 +298,7 @@ def _cross_entropy(batch, smoothing, class_weights, z_loss):
 def _focal(batch, gamma, smoothing, class_weights):
     r = rows.of(batch)
     found = rows.statistics(r)
-    loss, _ = _expected(r, found, functools.partial(focal, gamma=gamma), smoothing, class_weights)
+    loss, _ = odds.expected(r, found, functools.partial(odds.focal, gamma=gamma), smoothing, class_weights)
     return rows.close(r, found, loss)
 
 
@@ -317,55 +316,12 @@ def _statistics(batch):
     found = rows.statistics(r)
     u = rows.surprise(r, found)
     p = jnp.exp(-u)
-    loss, _ = _expected(r, found, _minus_log_prob)
+    loss, _ = odds.expected(r, found, odds.surprise)
     return RowStatistics(
         log_prob=-rows.close(r, found, loss),
         log_normalizer=rows.row_value(r, rows.log_normalizer(r, found)),
-        entropy=rows.row_value(r, rows.class_sum(r, p * u)),
+        entropy=rows.row_value(r, odds.entropy(r, found)),
         expected_logit=rows.row_value(r, rows.class_sum(r, p * rows.finite_values(r))),
         max_logit=rows.row_value(r, rows.largest(r)),
         correct=rows.hits(r, found),
     )
-
-
-def focal(log_odds: Array, gamma: ArrayLike | None) -> Array:
-    """(1 − p)^γ (−log p) for p = σ(log-odds); as an exponential it has every derivative for every γ ≥ 0."""
-    loss = numerics.softplus(-log_odds)
-    if gamma is None:
-        return loss
-    return jnp.exp(-jnp.asarray(gamma, loss.dtype) * numerics.softplus(log_odds)) * loss
-
-
-def _minus_log_prob(log_odds: Array) -> Array:
-    return numerics.softplus(-log_odds)
-
-
-def _expected(
-    r: rows.Rows,
-    found: rows.Statistics,
-    phi: Callable[[Array], Array],
-    smoothing: ArrayLike | None = None,
-    class_weights: Array | None = None,
-) -> tuple[Array, Array]:
-    """Σ_k t_k φ(a_k) and s = Σ_k t_k for a loss φ of the log-odds a.
-
-    Both are linear in t: the part of the labels, for which an index needs only its own class's log-odds, and the part of smoothing.
-    """
-    w = None if class_weights is None else class_weights.astype(r.values.dtype)
-
-    def sums(t):
-        t = t if w is None else t * numerics.expand_leading(w, t.ndim)
-        # −log p_k needs no log-odds
-        per_class = rows.surprise(r, found) if phi is _minus_log_prob else phi(rows.class_log_odds(r))
-        return rows.class_sum(r, t * per_class), rows.class_sum(r, t)
-
-    if found.log_odds is None:
-        loss, s = sums(r.labels)
-    else:
-        s = jnp.ones_like(found.log_odds) if w is None else rows.at_label(r, w)
-        loss = s * phi(found.log_odds)
-    if smoothing is None:
-        return loss, s
-    smoothing = jnp.asarray(smoothing, loss.dtype)
-    spread, total = sums(rows.on_classes(r, 1 / jnp.asarray(rows.class_count(r), loss.dtype)))
-    return (1 - smoothing) * loss + smoothing * spread, (1 - smoothing) * s + smoothing * total

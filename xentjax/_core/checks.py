@@ -20,9 +20,25 @@ from xentjax._core import rows
 checking_values = jax.make_user_context(False)
 
 
+def asarray(function: str, name: str, x: Any) -> Array:
+    """`x` as an array, of whatever dtype."""
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{function}: {name} must be an array or convertible to one; got {type(x).__name__}.") from error
+
+
+def integers(function: str, name: str, x: ArrayLike) -> Array:
+    """`x` as an array of indices, int32 or int64; TypeError unless its dtype is an integer one."""
+    array = asarray(function, name, x)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{function}: {name} must have an integer dtype; got {array.dtype}. Use {name}.astype(jnp.int32).")
+    return array.astype(rows.index_dtype(array))
+
+
 def floating(function: str, name: str, x: ArrayLike) -> Array:
     """`x` as an array; TypeError unless its dtype is floating."""
-    array = _array(function, name, x)
+    array = asarray(function, name, x)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         remedy = "" if jnp.issubdtype(array.dtype, jnp.complexfloating) else f" Use {name}.astype(jnp.float32)."
         raise TypeError(f"{function}: {name} must have a floating dtype; got {array.dtype}.{remedy}")
@@ -31,7 +47,7 @@ def floating(function: str, name: str, x: ArrayLike) -> Array:
 
 def boolean(function: str, name: str, x: ArrayLike) -> Array:
     """`x` as an array; TypeError unless its dtype is bool."""
-    array = _array(function, name, x)
+    array = asarray(function, name, x)
     if array.dtype != jnp.bool_:
         raise TypeError(f"{function}: {name} must have dtype bool; got {array.dtype}. Use {name} != 0.")
     return array
@@ -60,7 +76,7 @@ def number(function: str, name: str, x: ArrayLike, low: float = 0.0, high: float
     if isinstance(x, numbers.Real) or (isinstance(x, np.ndarray | np.generic) and x.ndim == 0):
         value = float(x)
         if not low <= value <= high or math.isinf(value):
-            interval = f"at least {low:g}" if math.isinf(high) else f"in [{low:g}, {high:g}]"
+            interval = f"at least {low:g}" if math.isinf(high) else f"at most {high:g}" if math.isinf(low) else f"in [{low:g}, {high:g}]"
             raise ValueError(f"{function}: {name} must be a finite number {interval}; got {value:g}.")
         return None if value == 0 else value
     return shape(function, name, floating(function, name, x), (), "a scalar", "Use jax.vmap to try several values.")
@@ -108,32 +124,33 @@ def examples(
     where: ArrayLike | None,
     *,
     labelled: bool = True,
+    inputs: str = "logits",
 ) -> rows.Examples:
     """The arguments that every categorical loss shares, checked as far as dtypes and shapes go; `labels` is None if not `labelled`."""
-    z = floating(function, "logits", logits)
+    z = floating(function, inputs, logits)
     if z.ndim == 0:
-        raise ValueError(f"{function}: logits must have a class axis; got a scalar. For one logit per decision use the sigmoid losses.")
+        raise ValueError(f"{function}: {inputs} must have a class axis; got a scalar. For one logit per decision use the sigmoid losses.")
     if not isinstance(axis, int | np.integer):
         raise TypeError(f"{function}: axis must be an integer; got {axis!r}.")
     if not -z.ndim <= axis < z.ndim:
-        raise ValueError(f"{function}: axis must be in [{-z.ndim}, {z.ndim}) for logits of shape {z.shape}; got {axis}.")
+        raise ValueError(f"{function}: axis must be in [{-z.ndim}, {z.ndim}) for {inputs} of shape {z.shape}; got {axis}.")
     axis = int(axis) % z.ndim
     if z.shape[axis] == 0:
-        raise ValueError(f"{function}: logits must have at least one class on axis {axis}; got shape {z.shape}.")
+        raise ValueError(f"{function}: {inputs} must have at least one class on axis {axis}; got shape {z.shape}.")
     leading = _without(z.shape, axis)
-    y = _labels(function, labels, z.shape, axis, "logits") if labelled else None
+    y = _labels(function, labels, z.shape, axis, inputs) if labelled else None
     mask = None if class_mask is None else boolean(function, "class_mask", class_mask)
     if mask is not None and mask.shape not in ((z.shape[axis],), z.shape):
         raise ValueError(
-            f"{function}: class_mask must have shape {(z.shape[axis],)}, one per class, or {z.shape}, the shape of logits; "
+            f"{function}: class_mask must have shape {(z.shape[axis],)}, one per class, or {z.shape}, the shape of {inputs}; "
             f"got {mask.shape}."
         )
     counts = None if where is None else boolean(function, "where", where)
     if counts is not None:
-        same_shape(function, "where", counts, leading, "the shape of logits without its class axis")
+        same_shape(function, "where", counts, leading, f"the shape of {inputs} without its class axis")
     checked = rows.Examples(z, y, mask, counts, axis, axis_name)
     if checking_values.value:
-        _check_values(function, checked)
+        _check_values(function, checked, inputs)
     return checked
 
 
@@ -147,9 +164,7 @@ def class_weights(function: str, weights: ArrayLike | None, batch: rows.Examples
 
 def top_k(function: str, ids: ArrayLike, probs: ArrayLike, batch: rows.Examples) -> tuple[Array, Array]:
     """Sparse distributions, class indices and their probabilities, both [..., k]."""
-    i, p = _array(function, "label_ids", ids), floating(function, "label_probs", probs)
-    if not jnp.issubdtype(i.dtype, jnp.integer):
-        raise TypeError(f"{function}: label_ids must have an integer dtype; got {i.dtype}. Use label_ids.astype(jnp.int32).")
+    i, p = integers(function, "label_ids", ids), floating(function, "label_probs", probs)
     z, axis = batch.logits, batch.axis
     leading = _without(z.shape, axis)
     if i.ndim != z.ndim or i.shape[:-1] != leading:
@@ -161,15 +176,15 @@ def top_k(function: str, ids: ArrayLike, probs: ArrayLike, batch: rows.Examples)
     shape(function, "label_probs", p, i.shape, "the shape of label_ids")
     if checking_values.value:
         ignored = jnp.zeros((), bool) if batch.where is None else ~batch.where[..., None]
-        _check_indices(function, "label_ids", i, rows.of(batch).classes, ignored)
-        _check(function, "label_probs", p, ~(p >= 0) & ~ignored, "is not a probability (it is negative or NaN)")
+        check_indices(function, "label_ids", i, rows.of(batch).classes, ignored)
+        check(function, "label_probs", p, ~(p >= 0) & ~ignored, "is not a probability (it is negative or NaN)")
     return i, p
 
 
 def elements(function: str, logits: ArrayLike, labels: ArrayLike, where: ArrayLike | None) -> tuple[Array, Array, Array | None]:
     """The arguments that every loss per element shares."""
     z = floating(function, "logits", logits)
-    t = _array(function, "labels", labels)
+    t = asarray(function, "labels", labels)
     if jnp.issubdtype(t.dtype, jnp.complexfloating):
         raise TypeError(f"{function}: labels must have a boolean, integer or floating dtype; got {t.dtype}.")
     shape(function, "labels", t, z.shape, "the shape of logits, one label per logit", _elements_remedy(t.shape, z.shape))
@@ -178,9 +193,9 @@ def elements(function: str, logits: ArrayLike, labels: ArrayLike, where: ArrayLi
         same_shape(function, "where", counts, z.shape, "the shape of logits")
     if checking_values.value:
         ignored = jnp.zeros(z.shape, bool) if counts is None else ~counts
-        _check(function, "logits", z, jnp.isnan(z) & ~ignored, "is NaN")
+        check(function, "logits", z, jnp.isnan(z) & ~ignored, "is NaN")
         if t.dtype != jnp.bool_:
-            _check(function, "labels", t, ~((t >= 0) & (t <= 1)) & ~ignored, "is outside [0, 1]")
+            check(function, "labels", t, ~((t >= 0) & (t <= 1)) & ~ignored, "is outside [0, 1]")
     return z, t, counts
 
 
@@ -237,7 +252,7 @@ def per_example(function: str, args: tuple, leading: tuple[int, ...]) -> tuple:
 
     def check(path, x):
         name = f"args{jax.tree_util.keystr(path)}"
-        array = _array(function, name, x)
+        array = asarray(function, name, x)
         if array.shape[: len(leading)] != leading:
             expected = f"({''.join(f'{n}, ' for n in leading)}...)"
             raise ValueError(
@@ -270,13 +285,13 @@ def loss_per_example(result: Any, logits: Array, has_aux: bool) -> tuple[Array, 
 
 def _labels(function: str, labels: ArrayLike | None, full: tuple[int, ...], axis: int, like: str) -> Array:
     """Labels of logits of the shape `full`; `like` names the argument that has their leading axes."""
-    y = _array(function, "labels", labels)
+    y = asarray(function, "labels", labels)
     leading = _without(full, axis)
     if jnp.issubdtype(y.dtype, jnp.integer):
         remedy = _to_shape("labels", y.shape, leading)
         if y.shape == full:
             remedy = f"For one-hot integers use labels.argmax({axis}), or labels.astype(float) for a distribution."
-        without = "class axis" if like == "logits" else "feature axis"
+        without = "feature axis" if like == "hidden" else "class axis"
         return shape(function, "labels", y, leading, f"the shape of {like} without its {without}", remedy)
     if not jnp.issubdtype(y.dtype, jnp.floating):
         raise TypeError(
@@ -284,7 +299,8 @@ def _labels(function: str, labels: ArrayLike | None, full: tuple[int, ...], axis
             f"got {y.dtype}. Use labels.astype(jnp.int32) for class indices."
         )
     remedy = "For class indices use labels.astype(jnp.int32)." if y.shape == leading else ""
-    return shape(function, "labels", y, full, "the shape of logits, because they are a distribution over classes", remedy)
+    of = "logits" if like == "hidden" else like
+    return shape(function, "labels", y, full, f"the shape of {of}, because they are a distribution over classes", remedy)
 
 
 def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
@@ -311,38 +327,31 @@ def _elements_remedy(got: tuple[int, ...], expected: tuple[int, ...]) -> str:
     return ""
 
 
-def _array(function: str, name: str, x: Any) -> Array:
-    try:
-        return jnp.asarray(x)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{function}: {name} must be an array or convertible to one; got {type(x).__name__}.") from error
-
-
-def _check_values(function: str, batch: rows.Examples) -> None:
+def _check_values(function: str, batch: rows.Examples, inputs: str) -> None:
     z, y = batch.logits, batch.labels
     ignored = jnp.zeros((), bool) if batch.where is None else ~batch.where
     over_classes = jnp.expand_dims(ignored, batch.axis) if ignored.ndim else ignored
     mask = rows.of(batch).class_mask
     missing = jnp.zeros((), bool) if mask is None else ~jnp.moveaxis(mask, -1, batch.axis)
-    _check(function, "logits", z, jnp.isnan(z) & ~over_classes & ~missing, "is NaN")
+    check(function, inputs, z, jnp.isnan(z) & ~over_classes & ~missing, "is NaN")
     if y is not None:
         _check_label_values(function, y, rows.of(batch).classes, ignored, batch.axis)
 
 
 def _check_label_values(function: str, y: Array, classes: int, ignored: Array, axis: int) -> None:
     if jnp.issubdtype(y.dtype, jnp.integer):
-        _check_indices(function, "labels", y, classes, ignored)
+        check_indices(function, "labels", y, classes, ignored)
     else:
         over_classes = jnp.expand_dims(ignored, axis) if ignored.ndim else ignored
-        _check(function, "labels", y, ~(y >= 0) & ~over_classes, "is not a probability (it is negative or NaN)")
+        check(function, "labels", y, ~(y >= 0) & ~over_classes, "is not a probability (it is negative or NaN)")
 
 
-def _check_indices(function: str, name: str, index: Array, classes: int, ignored: Array) -> None:
+def check_indices(function: str, name: str, index: Array, classes: int, ignored: Array) -> None:
     wide = index.astype(rows.index_dtype(index))
-    _check(function, name, index, ((wide < 0) | (wide >= classes)) & ~ignored, f"is outside [0, {classes})")
+    check(function, name, index, ((wide < 0) | (wide >= classes)) & ~ignored, f"is outside [0, {classes})")
 
 
-def _check(function: str, name: str, x: Array, bad: Array, complaint: str) -> None:
+def check(function: str, name: str, x: Array, bad: Array, complaint: str) -> None:
     """Raise through checkify with the first position at which `bad` holds, and the value there."""
     flat = jnp.broadcast_to(bad, x.shape).reshape(-1)
     if flat.size == 0:

@@ -117,6 +117,37 @@ def _(primals, tangents):
     return a, -(1 + jnp.exp(a)) * tangents[0]
 
 
+def relative_expm1(x: Array) -> Array:
+    """(e^x − 1)/x, 1 at 0: its series where |x| < 1, because a quotient loses its derivatives there."""
+    small = jnp.abs(x) < 1
+    direct, near = where(small, jnp.ones_like(x), x), where(small, x, jnp.zeros_like(x))
+    series = jnp.ones_like(x)
+    for n in range(20 if x.dtype == jnp.float64 else 12, 0, -1):
+        series = 1 + near / (n + 1) * series
+    return where(small, series, jnp.expm1(direct) / direct)
+
+
+@jax.custom_jvp
+def tempered(surprise: Array, q: Array) -> Array:
+    """(1 − p^q)/q of a probability given as its surprise u = −log p: from u at q = 0 to 1 − p at q = 1.
+
+    Derivatives: e^(−qu) in u, which the quotient would make from terms of the size of 1/(qu); (u·e^(−qu) − value)/q in q.
+    """
+    return surprise * relative_expm1(-q * surprise)
+
+
+@tempered.defjvp
+def _(primals, tangents):
+    u, q = primals
+    x = -q * u
+    value, power = tempered(u, q), jnp.exp(x)
+    small = jnp.abs(x) < 1
+    near = where(small, u, jnp.zeros_like(u))
+    slope = jax.jvp(relative_expm1, (-q * near,), (jnp.ones_like(u),))[1]
+    in_q = where(small, -near * near * slope, (u * power - value) / where(small, jnp.ones_like(q), q))
+    return value, power * tangents[0] + in_q * tangents[1]
+
+
 def select_logits(keep: Array, logits: Array) -> Array:
     """`logits` where `keep`, −∞ elsewhere, in their own dtype.
 

@@ -100,6 +100,14 @@ def of(examples: Examples) -> Rows:
     return Rows(z, z.astype(dtype), labels, mask, examples.where, examples.axis_name)
 
 
+def adjusted(rows: Rows, scale: ArrayLike = 1.0, offset: Array | float = 0.0) -> Rows:
+    """The rows of scale·z + offset, offset [..., classes]; −∞, NaN and what is masked stay as they are."""
+    z = rows.values
+    plain = numerics.where(jnp.isfinite(z), finite_values(rows), 0)
+    z = numerics.where(jnp.isfinite(z), jnp.asarray(scale, z.dtype) * plain + offset, z)
+    return rows._replace(raw=z, values=z)
+
+
 def statistics(rows: Rows) -> Statistics:
     """Reference, log-sum and (for labels that are indices) log-odds of every row; one pass over the logits."""
     if not rows.hard:
@@ -123,7 +131,7 @@ def class_log_odds(rows: Rows) -> Array:
     found = statistics(top)
     assert found.log_odds is not None
     u = jnp.maximum(surprise(top, found), 0.5)  # p_k ≤ 1/2 for the others; e^(−1/2) > 1/2 leaves them as they are
-    return jnp.where(_on_label(top), found.log_odds[..., None], numerics.log_odds_of_surprise(u))
+    return jnp.where(on_label(top), found.log_odds[..., None], numerics.log_odds_of_surprise(u))
 
 
 def surprise(rows: Rows, found: Statistics) -> Array:
@@ -181,12 +189,23 @@ def class_count(rows: Rows) -> Array | int:
 
 
 def at_label(rows: Rows, per_class: Array) -> Array:
-    """`per_class[y]` for every example; `per_class` is [classes]."""
+    """`per_class` [classes] or [..., classes] at the label of every example [...]."""
     assert rows.labels is not None
     local, _ = _local(rows, rows.labels)
-    taken = jnp.take(per_class, local, mode="clip")
+    if per_class.ndim == 1:
+        taken = jnp.take(per_class, local, mode="clip")
+    else:
+        taken = jnp.take_along_axis(per_class, local[..., None], axis=-1, mode="clip").squeeze(-1)
     here = _here(rows, rows.labels)
     return taken if here is None else over_devices(rows, numerics.where(here, taken, 0))
+
+
+def label_share(rows: Rows, index: Array) -> Array:
+    """What a distribution gives to one class [...]; `index` [] is global."""
+    assert rows.labels is not None
+    local, here = _local(rows, index)[0], _here(rows, index)
+    share = lax.dynamic_index_in_dim(rows.labels, jnp.clip(local, 0, rows.labels.shape[-1] - 1), -1, keepdims=False)
+    return share if here is None else over_devices(rows, jnp.where(here, share, jnp.zeros_like(share)))
 
 
 def largest(rows: Rows) -> Array:
@@ -246,7 +265,7 @@ def _log_sums(values, raw, labels, class_mask, where, axis_name):
     m = _reference(top, rows)
     if raw.dtype != values.dtype:
         m += numerics.zero_without_derivative(values[..., 0])
-    left_out = numerics.same(raw, top[..., None]) if labels is None else _on_label(rows)
+    left_out = numerics.same(raw, top[..., None]) if labels is None else on_label(rows)
     total = class_sum(rows, _exponentials(rows, m, _and(~left_out, class_mask, where)))
     if labels is None:
         ties = jnp.sum(_and(left_out, class_mask, where).astype(m.dtype), axis=-1)
@@ -269,7 +288,7 @@ def _(axis_name, primals, tangents):
 
     def linear(z, m, scale, tangent):
         rows = Rows(raw, values, labels, class_mask, where, axis_name)
-        label = None if labels is None else _on_label(rows)
+        label = None if labels is None else on_label(rows)
         keep = _and(None if label is None else ~label, class_mask, where)
         # x + (−m), not x − m, in half precision: not even the broadcast of m may be shared with the sum
         x = z - m[..., None] if z.dtype == m.dtype else numerics.widen(z) + (-m)[..., None]
@@ -338,15 +357,18 @@ def _gap(rows, m):
     return d if rows.where is None else numerics.where(rows.where, d, jnp.zeros_like(d))
 
 
-def _class_index(rows):
+def class_index(rows: Rows) -> Array:
     """The global index of every class held here [..., classes]."""
+    assert rows.labels is not None
     z = rows.raw
     index = lax.broadcasted_iota(rows.labels.dtype, z.shape, z.ndim - 1)
     return index if rows.axis_name is None else index + (lax.axis_index(rows.axis_name) * z.shape[-1]).astype(index.dtype)
 
 
-def _on_label(rows):
-    return _class_index(rows) == rows.labels[..., None]
+def on_label(rows: Rows) -> Array:
+    """Whether a class is the label [..., classes]."""
+    assert rows.labels is not None
+    return class_index(rows) == rows.labels[..., None]
 
 
 def _local(rows, index):

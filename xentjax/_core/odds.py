@@ -1,0 +1,96 @@
+"""Losses φ of the log-odds of a label, taken over indices and distributions alike.
+
+With a = log(p/(1 − p)): −log p = softplus(−a), 1 − p = σ(−a). An index costs φ(a_y), a distribution Σ_k t_k φ(a_k).
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from xentjax._core import numerics, rows
+
+
+def surprise(log_odds: Array) -> Array:
+    """−log p."""
+    return numerics.softplus(-log_odds)
+
+
+def focal(log_odds: Array, gamma: ArrayLike | None) -> Array:
+    """(1 − p)^γ (−log p); as an exponential it has every derivative for every γ ≥ 0."""
+    loss = surprise(log_odds)
+    if gamma is None:
+        return loss
+    return jnp.exp(-jnp.asarray(gamma, loss.dtype) * numerics.softplus(log_odds)) * loss
+
+
+def loss(batch: rows.Examples, phi: Callable[[Array], Array]) -> Array:
+    """The whole of a loss that is a φ of the log-odds and nothing else."""
+    r = rows.of(batch)
+    found = rows.statistics(r)
+    return rows.close(r, found, expected(r, found, phi)[0])
+
+
+def expected(
+    r: rows.Rows,
+    found: rows.Statistics,
+    phi: Callable[..., Array],
+    smoothing: ArrayLike | None = None,
+    class_weights: Array | None = None,
+    of_class: Array | None = None,
+) -> tuple[Array, Array]:
+    """Σ_k t_k φ(a_k) and s = Σ_k t_k; with `of_class` [classes], φ also gets each class's own number.
+
+    Both are linear in t: the part of the labels, for which an index needs only its own class's log-odds, and the part of smoothing.
+    """
+    w = None if class_weights is None else class_weights.astype(r.values.dtype)
+
+    def sums(t):
+        t = t if w is None else t * numerics.expand_leading(w, t.ndim)
+        if phi is surprise:  # −log p_k needs no log-odds
+            per_class = rows.surprise(r, found)
+        else:
+            more = () if of_class is None else (jnp.broadcast_to(numerics.expand_leading(of_class, t.ndim), t.shape),)
+            per_class = phi(rows.class_log_odds(r), *more)
+        return rows.class_sum(r, t * per_class), rows.class_sum(r, t)
+
+    if found.log_odds is None:
+        loss, s = sums(r.labels)
+    else:
+        s = jnp.ones_like(found.log_odds) if w is None else rows.at_label(r, w)
+        loss = s * phi(found.log_odds, *(() if of_class is None else (rows.at_label(r, of_class),)))
+    if smoothing is None:
+        return loss, s
+    smoothing = jnp.asarray(smoothing, loss.dtype)
+    spread, total = sums(rows.on_classes(r, 1 / jnp.asarray(rows.class_count(r), loss.dtype)))
+    return (1 - smoothing) * loss + smoothing * spread, (1 - smoothing) * s + smoothing * total
+
+
+def by_label(r: rows.Rows, loss_of_index: Callable[[rows.Rows], Array]) -> Array:
+    """A loss that is defined for indices, for any labels: a distribution costs Σ_k t_k loss(k), one class after another."""
+    if r.hard:
+        return loss_of_index(r)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def term(k):
+        index = jnp.full_like(r.values[..., 0], k, jnp.int32)
+        return rows.label_share(r, k) * loss_of_index(r._replace(labels=index))
+
+    return jnp.sum(lax.map(term, jnp.arange(r.classes)), axis=0)
+
+
+def entropy(r: rows.Rows, found: rows.Statistics) -> Array:
+    """H(p) = −Σ_k p_k log p_k of every row."""
+    u = rows.surprise(r, found)
+    return rows.class_sum(r, jnp.exp(-u) * u)
+
+
+def smallest_surprise(r: rows.Rows, found: rows.Statistics) -> Array:
+    """−log max_k p_k of every row; classes that tie share the derivative."""
+    z = rows.finite_values(r)
+    top = rows.masked(z == found.reference[..., None], r.where, r.class_mask)
+    moved = rows.class_sum(r, numerics.where(top, z - lax.stop_gradient(z), 0))  # 0: only its derivative is wanted
+    return found.log_sum - moved / jnp.maximum(rows.class_sum(r, top.astype(z.dtype)), 1)
