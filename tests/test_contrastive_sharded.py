@@ -1,0 +1,175 @@
+"""A batch split over devices: losses and all derivatives equal those of the whole batch, and only embeddings are gathered."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from xentjax import _contrastive as contrastive
+
+BATCH, FEATURES = 16, 4
+LABELS = jnp.resize(jnp.array([0, 1, 2, 0, 3, 1, 4]), BATCH)
+TOLERANCE = 1e-12  # float64
+
+
+def of_pairs(loss, parameter):
+    """The losses of this device's part of x and y, a learned parameter, labels that may be of no use, and a mask."""
+    return lambda x, y, value, labels, where, **more: loss(x, y, where=where, **{parameter: value}, **more)
+
+
+LOSSES = {
+    "info_nce": of_pairs(contrastive.info_nce, "temperature"),
+    "nt_xent": of_pairs(contrastive.nt_xent, "temperature"),
+    "clip_loss": of_pairs(contrastive.clip_loss, "logit_scale"),
+    "siglip_loss": of_pairs(contrastive.siglip_loss, "logit_bias"),
+    "supervised": lambda x, y, value, labels, where, **more: contrastive.supervised_contrastive_loss(
+        x + y, labels, temperature=value, where=where, **more
+    ),
+}
+names = pytest.mark.parametrize("name", LOSSES)
+
+
+def mesh_of(*sizes):
+    axes = ("data", "more")[: len(sizes)]
+    return jax.make_mesh(sizes, axes, axis_types=(AxisType.Auto,) * len(sizes), devices=jax.devices()[: np.prod(sizes)])
+
+
+def draw(rng):
+    x = rng.normal(size=(BATCH, FEATURES))
+    return jnp.asarray(x), jnp.asarray(x + rng.normal(size=x.shape)), jnp.asarray(0.7)
+
+
+def derivatives(losses, arguments, directions):
+    """Losses and their tangent; value, gradient and Hessian product of Σ w·loss, w given by `losses`."""
+    each, weighted = losses
+
+    def total(*x):
+        return weighted(*x)
+
+    slope = jax.grad(total, range(len(arguments)))
+    return jax.jvp(each, arguments, directions), total(*arguments), jax.jvp(slope, arguments, directions)
+
+
+def sharded(name, mesh, where, chunk_size):
+    """The losses [batch] and Σ w·loss over devices, by psum inside."""
+    axes = mesh.axis_names if len(mesh.axis_names) > 1 else mesh.axis_names[0]
+    rows = P(axes)
+
+    def local(x, y, value, labels, where):
+        return LOSSES[name](x, y, value, labels, where, axis_name=axes, chunk_size=chunk_size)
+
+    def local_sum(w, *arguments):
+        return lax.psum(jnp.sum(w * local(*arguments)), axes)
+
+    specs = (rows, rows, P(), rows, rows)
+    each = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rows)
+    total = jax.shard_map(local_sum, mesh=mesh, in_specs=(rows, *specs), out_specs=P())
+    w = jnp.linspace(0.5, 2, BATCH)
+    return lambda x, y, v: each(x, y, v, LABELS, where), lambda x, y, v: total(w, x, y, v, LABELS, where)
+
+
+def dense(name, where):
+    def each(x, y, value):
+        return LOSSES[name](x, y, value, LABELS, where)
+
+    return each, lambda *arguments: jnp.sum(jnp.linspace(0.5, 2, BATCH) * each(*arguments))
+
+
+def assert_equal(losses, expected, rng, where):
+    arguments = draw(rng)
+    directions = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), arguments)
+    x, y, value = arguments
+    spoilt = jnp.where(where[:, None], x, jnp.nan), y, value
+    ours = jax.jit(lambda a, d: derivatives(losses, a, d))(spoilt, directions)
+    theirs = jax.jit(lambda a, d: derivatives(expected, a, d))(arguments, directions)
+    for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=TOLERANCE, atol=TOLERANCE * np.abs(other).max())
+
+
+@names
+@pytest.mark.parametrize(("devices", "chunk_size"), [(2, None), (4, 3), (8, None)])
+def test_equal_to_the_whole_batch(name, devices, chunk_size, rng, x64):
+    where = (jnp.arange(BATCH) % 7 != 3) & (jnp.arange(BATCH) < 14)  # of eight devices the last has nothing
+    assert_equal(sharded(name, mesh_of(devices), where, chunk_size), dense(name, where), rng, where)
+
+
+@pytest.mark.parametrize("name", ["nt_xent", "siglip_loss"])
+def test_two_mesh_axes(name, rng, x64):
+    where = jnp.ones(BATCH, bool)
+    assert_equal(sharded(name, mesh_of(2, 2), where, None), dense(name, where), rng, where)
+
+
+def test_negatives_are_the_same_on_every_device(rng, x64):
+    x, y, _ = draw(rng)
+    more = jnp.asarray(rng.normal(size=(5, FEATURES)))
+
+    def run(x, y, more):
+        return contrastive.info_nce(x, y, negatives=more, axis_name="data")
+
+    ours = jax.shard_map(run, mesh=mesh_of(4), in_specs=(P("data"), P("data"), P()), out_specs=P("data"))
+    both = [
+        jax.jit(jax.value_and_grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), (0, 1, 2)))
+        for f in (ours, lambda x, y, more: contrastive.info_nce(x, y, negatives=more))
+    ]
+    for mine, other in zip(*(jax.tree.leaves(f(x, y, more)) for f in both), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=TOLERANCE, atol=TOLERANCE * np.abs(other).max())
+
+
+@names
+def test_gradients_inside_the_mapped_function(name, rng, x64):
+    """As a training step takes them: the gradient of this device's psum, summed by JAX for what all devices share."""
+    arguments, where = draw(rng), jnp.ones(BATCH, bool)
+
+    def step(x, y, value, labels):
+        def total(x, y, value):
+            return lax.psum(jnp.sum(LOSSES[name](x, y, value, labels, None, axis_name="data")), "data")
+
+        return jax.grad(total, (0, 1, 2))(x, y, value)
+
+    rows = P("data")
+    slopes = jax.jit(jax.shard_map(step, mesh=mesh_of(4), in_specs=(rows, rows, P(), rows), out_specs=(rows, rows, P())))(
+        *arguments, LABELS
+    )
+    expected = jax.jit(jax.grad(lambda *a: jnp.sum(LOSSES[name](*a, LABELS, where)), (0, 1, 2)))(*arguments)
+    for mine, other in zip(slopes, expected, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=TOLERANCE, atol=TOLERANCE * np.abs(other).max())
+
+
+def test_half_precision_is_summed_over_devices_in_float32(rng):
+    x = jnp.asarray(rng.normal(size=(BATCH, FEATURES)), jnp.bfloat16)
+    loss = functools.partial(contrastive.info_nce, normalize=False, temperature=1.0)
+    mapped = jax.shard_map(functools.partial(loss, axis_name="data"), mesh=mesh_of(8), in_specs=P("data"), out_specs=P("data"))
+    np.testing.assert_allclose(mapped(x, x), loss(x, x), rtol=1e-6)
+    text = jax.jit(jax.grad(lambda k: mapped(x, k).sum())).lower(x).as_text()
+    scattered = re.findall(r"reduce_scatter.*?-> tensor<[\dx]+x(\w+)>", text, re.DOTALL)
+    assert scattered and set(scattered) == {"f32"}
+
+
+@names
+def test_only_embeddings_are_gathered(name, rng):
+    batch, features = 1024, 6
+    shapes = [jax.ShapeDtypeStruct((batch, features), jnp.float32)] * 2 + [jax.ShapeDtypeStruct((), jnp.float32)]
+    rows = P("data")
+
+    def local(x, y, value, labels):
+        return LOSSES[name](x, y, value, labels, None, axis_name="data")
+
+    mapped = jax.shard_map(local, mesh=mesh_of(8), in_specs=(rows, rows, P(), rows), out_specs=rows)
+    labels = jnp.zeros(batch, jnp.int32)
+    step = jax.jit(jax.value_and_grad(lambda x, y, v: mapped(x, y, v, labels).sum(), (0, 1, 2)))
+    program = step.lower(*shapes).compile().as_text()
+    collectives = [line for line in program.splitlines() if re.search(r"\b(all-gather|all-reduce|reduce-scatter|all-to-all)\(", line)]
+    assert any("all-gather(" in line for line in collectives)
+    sizes = {
+        int(np.prod(list(map(int, s.split(","))))) for line in collectives for s in re.findall(r"\w\d+\[([\d,]+)\]", line.split("(")[0])
+    }
+    assert max(sizes) <= 2 * batch * features, sizes  # the two views of NT-Xent may go together
+    # and no device holds more similarities than its own
+    held = {int(np.prod(list(map(int, s.split(","))))) for s in re.findall(r"\w\d+\[([\d,]+)\]", program)}
+    assert max(held) <= 2 * batch // 8 * 2 * batch
