@@ -1,0 +1,290 @@
+"""Divergences of teacher and student: digits of nearly equal predictions, impossible classes, masks, devices, inequalities."""
+
+import functools
+import re
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+import pytest
+import scipy.special
+from hypothesis.extra import numpy as hnp
+from jax.sharding import PartitionSpec as P
+from rows_distillation import divergence
+from test_sharded import mesh_of
+
+from xentjax._distillation import DIVERGENCES, distillation_loss
+
+EPS = float(jnp.finfo(jnp.float32).eps)
+RTOL = 40 * EPS  # sums of ten terms and a few exponentials of arguments up to 10
+each = pytest.mark.parametrize("kind", DIVERGENCES)
+
+
+def loss(kind, **keywords):
+    return functools.partial(distillation_loss, divergence=kind, **keywords)
+
+
+def slopes(function, student, teacher):
+    return jax.grad(lambda *z: function(*z).sum(), (0, 1))(student, teacher)
+
+
+def exact(kind, student, teacher, beta):
+    """The definitions with 60 digits, value and the gradients that the docstring states."""
+    p, q = ([mpmath.exp(mpmath.mpf(float(z))) for z in logits] for logits in (teacher, student))
+    p, q = ([x / mpmath.fsum(row) for x in row] for row in (p, q))
+
+    def relative(a, b):
+        return mpmath.fsum(x * mpmath.log(x / y) for x, y in zip(a, b, strict=True))
+
+    def toward(a, b, share=1):
+        return [share * x * (mpmath.log(x / y) - relative(a, b)) for x, y in zip(a, b, strict=True)]
+
+    if kind == "forward":
+        return relative(p, q), [y - x for x, y in zip(p, q, strict=True)], toward(p, q)
+    if kind == "reverse":
+        return relative(q, p), toward(q, p), [x - y for x, y in zip(p, q, strict=True)]
+    if kind == "tv":
+        signs = [mpmath.sign(y - x) for x, y in zip(p, q, strict=True)]
+        q_mean, p_mean = (mpmath.fsum(s * x for s, x in zip(signs, row, strict=True)) for row in (q, p))
+        student_slope = [y * (s - q_mean) / 2 for s, y in zip(signs, q, strict=True)]
+        teacher_slope = [-x * (s - p_mean) / 2 for s, x in zip(signs, p, strict=True)]
+        return mpmath.fsum(abs(x - y) for x, y in zip(p, q, strict=True)) / 2, student_slope, teacher_slope
+    b = mpmath.mpf(float(beta))
+    m = [b * x + (1 - b) * y for x, y in zip(p, q, strict=True)]
+    return b * relative(p, m) + (1 - b) * relative(q, m), toward(q, m, 1 - b), toward(p, m, b)
+
+
+@each
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+@pytest.mark.parametrize("apart", [1e-6, 1e-4, 1e-2, 0.3, 1.0, 5.0, 40.0])
+def test_right_relative_to_its_own_size(kind, offset, apart, rng):
+    """Differences as small as the logits' own rounding; offset: students and teachers need not be normalised alike."""
+    teacher = np.asarray(rng.normal(size=(6, 9)) * 3, np.float32)
+    student = np.asarray(np.float32(teacher + offset) + rng.normal(size=teacher.shape) * apart, np.float32)
+    student[5] = teacher[5] + np.float32(offset)
+    student[5, 2] += np.float32(apart)
+    value = loss(kind, beta=0.3)(student, teacher)
+    found = slopes(loss(kind, beta=0.3), student, teacher)
+    for row in range(6):
+        expected, *gradients = exact(kind, student[row], teacher[row], np.float32(0.3))
+        # p has the rounding of its surprise, up to 15 + 2·apart here
+        tolerance = (20 + 2 * apart) * EPS
+        size = float(expected)
+        assert abs(float(value[row]) - size) <= tolerance * size, (float(value[row]), size)
+        log_p, log_q = (scipy.special.log_softmax(np.float64(z)) for z in (teacher[row], student[row]))
+        # slopes are p or q times differences of log-ratios; those of tv, times differences of signs
+        scale = np.exp(np.maximum(log_p, log_q)) * (1 if kind == "tv" else np.abs(log_p - log_q).max())
+        for slope, gradient in zip(found, gradients, strict=True):
+            assert (np.abs(slope[row] - np.float64([float(x) for x in gradient])) <= tolerance * scale + 1e-37).all()
+
+
+@each
+def test_equal_predictions_cost_nothing(kind, rng):
+    z = jnp.asarray(rng.normal(size=(20, 1000)) * 10, jnp.float32)
+    value = loss(kind, temperature=1.7)(z, z)
+    np.testing.assert_array_equal(value, np.zeros(20))
+    for slope in slopes(loss(kind, temperature=1.7), z, z):
+        np.testing.assert_allclose(slope, np.zeros_like(slope), rtol=0, atol=1e-12)  # q·(rounding)², and nothing of size eps
+
+
+@each
+def test_second_derivatives_at_equal_predictions(kind, rng, x64):
+    """All but tv, which has a kink there, are (1/2)·c·(dz)ᵀ(diag q − q qᵀ)(dz) near 0, c = 1 or β(1 − β)."""
+    if kind == "tv":
+        return
+    z, v = jnp.asarray(rng.normal(size=5)), jnp.asarray(rng.normal(size=5))
+    q = np.asarray(jax.nn.softmax(z))
+    curvature = (0.3 * 0.7 if kind == "js" else 1.0) * (q * v - q * (q @ v))
+    product = jax.jvp(jax.grad(lambda s: loss(kind, beta=0.3)(s, z)), (z,), (v,))[1]
+    np.testing.assert_allclose(product, curvature, rtol=1e-12, atol=1e-14)
+
+
+@each
+def test_impossible_in_both_is_not_there(kind, rng):
+    student, teacher = (jnp.asarray(rng.normal(size=(4, 6)), jnp.float32) for _ in range(2))
+    less = [jnp.concatenate([z, jnp.full((4, 2), -jnp.inf)], -1) for z in (student, teacher)]
+    np.testing.assert_allclose(loss(kind)(*less), loss(kind)(student, teacher), rtol=RTOL)
+    for slope, expected in zip(slopes(loss(kind), *less), slopes(loss(kind), student, teacher), strict=True):
+        np.testing.assert_allclose(slope[:, :6], expected, rtol=RTOL, atol=RTOL)
+        np.testing.assert_array_equal(slope[:, 6:], np.zeros((4, 2)))
+
+
+@each
+@pytest.mark.parametrize("who", ["student", "teacher"])
+@pytest.mark.parametrize("temperature", [1e-3, 1.0, 4.0])
+def test_impossible_for_one_of_them(kind, who, temperature):
+    student, teacher = jnp.array([0.5, -0.5, 1.0]), jnp.array([1.0, 0.0, -0.25])
+    student, teacher = (z.at[1].set(-jnp.inf) if name == who else z for name, z in (("student", student), ("teacher", teacher)))
+    value = loss(kind, temperature=temperature)(student, teacher)
+    infinite = (kind, who) in (("forward", "student"), ("reverse", "teacher"))
+    expected = np.inf if infinite or temperature < 1 else divergence(kind, *(np.float64(z) for z in (student, teacher)), temperature)
+    if temperature < 1:  # the definition overflows in float64
+        assert np.isinf(value) == infinite and value >= 0
+        return
+    np.testing.assert_allclose(value, expected, rtol=RTOL)
+
+    def total(s, t, temperature):
+        return loss(kind, temperature=temperature)(s, t)
+
+    arguments = student, teacher, jnp.float32(temperature)
+    first = jax.grad(total, (0, 1, 2))(*arguments)
+    second = jax.jvp(jax.grad(total, (0, 1, 2)), arguments, tuple(map(jnp.ones_like, arguments)))[1]
+    assert all(np.isfinite(x).all() for x in (*first, *second))
+    if infinite:
+        p, q = (jax.nn.softmax(z / temperature) for z in (teacher, student))
+        towards = (q - p, p - q)[kind == "reverse"] / temperature
+        np.testing.assert_allclose(first[kind == "reverse"], towards, rtol=RTOL)
+
+
+@each
+def test_nothing_to_compare(kind):
+    gone, there = jnp.full(3, -jnp.inf), jnp.array([1.0, 0.0, 2.0])
+    for pair in ((gone, there), (there, gone), (gone, gone)):
+        assert loss(kind)(*pair) == jnp.inf
+        for slope in slopes(loss(kind), *pair):
+            np.testing.assert_array_equal(slope, np.zeros(3))
+
+
+@each
+@pytest.mark.parametrize("per_row", [False, True])
+def test_missing_classes(kind, per_row, rng):
+    student, teacher = (jnp.asarray(rng.normal(size=(4, 6)), jnp.float32) for _ in range(2))
+    mask = jnp.arange(6) != 2
+    spoilt = [z.at[:, 2].set(x) for z, x in ((student, jnp.nan), (teacher, 1e30))]
+    mask = jnp.broadcast_to(mask, (4, 6)) if per_row else mask
+    masked = loss(kind, class_mask=mask, temperature=2.0)
+    less = [jnp.delete(z, 2, axis=-1) for z in (student, teacher)]
+    np.testing.assert_allclose(masked(*spoilt), loss(kind, temperature=2.0)(*less), rtol=RTOL)
+    for slope, expected in zip(slopes(masked, *spoilt), slopes(loss(kind, temperature=2.0), *less), strict=True):
+        np.testing.assert_allclose(jnp.delete(slope, 2, axis=-1), expected, rtol=RTOL, atol=RTOL)
+        assert not slope[:, 2].any()
+    none = loss(kind, class_mask=jnp.zeros(6, bool))
+    assert not none(*spoilt).any() and not any(x.any() for x in slopes(none, *spoilt))
+
+
+@each
+def test_masked_rows_leave_the_temperature_alone(kind, rng):
+    student, teacher = (jnp.asarray(rng.normal(size=(4, 6)), jnp.float32) for _ in range(2))
+    where = jnp.array([True, False, True, False])
+    spoilt = [z.at[1].set(jnp.nan).at[3].set(jnp.inf) for z in (student, teacher)]
+
+    def slope(pair, where):
+        return jax.grad(lambda t: loss(kind, temperature=t, where=where)(*pair).sum())(1.5)
+
+    np.testing.assert_allclose(slope(spoilt, where), slope([z[::2] for z in (student, teacher)], None), rtol=RTOL)
+
+
+@each
+def test_nan_stays_in_its_row(kind, rng):
+    student, teacher = (jnp.asarray(rng.normal(size=(3, 6)), jnp.float32) for _ in range(2))
+    for pair in ((student.at[1, 2].set(jnp.nan), teacher), (student, teacher.at[1, 2].set(jnp.nan))):
+        found = loss(kind)(*pair)
+        np.testing.assert_array_equal(jnp.isnan(found), [False, True, False])
+        assert all(np.isfinite(slope[::2]).all() and np.isnan(slope[1]).any() for slope in slopes(loss(kind), *pair))
+
+
+@each
+def test_axis_and_dtypes(kind, rng):
+    student, teacher = (jnp.asarray(rng.normal(size=(4, 3, 6)), jnp.float32) for _ in range(2))
+    expected = loss(kind)(student, teacher)
+    found = loss(kind, axis=1)(*(jnp.moveaxis(z, -1, 1) for z in (student, teacher)))
+    np.testing.assert_allclose(found, expected, rtol=RTOL)
+    half = student.astype(jnp.bfloat16)
+    mixed = loss(kind)(half, teacher)
+    assert mixed.dtype == jnp.float32
+    np.testing.assert_allclose(mixed, loss(kind)(half.astype(jnp.float32), teacher), rtol=RTOL)
+    assert [x.dtype for x in slopes(loss(kind), half, teacher)] == [jnp.bfloat16, jnp.float32]
+
+
+@each
+def test_temperatures_by_vmap(kind, rng):
+    student, teacher = (jnp.asarray(rng.normal(size=(4, 6)), jnp.float32) for _ in range(2))
+    several = jnp.array([0.5, 1.0, 8.0])
+    found = jax.vmap(lambda t, b: loss(kind, temperature=t, beta=b)(student, teacher))(several, several / 10)
+    for row, t in zip(found, several.tolist(), strict=True):
+        expected = divergence(kind, *(np.float64(z) for z in (student, teacher)), t, t / 10)
+        np.testing.assert_allclose(row, expected, rtol=RTOL)
+
+
+@each
+@pytest.mark.parametrize("masked", [False, True])
+def test_classes_split_over_devices(kind, masked, rng):
+    student, teacher, v, w = (jnp.asarray(rng.normal(size=(5, 16)), jnp.float32) for _ in range(4))
+    student, teacher = student.at[0, 3].set(-jnp.inf).at[2].set(jnp.nan), teacher.at[0, 3].set(-jnp.inf)
+    where = jnp.array([True, True, False, True, True])
+    mask = jnp.arange(16) < (13 if masked else 16)
+
+    def dense(s, t, **keywords):
+        return loss(kind, temperature=1.5, **keywords)(s, t)
+
+    def local(s, t, where, mask):
+        return dense(s, t, where=where, class_mask=mask if masked else None, axis_name="model")
+
+    split = P(None, "model")
+    mapped = jax.shard_map(local, mesh=mesh_of(8), in_specs=(split, split, P(), P("model")), out_specs=P())
+
+    def derivatives(function):
+        def total(s, t):
+            return function(s, t).sum()
+
+        pair, direction = (student, teacher), (v, w)
+        return *jax.jvp(function, pair, direction), *jax.jvp(jax.grad(total, (0, 1)), pair, direction)
+
+    ours = jax.jit(lambda: derivatives(lambda s, t: mapped(s, t, where, mask)))()
+    theirs = jax.jit(lambda: derivatives(lambda s, t: dense(s, t, where=where, class_mask=mask if masked else None)))()
+    for mine, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(mine, expected, rtol=RTOL, atol=RTOL)
+
+
+@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.given(hnp.arrays(np.float32, (2, 5), elements=st.floats(-60, 60, width=32)), st.sampled_from([0.5, 1.0, 3.0]))
+def test_inequalities(z, temperature):
+    student, teacher = z
+    found = {kind: float(loss(kind, temperature=temperature)(student, teacher)) for kind in DIVERGENCES}
+    swapped = {kind: float(loss(kind, temperature=temperature)(teacher, student)) for kind in DIVERGENCES}
+    slack = 1 + RTOL
+    assert all(value >= 0 for value in found.values())
+    assert found["tv"] <= slack and found["js"] <= np.log(2) * slack
+    for first, second in (("tv", "tv"), ("js", "js"), ("forward", "reverse")):
+        np.testing.assert_allclose(found[first], swapped[second], rtol=RTOL * 10, atol=1e-37)  # surprises up to 240
+    assert 2 * found["tv"] ** 2 <= min(found["forward"], found["reverse"]) * slack  # Pinsker
+    assert found["js"] <= np.log(2) * found["tv"] * slack + 1e-37  # Lin 1991
+
+
+def test_forward_is_cross_entropy_less_entropy(rng, x64):
+    student, teacher = (jnp.asarray(rng.normal(size=(4, 6))) for _ in range(2))
+    p = scipy.special.softmax(np.asarray(teacher), -1)
+    expected = -np.sum(p * scipy.special.log_softmax(np.asarray(student), -1), -1) - scipy.special.entr(p).sum(-1)
+    np.testing.assert_allclose(distillation_loss(student, teacher), expected, rtol=1e-12)
+
+
+Z = jnp.zeros((2, 3))
+NAME = "distillation_loss"
+SHAPE = f"{NAME}: teacher_logits must have shape (2, 3), the shape of student_logits; got"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keywords", "error", "message"),
+    [
+        ((Z, Z.T), {}, ValueError, f"{SHAPE} (3, 2)."),
+        ((Z, Z[0]), {}, ValueError, f"{SHAPE} (3,). Use jnp.broadcast_to(teacher_logits, (2, 3)) if that is meant."),
+        ((Z.astype(int), Z), {}, TypeError, f"{NAME}: student_logits must have a floating dtype; got int32. Use student_logits."),
+        ((Z, Z.astype(int)), {}, TypeError, f"{NAME}: teacher_logits must have a floating dtype; got int32. Use teacher_logits."),
+        ((Z, Z), {"divergence": "kl"}, ValueError, "must be one of 'forward', 'reverse', 'js', 'tv'; got 'kl'."),
+        ((Z, Z), {"temperature": 0}, ValueError, f"{NAME}: temperature must be above 0; got 0."),
+        ((Z, Z), {"temperature": -1.0}, ValueError, f"{NAME}: temperature must be a finite number at least 0; got -1."),
+        ((Z, Z), {"beta": 1.0}, ValueError, "beta must lie strictly between 0 and 1; got 1. Use divergence='forward' or 'reverse'."),
+        ((Z, Z), {"beta": 1.5}, ValueError, f"{NAME}: beta must be a finite number in [0, 1]; got 1.5."),
+        ((Z, Z), {"where": jnp.ones((2, 1), bool)}, ValueError, f"{NAME}: where must have shape (2,)"),
+        ((Z, Z), {"axis": 2}, ValueError, f"{NAME}: axis must be in [-2, 2)"),
+    ],
+    ids=str,
+)
+def test_errors(arguments, keywords, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        distillation_loss(*arguments, **keywords)
+    with pytest.raises(error, match=re.escape(message)):
+        jax.jit(lambda *z: distillation_loss(*z, **keywords))(*arguments)
