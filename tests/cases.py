@@ -5,6 +5,7 @@ battery of tests by adding rows here.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import reference as ref
+import reference_families as families
 
 import xentjax
 
 WEIGHTS = (0.5, 2.0, 1.0, 3.0, 0.25, 1.5, 0.0)  # one per class of the default problem
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # hashable by identity, so that a program is compiled once for a case
 class Case:
     """A public function with one setting of its keywords, and its formulas."""
 
@@ -29,11 +31,15 @@ class Case:
     family: str = "classes"  # or "bits", "top_k"
     target: dict[str, Any] = dataclasses.field(default_factory=dict)  # keywords that make t out of the labels
     formula: dict[str, Any] = dataclasses.field(default_factory=dict)  # keywords of the formula itself
+    arrays: dict[str, Callable] = dataclasses.field(default_factory=dict)  # keywords of the formula for a number of classes
     field: str | None = None  # of a result with several
-    tolerance: float = 1.0  # multiplies the accuracy bounds; the issue grants focal losses three
+    inputs: str = "logits"  # or "cosines"
+    tolerance: float = 1.0  # multiplies the accuracy bounds: how many more roundings a loss has than cross-entropy
+    exact_at_margins: bool = True  # no term cancels another, so that a tiny loss keeps its relative accuracy
+    differentiable: bool = True  # the closed form of the gradient is the whole derivative: nothing in it is held constant
 
     def __str__(self) -> str:
-        keywords = {**self.target, **self.formula}
+        keywords = {**self.target, **self.formula, **self.arrays} if self.target or self.formula else {}
         return "-".join([self.name, *([self.field] if self.field else []), *sorted(keywords)])
 
     @property
@@ -42,9 +48,15 @@ class Case:
         given = {**self.target, **self.formula}
         return {k: jnp.asarray(v, jnp.float32) if k in arrays and np.ndim(v) else v for k, v in given.items()}
 
+    def of_classes(self, classes: int, first: int | None = None) -> dict[str, np.ndarray]:
+        """The keywords that hold something for each class, or those of the first classes only."""
+        made = {name: np.asarray(draw(classes), np.float32) for name, draw in self.arrays.items()}
+        return {name: x[:first] if x.ndim == 1 else x[:first, :first] for name, x in made.items()}
+
     def __call__(self, logits, labels, **more):
         labels = (labels,) if self.family != "top_k" else labels
-        result = self.function(logits, *labels, **{**self.keywords, **more})
+        arrays = {k: jnp.asarray(v) for k, v in self.of_classes(logits.shape[more.get("axis", -1)]).items() if k not in more}
+        result = self.function(logits, *labels, **{**self.keywords, **arrays, **more})
         return result if self.field is None else getattr(result, self.field)
 
     def targets(self, m, labels, classes, class_mask=None):
@@ -59,11 +71,13 @@ class Case:
         """Value and gradient by the formulas."""
         z = m.array(np.asarray(logits, np.float64))
         t = self.targets(m, labels, z.shape[-1], class_mask)
-        return self.value(m, z, t, **self.formula), self.gradient(m, z, t, **self.formula)
+        keywords = {**self.formula, **self.of_classes(z.shape[-1])}
+        return self.value(m, z, t, **keywords), self.gradient(m, z, t, **keywords)
 
     def draw(self, rng, leading=(5,), classes=7, dtype=jnp.float32, kind="index", scale=3.0):
         """Logits in `dtype` and labels of one kind: "index" or "distribution" ("bit" and "probability" for bits)."""
-        z = jnp.asarray(rng.normal(size=(*leading, classes)) * scale, dtype)
+        z = rng.normal(size=(*leading, classes)) * scale
+        z = jnp.asarray(0.95 * np.tanh(z / 3) if self.inputs == "cosines" else z, dtype)
         if self.family == "bits":
             labels = rng.integers(0, 2, z.shape) if kind == "index" else rng.uniform(size=z.shape)
             return z, jnp.asarray(labels, jnp.int32 if kind == "index" else jnp.float32)
@@ -92,7 +106,7 @@ _BITS = (xentjax.sigmoid_cross_entropy, ref.bit_cross_entropy, ref.bit_cross_ent
 _BIT_FOCAL = (xentjax.sigmoid_focal_loss, ref.bit_focal, ref.bit_focal_gradient)
 _ASYMMETRIC = (xentjax.asymmetric_loss, ref.asymmetric, ref.asymmetric_gradient)
 
-CLASSES = (
+CROSS_ENTROPY = (
     Case("softmax_cross_entropy", *_CROSS_ENTROPY),
     Case("softmax_cross_entropy", *_CROSS_ENTROPY, target=_SMOOTH),
     Case("softmax_cross_entropy", *_CROSS_ENTROPY, target={"class_weights": WEIGHTS}),
@@ -103,6 +117,51 @@ CLASSES = (
     Case("softmax_focal_loss", *_FOCAL, formula={"gamma": 0.5}, tolerance=3.0),
     Case("softmax_focal_loss", *_FOCAL, target=_ALL, formula={"gamma": 1.5}, tolerance=3.0),
 )
+
+
+def log_prior(classes):
+    return -0.5 * np.arange(classes)
+
+
+def counts(classes):
+    return 5.0 * 2.0 ** np.arange(classes)  # the first is the rarest
+
+
+def noise(classes):
+    """A fifth of each of the first five classes goes evenly to these five; the others are labelled right."""
+    noisy = np.arange(classes) < 5
+    return np.where(noisy[:, None] & noisy, 0.8 * np.eye(classes) + 0.2 / noisy.sum(), np.eye(classes))
+
+
+def _family(function, reference, /, **more):
+    value, gradient = (getattr(families, reference + part) for part in ("", "_gradient"))
+    return Case(function.__name__, function, value, gradient, **more)
+
+
+_COUNTS, _NOISE = {"arrays": {"class_counts": counts}}, {"arrays": {"noise_matrix": noise}}
+_ANGLES = {"inputs": "cosines", "tolerance": 8.0, "exact_at_margins": False}  # a scale of 64 multiplies the rounding of the cosines
+FAMILIES = (
+    _family(xentjax.generalized_cross_entropy, "generalized", tolerance=2.0),
+    _family(xentjax.generalized_cross_entropy, "generalized", formula={"q": 0.2}, tolerance=2.0),
+    _family(xentjax.symmetric_cross_entropy, "symmetric", tolerance=2.0),
+    _family(xentjax.bootstrapped_cross_entropy, "bootstrapped", exact_at_margins=False),
+    _family(xentjax.bootstrapped_cross_entropy, "bootstrapped", formula={"beta": 0.8, "hard": True}, exact_at_margins=False),
+    _family(xentjax.taylor_cross_entropy, "taylor", tolerance=2.0),
+    _family(xentjax.taylor_cross_entropy, "taylor", formula={"order": 5}, tolerance=2.0),
+    _family(xentjax.poly_cross_entropy, "poly", tolerance=2.0),
+    _family(xentjax.confidence_penalty, "penalty", exact_at_margins=False),
+    _family(xentjax.normalized_cross_entropy, "normalized", exact_at_margins=False),
+    _family(xentjax.bi_tempered_cross_entropy, "bi_tempered", tolerance=4.0, exact_at_margins=False),
+    _family(xentjax.bi_tempered_cross_entropy, "bi_tempered", formula={"t1": 0.2, "t2": 2.0}, tolerance=4.0, exact_at_margins=False),
+    _family(xentjax.forward_corrected_cross_entropy, "forward", **_NOISE, exact_at_margins=False),
+    _family(xentjax.backward_corrected_cross_entropy, "backward", **_NOISE, tolerance=2.0, exact_at_margins=False),
+    _family(xentjax.logit_adjusted_cross_entropy, "logit_adjusted", arrays={"class_log_prior": log_prior}, exact_at_margins=False),
+    _family(xentjax.ldam_loss, "ldam", **_COUNTS, **_ANGLES),
+    _family(xentjax.seesaw_loss, "seesaw", **_COUNTS, exact_at_margins=False, differentiable=False),
+    _family(xentjax.margin_cross_entropy, "margin", **_ANGLES),
+    _family(xentjax.margin_cross_entropy, "margin", formula={"scale": 10.0, "m1": 1.5, "m2": 0.1, "m3": 0.2}, **_ANGLES),
+)
+CLASSES = CROSS_ENTROPY + FAMILIES
 TOP_K = (
     Case(
         "softmax_cross_entropy_with_top_k_labels",
@@ -150,9 +209,34 @@ ELSEWHERE = {
     "LinearPlan": "test_linear_programs.py",
     "RowStatistics": "test_values.py",
     "checked": "test_checked.py",
+    "class_balanced_weights": "test_families.py",
+    "inverse_frequency_weights": "test_families.py",
+    **dict.fromkeys(("Samples", "UniformSampler", "LogUniformSampler", "AliasSampler"), "test_samplers.py"),
+    **dict.fromkeys(("uniform_sampler", "log_uniform_sampler", "alias_sampler", "draw_samples", "log_expected_count"), "test_samplers.py"),
+    **dict.fromkeys(("AdaptiveSoftmax", "BinaryTree", "init_adaptive_softmax", "huffman_tree"), "test_hierarchical.py"),
+    **dict.fromkeys(("metrics.Confusion", "metrics.confusion", "metrics.perplexity"), "test_metrics.py"),
+    **dict.fromkeys(("metrics.Calibration", "metrics.calibration", "metrics.fit_temperature"), "test_metrics_calibration.py"),
+    **dict.fromkeys(("metrics.Ranking", "metrics.ranking", "metrics.auroc"), "test_metrics_ranking.py"),
 }
 
 
 def gradient(case, logits, labels, **more):
     """The gradient of Σ loss, which is that of each example because examples are independent."""
+    return _gradient(case, logits, labels, more)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradient(case, logits, labels, more):
     return jax.grad(lambda z: case(z, labels, **more).sum())(logits)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def derivatives(case, logits, labels, direction, more=None):
+    """Value, gradient of Σ loss, and along a direction the derivative of the value and of the gradient; one program for all."""
+
+    def loss(z):
+        return case(z, labels, **(more or {}))
+
+    slope, product = jax.jvp(jax.grad(lambda z: loss(z).sum()), (logits,), (direction,))
+    value, tangent = jax.jvp(loss, (logits,), (direction,))
+    return value, slope, tangent, product

@@ -14,6 +14,7 @@ mpmath.mp.dps = 60
 
 class Double:
     exp, log, log1p, expm1, sqrt = np.exp, np.log, np.log1p, np.expm1, np.sqrt
+    cos, sin, arccos = np.cos, np.sin, np.arccos
 
     @staticmethod
     def array(x):
@@ -26,6 +27,9 @@ class Exact:
     log1p = np.vectorize(mpmath.log1p, otypes=[object])
     expm1 = np.vectorize(mpmath.expm1, otypes=[object])
     sqrt = np.vectorize(mpmath.sqrt, otypes=[object])
+    cos = np.vectorize(mpmath.cos, otypes=[object])
+    sin = np.vectorize(mpmath.sin, otypes=[object])
+    arccos = np.vectorize(mpmath.acos, otypes=[object])
 
     @staticmethod
     def array(x):

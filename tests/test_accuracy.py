@@ -58,12 +58,15 @@ def log_sum_exp(z):
     return top + np.log(np.exp(z - top).sum(-1, keepdims=True))
 
 
-@pytest.mark.parametrize("classes", [1, 2, 3, 10, 100, 2000])
-@pytest.mark.parametrize(
-    "case",
-    [c for c in cases.CLASSES if not c.target and c.formula.get("z_loss") is None],
-    ids=str,
-)
+LADDERS = [
+    pytest.param(c, n, id=f"{c}-{n}")
+    for c in cases.CLASSES
+    for n in (1, 2, 3, 10, 100, 2000)
+    if not c.target and c.formula.get("z_loss") is None and c.exact_at_margins and (c not in cases.FAMILIES or n in (2, 100))
+]
+
+
+@pytest.mark.parametrize(("case", "classes"), LADDERS)
 def test_every_margin(case, classes, rng):
     z, y = ladder(rng, classes)
     if classes == 2000:
@@ -99,7 +102,7 @@ def test_smoothing_and_z_loss(keywords, classes, rng):
     assert (error <= (8 + margins(z, y)[:, None] + np.abs(np.asarray(z) - log_sum_exp(z))) * size + 4 * TINY / EPS).all()
 
 
-@pytest.mark.parametrize("case", cases.CLASSES + cases.TOP_K, ids=str)
+@pytest.mark.parametrize("case", [c for c in cases.CLASSES + cases.TOP_K if c.exact_at_margins], ids=str)
 @pytest.mark.parametrize("classes", [7])
 def test_distributions(case, classes, rng):
     z, y = ladder(rng, classes)
@@ -156,8 +159,10 @@ def test_many_classes(classes, rng):
     assert (error <= (16 + margins(z, y)[:, None] + np.abs(log_p)) * np.abs(slope) + TINY).all()
 
 
-@pytest.mark.parametrize("case", cases.CATEGORICAL + cases.BITS, ids=str)
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+HALF = [pytest.param(c, d, id=f"{c}-{d.__name__}") for c in cases.CATEGORICAL + cases.BITS for d in (jnp.bfloat16, jnp.float16)]
+
+
+@pytest.mark.parametrize(("case", "dtype"), [row for row in HALF if row.values[0] not in cases.FAMILIES or row.values[1] == jnp.bfloat16])
 def test_half_precision_is_no_worse_than_the_naive_formula(case, dtype, rng):
     # Arithmetic in float32 on half-precision logits: the value is that of float32, not only as good as a formula in half precision.
     z, labels = case.draw(rng, (200,), dtype=dtype, scale=4.0)
@@ -179,7 +184,7 @@ def test_half_precision_keeps_confident_losses(dtype, rng):
     assert (error <= 8 + margins(z.astype(jnp.float32), y)[:, None]).all()
 
 
-@pytest.mark.parametrize("case", [c for c in cases.CLASSES + cases.TOP_K if "z_loss" not in c.formula], ids=str)
+@pytest.mark.parametrize("case", [c for c in cases.CLASSES + cases.TOP_K if "z_loss" not in c.formula and c.inputs == "logits"], ids=str)
 @pytest.mark.parametrize("shift", [1e4, -1e4, 2.0**26, -(2.0**26), 1e8])
 def test_shift_invariance(case, shift, rng):
     # Logits that are multiples of 8 are exact after the shift, so nothing may change. (z-loss penalises the shift: not here.)

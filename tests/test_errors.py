@@ -1,5 +1,6 @@
 """Errors about arguments: raised at once, in or out of a trace, naming function, argument, expected, got and remedy."""
 
+import functools
 import re
 
 import cases
@@ -26,8 +27,16 @@ def raises(error, message):
 
 
 LABELS = {"classes": (Y,), "top_k": (IDS, PROBS), "bits": (Z,)}
+
+
+def complete(case):
+    """The function with whatever it needs to know of three classes."""
+    arrays = {name: jnp.asarray(x) for name, x in case.of_classes(3).items()}
+    return functools.wraps(case.function)(functools.partial(case.function, **arrays))
+
+
 every_loss = pytest.mark.parametrize(
-    ("function", "family"), {c.name: pytest.param(c.function, c.family, id=c.name) for c in cases.LOSSES}.values()
+    ("function", "family"), {c.name: pytest.param(complete(c), c.family, id=c.name) for c in cases.LOSSES}.values()
 )
 
 
@@ -232,9 +241,10 @@ def test_sums_are_never_broadcast(function):
 @every_loss
 def test_every_loss_judges_dtypes_and_where(function, family):
     name, labels = function.__name__, LABELS[family]
-    with raises(TypeError, f"{name}: logits must have a floating dtype; got int32. Use logits.astype(jnp.float32)."):
+    inputs = "cosines" if name == "margin_cross_entropy" else "logits"
+    with raises(TypeError, f"{name}: {inputs} must have a floating dtype; got int32. Use {inputs}.astype(jnp.float32)."):
         function(Z.astype(jnp.int32), *labels)
-    with raises(TypeError, f"{name}: logits must be an array or convertible to one; got str."):
+    with raises(TypeError, f"{name}: {inputs} must be an array or convertible to one; got str."):
         function("logits", *labels)
     right = (2, 3) if family == "bits" else (2,)
     for wrong in ((4,), (2, 3, 1)):

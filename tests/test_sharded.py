@@ -19,42 +19,33 @@ CLASSES = 16
 def sharded(case, kind, mesh, masked=False):
     """The case inside shard_map with its class axis split over the mesh, as a function of (z, labels, where)."""
     labels = P(None, "model") if kind == "distribution" and case.family == "classes" else P()
-    split = {"class_weights": P("model")} if "class_weights" in case.target else {}
-    if masked:
-        split["class_mask"] = P("model")
+    given = arrays_of(case, masked)
+    split = {name: P("model") if x.ndim == 1 else P() for name, x in given.items()}
 
     def local(z, labels, where, arrays):
         return case(z, labels, where=where, axis_name="model", **arrays)
 
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(None, "model"), labels, P(), split), out_specs=P())
 
-    def run(z, labels, where):
-        arrays = {}
-        if "class_weights" in case.target:
-            arrays["class_weights"] = weights()
-        if masked:
-            arrays["class_mask"] = mask()
-        return mapped(z, labels, where, arrays)
-
-    return run
+    return lambda z, labels, where: mapped(z, labels, where, given)
 
 
 def mesh_of(devices):
     return jax.make_mesh((devices,), ("model",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
 
 
-def weights():
-    return jnp.linspace(0.5, 2.0, CLASSES)
-
-
-def mask():
-    return jnp.arange(CLASSES) < 13  # the last shard is partly (with 8 devices wholly and partly) padding
+def arrays_of(case, masked):
+    """The keywords of a case that hold something for each class."""
+    given = {name: jnp.asarray(x) for name, x in case.of_classes(CLASSES).items()}
+    if "class_weights" in case.target:
+        given["class_weights"] = jnp.linspace(0.5, 2.0, CLASSES)
+    if masked:
+        given["class_mask"] = jnp.arange(CLASSES) < 13  # the last shard is partly (with 8 devices wholly and partly) padding
+    return given
 
 
 def dense(case, masked):
-    more = {"class_weights": weights()} if "class_weights" in case.target else {}
-    if masked:
-        more["class_mask"] = mask()
+    more = arrays_of(case, masked)
     return lambda z, labels, where: case(z, labels, where=where, **more)
 
 

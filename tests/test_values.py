@@ -20,18 +20,32 @@ def each_kind(table=cases.LOSSES):
     return pytest.mark.parametrize(("case", "kind"), [pytest.param(c, k, id=f"{c}-{k}") for c in table for k in c.kinds])
 
 
+def each_kind_and_dtype(table=cases.LOSSES):
+    """Both labels in both dtypes; the families, which share their passes over the logits, indices in one and distributions in the other."""
+    rows = [
+        (c, k, d)
+        for c in table
+        for k, own in zip(c.kinds, (jnp.float32, jnp.bfloat16), strict=False)
+        for d in (jnp.float32, jnp.bfloat16)
+        if c not in cases.FAMILIES or d == own
+    ]
+    return pytest.mark.parametrize(
+        ("case", "kind", "dtype"), [pytest.param(*row, id=f"{row[0]}-{row[1]}-{row[2].__name__}") for row in rows]
+    )
+
+
 @each_kind()
-@pytest.mark.parametrize("leading", [(), (1,), (5,), (2, 3), (0,), (2, 0, 3)], ids=str)
-def test_any_rank(case, kind, leading, rng):
-    z, labels = case.draw(rng, leading, kind=kind)
-    value, _ = case.exact(ref.Double, z, labels)
-    result = case(z, labels)
-    assert result.dtype == jnp.float32
-    np.testing.assert_allclose(result, value, rtol=RTOL, atol=RTOL)
+def test_any_rank(case, kind, rng):
+    for leading in ((), (2, 3), (2, 0, 3)):
+        z, labels = case.draw(rng, leading, kind=kind)
+        value, _ = case.exact(ref.Double, z, labels)
+        result = case(z, labels)
+        assert result.dtype == jnp.float32
+        np.testing.assert_allclose(result, value, rtol=case.tolerance * RTOL, atol=case.tolerance * RTOL)
 
 
 @each_kind(cases.CLASSES + cases.STATISTICS)
-@pytest.mark.parametrize("axis", [0, 1, -2, -3])
+@pytest.mark.parametrize("axis", [0, -2])
 def test_any_axis(case, kind, axis, rng):
     z, labels = case.draw(rng, (4, 3), kind=kind)
     value, _ = case.exact(ref.Double, z, labels)
@@ -46,11 +60,10 @@ def test_any_axis_with_top_k_labels(rng):
 
 
 @pytest.mark.parametrize("case", cases.CLASSES, ids=str)
-@pytest.mark.parametrize("masked", [False, True])
-def test_indices_equal_one_hot_rows(case, masked, rng):
+def test_indices_equal_one_hot_rows(case, rng):
     z, y = case.draw(rng, (50,))
-    mask = jnp.arange(7) != 5 if masked else None
-    y = jnp.where(y == 5, 4, y) if masked else y
+    mask = jnp.arange(7) != 5
+    y = jnp.where(y == 5, 4, y)
     one_hot = jax.nn.one_hot(y, 7)
     np.testing.assert_allclose(case(z, y, class_mask=mask), case(z, one_hot, class_mask=mask), rtol=RTOL, atol=RTOL)
     by_index, by_row = cases.gradient(case, z, y, class_mask=mask), cases.gradient(case, z, one_hot, class_mask=mask)
