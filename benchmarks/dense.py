@@ -1,7 +1,7 @@
 """softmax_cross_entropy beside optax on logits in memory: time, compile time, temporary memory.
 
 Value and gradient of the mean over a batch with integer labels, against `optax.softmax_cross_entropy_with_integer_labels`; compiled,
-and called outside jit.
+and called outside jit. With --all, every categorical loss beside softmax_cross_entropy instead.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import optax
 from tqdm import tqdm
 
 import xentjax
-from benchmarks import measure, plots, report, shapes
+from benchmarks import families, measure, plots, report, shapes
 
 SIZES = ((50_000, 10), (8_000, 1_000), (1_000, 32_000), (250, 128_000))
 DEFAULT = tuple(shapes.Shape(tokens, None, classes, dtype) for dtype in ("float32", "bfloat16") for tokens, classes in SIZES)
@@ -67,11 +67,14 @@ def eager(shape, rounds: int) -> list[dict]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     report.add_arguments(parser, rounds=31, shape=shapes.parse)
+    parser.add_argument("--all", action="store_true", help="every categorical loss beside softmax_cross_entropy")
 
 
 def run(arguments: argparse.Namespace) -> None:
     if arguments.plot:
         plots.require()
+    if arguments.all:
+        return run_all(arguments)
     cases = arguments.shapes or DEFAULT
     size = (cases[0].tokens, cases[0].classes) if arguments.shapes else EAGER_SHAPE
     print(f"jax {jax.__version__}, optax {optax.__version__}, {jax.devices()[0].device_kind}; xentjax / optax")
@@ -89,3 +92,15 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.plot:
         groups = {f"{row['shape']}, {row['dtype']}": {k: row[k] for k in ratios} for row in rows}
         plots.save_bars(arguments.plot, "softmax_cross_entropy, value and gradient", "ratio to optax (below 1: faster)", groups)
+
+
+def run_all(arguments: argparse.Namespace) -> None:
+    """The table of every loss against softmax_cross_entropy."""
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}; loss / softmax_cross_entropy")
+    rows = families.rows(tuple(arguments.shapes or families.DEFAULT), problem, arguments.rounds)
+    print(report.table(rows))
+    report.write(arguments.json, {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "losses": rows})
+    if arguments.plot:
+        names = dict.fromkeys(row["loss"] for row in rows)
+        groups = {name: {row["shape"]: row["time ratio"] for row in rows if row["loss"] == name} for name in names}
+        plots.save_bars(arguments.plot, "value and gradient", "ratio to softmax_cross_entropy", groups)
