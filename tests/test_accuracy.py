@@ -74,10 +74,14 @@ def test_every_margin(case, classes, rng):
     value, slope = case.exact(ref.Exact, z, y)
     margin = margins(z, y)[:, None] if classes > 1 else np.zeros((len(y), 1))
     floor = classes * TINY
-    error = errors(np.asarray(case(z, y))[:, None], value[:, None], floor)
+    result, derivative = cases.evaluate(case, z, y)
+    error = errors(np.asarray(result)[:, None], value[:, None], floor)
     assert (error <= case.tolerance * (8 + margin)).all(), (error - case.tolerance * (8 + margin)).max()
-    error = errors(np.asarray(cases.gradient(case, z, y)), slope, floor)
-    bound = case.tolerance * (8 + margin + np.abs(np.asarray(z, np.float64) - log_sum_exp(z)))
+    error = errors(np.asarray(derivative), slope, floor)
+    surprise = np.abs(np.asarray(z, np.float64) - log_sum_exp(z))
+    bound = case.tolerance * (8 + margin + surprise)
+    if case in cases.FAMILIES:  # a factor such as p_y^q, whose exponent has the rounding of log p_y
+        bound = bound + case.tolerance * np.take_along_axis(surprise, np.asarray(y)[:, None], -1)
     assert (error <= bound).all(), (error - bound).max()
 
 
@@ -113,10 +117,11 @@ def test_distributions(case, classes, rng):
     t, p = case.targets(ref.Double, labels, classes), ref.softmax(ref.Double, np.asarray(z, np.float64))
     lse = log_sum_exp(z)
     penalty = 0.04 * (1 + np.abs(np.asarray(z)).max(-1)) ** 2 * ("z_loss" in case.formula)
-    error = np.abs(np.asarray(case(z, labels), np.float64) - value.astype(float)) / EPS
+    result, derivative = cases.evaluate(case, z, labels)
+    error = np.abs(np.asarray(result, np.float64) - value.astype(float)) / EPS
     lead = np.maximum(np.sort(np.asarray(z, np.float64))[:, -1] - np.sort(np.asarray(z, np.float64))[:, -2], 0)
     assert (error <= case.tolerance * (8 + lead) * np.abs(value.astype(float)) + penalty + 1e-25).all()
-    error = np.abs(np.asarray(cases.gradient(case, z, labels), np.float64) - slope.astype(float)) / EPS
+    error = np.abs(np.asarray(derivative, np.float64) - slope.astype(float)) / EPS
     surprise = np.abs(np.asarray(z, np.float64) - lse)
     # The focal gradient of a class is t_k(1 − p_k)^γ·(1 + γ·p_k·(−log p_k)/(1 − p_k)): its terms are larger than p and t by that factor.
     size = np.maximum(p, t) * (1 + t.sum(-1, keepdims=True)) * (1 + 0.02 * np.abs(lse) * ("z_loss" in case.formula))
@@ -167,12 +172,12 @@ def test_half_precision_is_no_worse_than_the_naive_formula(case, dtype, rng):
     # Arithmetic in float32 on half-precision logits: the value is that of float32, not only as good as a formula in half precision.
     z, labels = case.draw(rng, (200,), dtype=dtype, scale=4.0)
     value, slope = case.exact(ref.Double, z, labels)
-    np.testing.assert_allclose(case(z, labels), value, rtol=60 * EPS, atol=60 * EPS)
-    derivative = cases.gradient(case, z, labels)
+    result, derivative = cases.evaluate(case, z, labels)
+    np.testing.assert_allclose(result, value, rtol=60 * case.tolerance * EPS, atol=60 * case.tolerance * EPS)
     assert derivative.dtype == dtype
     # one rounding to the dtype of the input, half an eps, beside the rounding of float32
     half = float(jnp.finfo(dtype).eps)
-    np.testing.assert_allclose(np.asarray(derivative, np.float64), slope, rtol=0.51 * half, atol=60 * EPS)
+    np.testing.assert_allclose(np.asarray(derivative, np.float64), slope, rtol=0.51 * half, atol=60 * case.tolerance * EPS)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -190,8 +195,8 @@ def test_shift_invariance(case, shift, rng):
     # Logits that are multiples of 8 are exact after the shift, so nothing may change. (z-loss penalises the shift: not here.)
     z, labels = case.draw(rng, (20,))
     z = jnp.round(z) * 8
-    np.testing.assert_array_equal(case(z + shift, labels), case(z, labels))
-    np.testing.assert_array_equal(cases.gradient(case, z + shift, labels), cases.gradient(case, z, labels))
+    for shifted, plain in zip(cases.evaluate(case, z + shift, labels), cases.evaluate(case, z, labels), strict=True):
+        np.testing.assert_array_equal(shifted, plain)
 
 
 def test_float64(x64, rng):
@@ -199,8 +204,9 @@ def test_float64(x64, rng):
         for kind in case.kinds:
             z, labels = case.draw(rng, (9,), dtype=jnp.float64, kind=kind)
             value, slope = case.exact(ref.Exact, z, labels)
-            result = case(z, labels)
+            result, derivative = cases.evaluate(case, z, labels)
             assert result.dtype == jnp.float64
             # keywords and float32 labels are exact in float64; 40 eps of float64
-            np.testing.assert_allclose(result, value.astype(float), rtol=1e-14, atol=1e-14, err_msg=str(case))
-            np.testing.assert_allclose(cases.gradient(case, z, labels), slope.astype(float), rtol=1e-13, atol=1e-14, err_msg=str(case))
+            scale = case.tolerance
+            np.testing.assert_allclose(result, value.astype(float), rtol=scale * 1e-14, atol=scale * 1e-14, err_msg=str(case))
+            np.testing.assert_allclose(derivative, slope.astype(float), rtol=scale * 1e-13, atol=scale * 1e-14, err_msg=str(case))

@@ -6,14 +6,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference as ref
-from test_values import RTOL, each_kind
+from test_values import RTOL, each_kind, every_setting
 
 import xentjax
 
 DIFFERENTIABLE = [case for case in cases.LOSSES if case.differentiable]  # the others' gradients hold something constant
 
 
-@each_kind()
+def steepness(case):
+    """What multiplies the error of differences: a scale of 30 or 64 enters it with its fourth power."""
+    return case.tolerance**4 if case.inputs == "cosines" else 1
+
+
+@every_setting()
 def test_modes_agree_with_the_closed_form(case, kind, rng):
     z, labels = case.draw(rng, (4,), kind=kind)
     direction = jnp.asarray(rng.normal(size=z.shape), jnp.float32)
@@ -73,9 +78,10 @@ def test_hessian_against_differences_of_the_closed_form(case, kind, rng, x64):
 
     hessian, products = everything(z)
     # central differences: error step²·f''''/6 ≈ 1e-10 · O(10), and rounding eps/step ≈ 1e-11
-    np.testing.assert_allclose(hessian, numeric, rtol=1e-7, atol=2e-8)
+    steep = steepness(case)
+    np.testing.assert_allclose(hessian, numeric, rtol=1e-7, atol=steep * 2e-8)
     for product in products:
-        np.testing.assert_allclose(product, numeric @ np.asarray(v), rtol=1e-7, atol=2e-7)
+        np.testing.assert_allclose(product, numeric @ np.asarray(v), rtol=1e-7, atol=steep * 2e-7)
 
 
 @pytest.mark.parametrize("kind", ["index", "distribution"])
@@ -204,7 +210,12 @@ def inside_scan(case, labels):
 
 @pytest.mark.parametrize(
     ("case", "kind"),
-    [pytest.param(c, k, id=f"{c}-{k}") for c in DIFFERENTIABLE for k in c.kinds if c not in cases.FAMILIES or k == "index"],
+    [
+        pytest.param(c, k, id=f"{c}-{k}")
+        for c in DIFFERENTIABLE
+        for k in c.kinds
+        if c.thorough and (c not in cases.FAMILIES or k == "index")
+    ],
 )
 def test_second_derivatives_through_a_scan(case, kind, rng, x64):
     # jax.lax.scan differentiates the code of a rule's function where it was to use the rule: that code must be right as well
@@ -217,10 +228,18 @@ def test_second_derivatives_through_a_scan(case, kind, rng, x64):
 
     numeric = (slope(np.asarray(z + step * direction)) - slope(np.asarray(z - step * direction))) / (2 * step)
     looped = inside_scan(case, labels)
-    forward = jax.jit(lambda z: jax.jvp(jax.grad(looped), (z,), (direction,))[1])(z)
-    reverse = jax.jit(jax.grad(lambda z: jnp.vdot(jax.grad(looped)(z), direction)))(z)
-    for product in (forward, reverse):
-        np.testing.assert_allclose(product, numeric, rtol=1e-7, atol=1e-7)  # differences in float64, several directions at once
+
+    @jax.jit
+    def products(z):
+        forward = jax.jvp(jax.grad(looped), (z,), (direction,))[1]
+        if case in cases.FAMILIES:
+            return (forward,)
+        return forward, jax.grad(lambda z: jnp.vdot(jax.grad(looped)(z), direction))(z)
+
+    for product in products(z):
+        np.testing.assert_allclose(
+            product, numeric, rtol=1e-7, atol=steepness(case) * 1e-7
+        )  # differences in float64, several directions at once
 
 
 def test_second_derivatives_of_half_precision_through_a_scan(rng):

@@ -266,7 +266,7 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("function", "arguments", "keywords", "error", "message"), ERRORS, ids=str)
+@pytest.mark.parametrize(("function", "arguments", "keywords", "error", "message"), ERRORS, ids=lambda x: None)
 def test_errors(function, arguments, keywords, error, message):
     for call in (function, lambda *x, **k: jax.jit(lambda *x: function(*x, **k))(*x)):
         with pytest.raises(error, match=re.escape(message)):

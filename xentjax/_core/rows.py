@@ -101,9 +101,10 @@ def of(examples: Examples) -> Rows:
 
 
 def adjusted(rows: Rows, scale: ArrayLike = 1.0, offset: Array | float = 0.0) -> Rows:
-    """The rows of scale·z + offset, offset [..., classes]; −∞, NaN and what is masked stay as they are."""
-    z = rows.values
-    plain = numerics.where(jnp.isfinite(z), finite_values(rows), 0)
+    """The rows of scale·(z − m) + offset, offset [..., classes]; −∞, NaN and what is masked stay as they are."""
+    z = rows.values  # without m, a constant, a common shift of the logits would swallow the offset
+    m = _reference(_maximum(rows.raw, rows.class_mask, rows.axis_name), rows)
+    plain = numerics.where(jnp.isfinite(z), finite_values(rows) - m[..., None], 0)
     z = numerics.where(jnp.isfinite(z), jnp.asarray(scale, z.dtype) * plain + offset, z)
     return rows._replace(raw=z, values=z)
 
