@@ -65,6 +65,8 @@ def margin_cross_entropy(
     name = "margin_cross_entropy"
     batch = checks.examples(name, cosines, labels, axis, axis_name, class_mask, where, inputs="cosines")
     margins = tuple(checks.number(name, n, x) for n, x in (("m1", m1), ("m2", m2), ("m3", m3)))
+    if isinstance(m1, int | float) and m1 == 1:  # needs no angle
+        return _margin(batch, checks.positive(name, "scale", scale), margins[1:])
     return _margin(batch, checks.positive(name, "scale", scale), margins)
 
 
@@ -73,31 +75,45 @@ def _margin(batch, scale, margins):
     plain = rows.of(batch)
     dtype = plain.values.dtype
     scale = jnp.asarray(scale, dtype)
-    m1, m2, m3 = (jnp.zeros((), dtype) if m is None else jnp.asarray(m, dtype) for m in margins)
+    *m1, m2, m3 = (jnp.zeros((), dtype) if m is None else jnp.asarray(m, dtype) for m in margins)
     r = rows.adjusted(plain, scale)
     found = rows.statistics(r)
 
     def phi(log_odds, cosine):
-        moved = jnp.cos(m1 * _angle(cosine) + m2) - m3 - cosine
-        return odds.surprise(log_odds + scale * numerics.where(numerics.is_infinite(-cosine), jnp.zeros_like(moved), moved))
+        if m1:
+            moved = jnp.cos(m1[0] * _angle(cosine) + m2)
+        else:
+            moved = jnp.cos(m2) * cosine - jnp.sin(m2) * _sine(cosine)
+        moved = scale * (moved - m3 - cosine)
+        return odds.surprise(log_odds + numerics.where(numerics.is_infinite(-cosine), jnp.zeros_like(moved), moved))
 
-    cosines = rows.finite_values(plain)
     if found.log_odds is not None:
-        loss = phi(found.log_odds, rows.at_label(plain, cosines))
+        assert found.gap is not None
+        loss = phi(found.log_odds, rows.reference(plain) + found.gap / scale)
     else:
         assert r.labels is not None
-        loss = rows.class_sum(r, r.labels * phi(rows.class_log_odds(r), cosines))
+        loss = rows.class_sum(r, r.labels * phi(rows.class_log_odds(r), rows.finite_values(plain)))
     return rows.close(r, found, loss)
 
 
 @jax.custom_jvp
 def _angle(cosine: Array) -> Array:
-    """arccos, with a finite derivative −1/√(1 − c²) at both ends."""
+    """The angle, with a finite derivative −1/sin at both ends."""
     return jnp.arccos(jnp.clip(cosine, -1, 1))
 
 
-@_angle.defjvp
-def _(primals, tangents):
-    (c,) = primals
-    square = jnp.maximum((1 - c) * (1 + c), jnp.finfo(c.dtype).eps)
-    return _angle(c), -tangents[0] / jnp.sqrt(square)
+_angle.defjvp(lambda primals, tangents: (_angle(*primals), -tangents[0] / _bounded_sine(*primals)))
+
+
+@jax.custom_jvp
+def _sine(cosine: Array) -> Array:
+    """√(1 − c²), with a finite derivative −c/sin at both ends."""
+    inside = jnp.abs(cosine) < 1
+    return numerics.where(inside, jnp.sqrt(numerics.where(inside, (1 - cosine) * (1 + cosine), jnp.ones_like(cosine))), 0)
+
+
+_sine.defjvp(lambda primals, tangents: (_sine(*primals), -primals[0] * tangents[0] / _bounded_sine(*primals)))
+
+
+def _bounded_sine(cosine: Array) -> Array:
+    return jnp.sqrt(jnp.maximum((1 - cosine) * (1 + cosine), jnp.finfo(cosine.dtype).eps))

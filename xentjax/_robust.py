@@ -388,6 +388,6 @@ def _normalized(batch):
     r = rows.of(batch)
     found = rows.statistics(r)
     cost, _ = odds.expected(r, found, odds.surprise)
-    everything = rows.class_sum(r, rows.masked(rows.surprise(r, found), r.where, r.class_mask))
+    everything = odds.total_surprise(r, found)
     alone = everything == 0
     return rows.close(r, found, cost / numerics.where(alone, jnp.ones_like(everything), everything))

@@ -65,7 +65,8 @@ def expected(
     if smoothing is None:
         return loss, s
     smoothing = jnp.asarray(smoothing, loss.dtype)
-    spread, total = sums(rows.on_classes(r, 1 / jnp.asarray(rows.class_count(r), loss.dtype)))
+    share = jnp.broadcast_to((1 / jnp.asarray(rows.class_count(r), loss.dtype))[..., None], r.values.shape)
+    spread, total = sums(rows.masked(share, None, r.class_mask))
     return (1 - smoothing) * loss + smoothing * spread, (1 - smoothing) * s + smoothing * total
 
 
@@ -83,14 +84,54 @@ def by_label(r: rows.Rows, loss_of_index: Callable[[rows.Rows], Array]) -> Array
 
 
 def entropy(r: rows.Rows, found: rows.Statistics) -> Array:
-    """H(p) = −Σ_k p_k log p_k of every row."""
-    u = rows.surprise(r, found)
-    return rows.class_sum(r, jnp.exp(-u) * u)
+    """H(p) = −Σ_k p_k log p_k of every row, as c + Σ_k p_k(m − z_k): neither term is ever negative."""
+    return _entropy(r.values, found.reference, found.log_sum, r.class_mask, r.where, r.axis_name)
+
+
+def total_surprise(r: rows.Rows, found: rows.Statistics) -> Array:
+    """Σ_k −log p_k over the classes that exist, as K·c + Σ_k (m − z_k)."""
+    below = rows.class_sum(r, rows.masked(found.reference[..., None] - r.values, r.where, r.class_mask))
+    return rows.class_count(r) * found.log_sum + numerics.where(below == jnp.inf, numerics.INFINITE, below)
 
 
 def smallest_surprise(r: rows.Rows, found: rows.Statistics) -> Array:
     """−log max_k p_k of every row; classes that tie share the derivative."""
-    z = rows.finite_values(r)
-    top = rows.masked(z == found.reference[..., None], r.where, r.class_mask)
-    moved = rows.class_sum(r, numerics.where(top, z - lax.stop_gradient(z), 0))  # 0: only its derivative is wanted
-    return found.log_sum - moved / jnp.maximum(rows.class_sum(r, top.astype(z.dtype)), 1)
+    return found.log_sum - _rise_of_largest(r.values, found.reference, r.class_mask, r.where, r.axis_name)
+
+
+# Two rules, so that the gradient is one loop over the logits, with exponentials of its own: what it shared with a sum would be stored.
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
+def _entropy(z, m, c, class_mask, where, axis_name):
+    x = z - m[..., None]
+    x = rows.masked(numerics.where(x == -jnp.inf, -numerics.INFINITE, x), where, class_mask)
+    return c - _sum(jnp.exp(x - c[..., None]) * x, axis_name)
+
+
+@_entropy.defjvp
+def _(axis_name, primals, tangents):
+    z, m, c, class_mask, where = primals
+    h = _entropy(z, m, c, class_mask, where, axis_name)
+    log_p = rows.masked(jnp.maximum(z + (-m)[..., None], -numerics.INFINITE), where, class_mask) - c[..., None]
+    slope = rows.masked(-jnp.exp(log_p) * (log_p + h[..., None]), where, class_mask)  # that of c, lse − m, is in it
+    return h, _sum(slope * tangents[0], axis_name)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def _rise_of_largest(z, m, class_mask, where, axis_name):
+    """What the largest logit has risen above the constant m, which is 0."""
+    top = rows.masked(z == m[..., None], where, class_mask).astype(z.dtype)
+    return _sum(top * (z - lax.stop_gradient(z)), axis_name) / jnp.maximum(_sum(top, axis_name), 1)
+
+
+@_rise_of_largest.defjvp
+def _(axis_name, primals, tangents):
+    z, m, class_mask, where = primals
+    top = rows.masked(z == m[..., None], where, class_mask).astype(z.dtype)
+    return jnp.zeros_like(m), _sum(top * tangents[0], axis_name) / jnp.maximum(_sum(top, axis_name), 1)
+
+
+def _sum(x, axis_name):
+    total = jnp.sum(x, axis=-1)
+    return total if axis_name is None else lax.psum(total, axis_name)

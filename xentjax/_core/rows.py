@@ -103,7 +103,7 @@ def of(examples: Examples) -> Rows:
 def adjusted(rows: Rows, scale: ArrayLike = 1.0, offset: Array | float = 0.0) -> Rows:
     """The rows of scale·(z − m) + offset, offset [..., classes]; −∞, NaN and what is masked stay as they are."""
     z = rows.values  # without m, a constant, a common shift of the logits would swallow the offset
-    m = _reference(_maximum(rows.raw, rows.class_mask, rows.axis_name), rows)
+    m = reference(rows)
     plain = numerics.where(jnp.isfinite(z), finite_values(rows) - m[..., None], 0)
     z = numerics.where(jnp.isfinite(z), jnp.asarray(scale, z.dtype) * plain + offset, z)
     return rows._replace(raw=z, values=z)
@@ -166,12 +166,6 @@ def masked(per_class: Array, where: Array | None, class_mask: Array | None = Non
     return per_class if keep is None else numerics.where(keep, per_class, 0)
 
 
-def on_classes(rows: Rows, per_row: ArrayLike) -> Array:
-    """A number [...] at every class that exists [..., classes]."""
-    spread = jnp.broadcast_to(jnp.asarray(per_row, rows.values.dtype)[..., None], rows.values.shape)
-    return masked(spread, None, rows.class_mask)
-
-
 def over_devices(rows: Rows, partial_sum: Array) -> Array:
     """The sum over the devices that share the class axis."""
     return partial_sum if rows.axis_name is None else lax.psum(partial_sum, rows.axis_name)
@@ -212,6 +206,11 @@ def label_share(rows: Rows, index: Array) -> Array:
 def largest(rows: Rows) -> Array:
     """The largest logit of a row [...], −∞ where there is none; no derivative."""
     return _maximum(rows.raw, rows.class_mask, rows.axis_name).astype(rows.values.dtype)
+
+
+def reference(rows: Rows) -> Array:
+    """M [...], the largest logit as `statistics` subtracts it; no derivative."""
+    return _reference(_maximum(rows.raw, rows.class_mask, rows.axis_name), rows)
 
 
 def counted(rows: Rows) -> Array | None:
