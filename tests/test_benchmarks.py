@@ -6,13 +6,14 @@ import re
 import sys
 from types import SimpleNamespace
 
+import cases
 import jax
 import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
 
-from benchmarks import accuracy, compilation, linear, measure, peers, problem, shapes
+from benchmarks import accuracy, compilation, families, linear, measure, peers, problem, shapes
 from benchmarks.__main__ import main
 
 ALWAYS = ["limit", "xentjax", "optax", "checkpoint-scan"]  # those that the test extra can run
@@ -88,6 +89,15 @@ def test_dense_has_a_row_for_each_shape(tmp_path, capsys):
     assert set(written["median"]) == {"float32", "bfloat16"}
     assert [row["call"] for row in written["eager"]] == ["value", "value and gradient"]
     assert "| 24 x 41 |" in printed
+
+
+def test_dense_with_all_losses_has_a_row_for_each(tmp_path, capsys):
+    printed, written = run(tmp_path, capsys, "dense", "--all", "--shapes", "12x5", "--rounds", "1", plot=True)
+    assert {row["loss"] for row in written["losses"]} == set(families.contenders(5))
+    assert all(len(row["milliseconds"]) == 2 and row["time ratio"] > 0 for row in written["losses"])
+    named = {row["loss"].split(",")[0] for row in written["losses"]}
+    assert {case.name for case in cases.FAMILIES} <= named, "a family loss without a row"
+    assert "| 12 x 5 |" in printed
 
 
 def test_compile_has_a_row_for_each_loss_and_contender(tmp_path, capsys, few_losses):

@@ -106,7 +106,9 @@ def smallest_surprise(r: rows.Rows, found: rows.Statistics) -> Array:
 def _entropy(z, m, c, class_mask, where, axis_name):
     x = z - m[..., None]
     x = rows.masked(numerics.where(x == -jnp.inf, -numerics.INFINITE, x), where, class_mask)
-    return c - _sum(jnp.exp(x - c[..., None]) * x, axis_name)
+    terms = jnp.exp(x - c[..., None]) * x
+    # The selection keeps XLA on CPUs from storing c and m at every class for its reduction; it stores the terms instead.
+    return c - _sum(numerics.where(x > -numerics.INFINITE, terms, 0), axis_name)
 
 
 @_entropy.defjvp
