@@ -12,7 +12,7 @@ from xentjax import _samplers as samplers
 
 FEATURES, CLASSES = 6, 9
 COUNTED = [(8, 0.5), (1, 2.0), (3, 1.5), (3, 1.5), (0, 3.0), (7, np.inf)]  # 3 twice, 7 left out
-SHARED = samplers.Samples(np.array([k for k, _ in COUNTED]), np.log([q for _, q in COUNTED]))
+SHARED = samplers.Samples(np.array([k for k, _ in COUNTED], np.int32), np.log([q for _, q in COUNTED]))
 EXPECTED = np.linspace(0.3, 2.0, CLASSES)  # expected counts of labels
 PATHS = np.array(  # 0 | (((1 2) (3 (4 5))) ((6 7) 8)); what stands behind the end of a path is nobody's business
     [[0, 9, 9, 9, 9], *[[0, 1, 2, 3, -1]] * 2, [0, 1, 2, 4, 0], *[[0, 1, 2, 4, 5]] * 2, *[[0, 1, 6, 7, 0]] * 2, [0, 1, 6, 0, 0]]
@@ -160,7 +160,7 @@ SOFTMAX, NOISE, NEGATIVE = (
     sampled.noise_contrastive_estimation_loss,
     sampled.negative_sampling_loss,
 )
-ITEMS = np.array([4, 4, 1, 0, 4])
+ITEMS = np.array([4, 4, 1, 0, 4], np.int32)
 
 ROWS = (
     Row("sampled_softmax_cross_entropy", call(SOFTMAX, samples=SHARED), layer, sampled_softmax, (0, 1, 2)),
@@ -195,7 +195,7 @@ ROWS = (
         "in_batch_softmax_cross_entropy",
         in_batch_call,
         pairs,
-        functools.partial(in_batch, ids=np.arange(5)),
+        functools.partial(in_batch, ids=np.arange(5, dtype=np.int32)),
         (0, 1, 2, 3),
         independent=False,
         label="no ids",

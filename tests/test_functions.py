@@ -22,6 +22,13 @@ SMOOTH = pytest.mark.parametrize("row", [r for r in ROWS if r.smooth], ids=str)
 HALF = pytest.mark.parametrize("row", [r for r in ROWS if r.half], ids=str)
 
 
+@pytest.fixture
+def x64(x64):
+    """As elsewhere, and JAX forgets what it has traced: the constants of a row would stay float64."""
+    yield
+    jax.clear_caches()
+
+
 def close(got, expected, tolerance):
     """Relative to each number, and to the largest where terms of its size cancel."""
     expected = np.asarray(expected, np.float64)

@@ -81,7 +81,8 @@ def test_equal_to_dense(case, kind, devices, masked, rng):
 
     ours, theirs = (jax.jit(derivatives, static_argnums=0)(f) for f in (sharded(case, kind, mesh, masked), dense(case, masked)))
     for mine, expected, tolerance in zip(ours, theirs, (RTOL, 4 * RTOL, RTOL, 4 * RTOL), strict=True):  # sums of up to 16 terms along v
-        np.testing.assert_allclose(mine, expected, rtol=tolerance, atol=tolerance)
+        steep = case.tolerance**2 if case.inputs == "cosines" else 1  # a scale of 30 or 64 enters second derivatives squared
+        np.testing.assert_allclose(mine, expected, rtol=tolerance, atol=steep * tolerance)
 
 
 def test_a_confident_label_keeps_its_loss_across_devices():

@@ -77,10 +77,10 @@ def by_label(r: rows.Rows, loss_of_index: Callable[[rows.Rows], Array]) -> Array
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def term(k):
-        index = jnp.full_like(r.values[..., 0], k, jnp.int32)
+        index = jnp.broadcast_to(k, r.values.shape[:-1])  # not full_like, which would vary over devices as the logits do
         return rows.label_share(r, k) * loss_of_index(r._replace(labels=index))
 
-    return jnp.sum(lax.map(term, jnp.arange(r.classes)), axis=0)
+    return jnp.sum(lax.map(term, jnp.arange(r.classes, dtype=jnp.int32)), axis=0)
 
 
 def entropy(r: rows.Rows, found: rows.Statistics) -> Array:

@@ -395,4 +395,4 @@ def _and(over_classes, class_mask, where):
 
 def index_dtype(labels):
     """Wide enough that no index wraps: −100 stays negative in every dtype, and 64 bits stay 64."""
-    return jnp.int64 if labels.dtype.itemsize == 8 else jnp.int32
+    return jax.dtypes.canonicalize_dtype(jnp.int64) if labels.dtype.itemsize == 8 else jnp.int32
