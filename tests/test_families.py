@@ -209,10 +209,42 @@ def test_margins_compose_with_a_fused_layer(rng):
     hidden, kernel = (jnp.asarray(x / np.linalg.norm(x, axis=a, keepdims=True), jnp.float32) for x, a in ((hidden, 1), (kernel, 0)))
     y = jnp.asarray(rng.integers(0, 33, 50), jnp.int32)
     fused = xentjax.fuse_linear(xentjax.margin_cross_entropy, chunk_size=16)
-    whole = lambda h, k: xentjax.margin_cross_entropy(jnp.dot(h, k, precision="highest"), y).mean()  # noqa: E731
+
+    def whole(h, k):
+        return xentjax.margin_cross_entropy(jnp.dot(h, k, precision="highest"), y).mean()
+
     got, expected = (jax.value_and_grad(f, (0, 1))(hidden, kernel) for f in (lambda h, k: fused(h, k, y), whole))
     for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(g, e, rtol=0, atol=2e-5 * np.abs(e).max())
+
+
+OF_ENTROPY = [c for c in cases.FAMILIES if c.name in ("bootstrapped_cross_entropy", "confidence_penalty", "normalized_cross_entropy")]
+
+
+@pytest.mark.parametrize("case", OF_ENTROPY, ids=str)
+def test_second_derivatives_of_a_square(case, rng, x64):
+    # A rule whose value is a constant has the right first and second derivatives, and loses the product of two first ones.
+    z, y = case.draw(rng, (3,), dtype=jnp.float64)
+    v = jnp.asarray(rng.normal(size=z.shape))
+
+    def slope(z):
+        value, gradient = case.exact(ref.Double, z, y)
+        return 2 * value[:, None] * gradient
+
+    numeric = (slope(z + 1e-5 * v) - slope(z - 1e-5 * v)) / 2e-5
+
+    @jax.jit
+    def products(z):
+        def square(z):
+            return (case(z, y) ** 2).sum()
+
+        forward = jax.jvp(lambda z: jax.jvp(lambda z: case(z, y) ** 2, (z,), (v,))[1], (z,), (v,))[1]
+        return jax.jvp(jax.grad(square), (z,), (v,))[1], jax.grad(lambda z: jnp.vdot(jax.grad(square)(z), v))(z), forward
+
+    over_reverse, reverse, forward = products(z)
+    for product in (over_reverse, reverse):
+        np.testing.assert_allclose(product, numeric, rtol=1e-7, atol=1e-6)  # differences of step 1e-5
+    np.testing.assert_allclose(forward, (numeric * v).sum(-1), rtol=1e-7, atol=1e-6)
 
 
 # Bi-tempered: the root -----------------------------------------------------------------------------------------------------

@@ -96,10 +96,12 @@ def total_surprise(r: rows.Rows, found: rows.Statistics) -> Array:
 
 def smallest_surprise(r: rows.Rows, found: rows.Statistics) -> Array:
     """−log max_k p_k of every row; classes that tie share the derivative."""
-    return found.log_sum - _rise_of_largest(r.values, found.reference, r.class_mask, r.where, r.axis_name)
+    top = rows.masked(r.values == found.reference[..., None], r.where, r.class_mask)
+    risen = numerics.where(top, r.values - lax.stop_gradient(r.values), 0)  # 0: only its derivative is wanted
+    return found.log_sum - rows.class_sum(r, risen) / jnp.maximum(rows.class_sum(r, top.astype(risen.dtype)), 1)
 
 
-# Two rules, so that the gradient is one loop over the logits, with exponentials of its own: what it shared with a sum would be stored.
+# A rule, so that the gradient is one loop over the logits, with exponentials of its own: what it shared with a sum would be stored.
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
@@ -118,20 +120,6 @@ def _(axis_name, primals, tangents):
     log_p = rows.masked(jnp.maximum(z + (-m)[..., None], -numerics.INFINITE), where, class_mask) - c[..., None]
     slope = rows.masked(-jnp.exp(log_p) * (log_p + h[..., None]), where, class_mask)  # that of c, lse − m, is in it
     return h, _sum(slope * tangents[0], axis_name)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
-def _rise_of_largest(z, m, class_mask, where, axis_name):
-    """What the largest logit has risen above the constant m, which is 0."""
-    top = rows.masked(z == m[..., None], where, class_mask).astype(z.dtype)
-    return _sum(top * (z - lax.stop_gradient(z)), axis_name) / jnp.maximum(_sum(top, axis_name), 1)
-
-
-@_rise_of_largest.defjvp
-def _(axis_name, primals, tangents):
-    z, m, class_mask, where = primals
-    top = rows.masked(z == m[..., None], where, class_mask).astype(z.dtype)
-    return jnp.zeros_like(m), _sum(top * tangents[0], axis_name) / jnp.maximum(_sum(top, axis_name), 1)
 
 
 def _sum(x, axis_name):
