@@ -29,6 +29,7 @@ from xentjax._linear import LinearPlan as LinearPlan
 from xentjax._linear import fuse_linear as fuse_linear
 from xentjax._linear import linear_softmax_cross_entropy as linear_softmax_cross_entropy
 from xentjax._linear import plan_linear as plan_linear
+from xentjax._linear_sharded import fuse_linear_sharded as fuse_linear_sharded
 from xentjax._margin import margin_cross_entropy as margin_cross_entropy
 from xentjax._noise import backward_corrected_cross_entropy as backward_corrected_cross_entropy
 from xentjax._noise import forward_corrected_cross_entropy as forward_corrected_cross_entropy

@@ -22,8 +22,19 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from xentjax import _softmax
-from xentjax._core import checks, chunks, numerics
+from xentjax._core import checks, chunks, mesh, numerics
 from xentjax._reduction import WeightedSum
+
+
+class Options(NamedTuple):
+    """What of a fused loss is known before tracing."""
+
+    reduction: str
+    chunk_size: int | None
+    has_aux: bool = False
+    classes_first: bool = False
+    token_axes: tuple[str, ...] = ()  # mesh axes whose devices hold parts of the examples, for "mean" and "sum"
+
 
 _SMALL_BYTES = 2**25  # full logits of this size are left whole
 _FEW_EXAMPLES = 192  # smaller chunks wait for the kernel's gradient, which each of them rereads, rather than for their products
@@ -79,8 +90,8 @@ def fuse_linear(
     name = "fuse_linear"
     if not callable(loss_fn):
         raise TypeError(f"{name}: loss_fn must be a function of (logits, *args); got {type(loss_fn).__name__}.")
-    _check_options(name, reduction, chunk_size)
-    run = jax.jit(functools.partial(_run, loss_fn, (reduction, chunk_size, has_aux, classes_first)))
+    check_options(name, reduction, chunk_size)
+    run = jax.jit(functools.partial(reduced, loss_fn, Options(reduction, chunk_size, has_aux, classes_first)))
 
     def fused(
         hidden: ArrayLike,
@@ -110,6 +121,7 @@ def linear_softmax_cross_entropy(
     class_weights: ArrayLike | None = None,
     z_loss: ArrayLike = 0.0,
     softcap: ArrayLike | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
     class_mask: ArrayLike | None = None,
     chunk_size: int | None = None,
     classes_first: bool = False,
@@ -131,6 +143,7 @@ def linear_softmax_cross_entropy(
         class_weights: [classes], w ≥ 0, multiplies each class's term.
         z_loss: ζ ≥ 0, weight of the penalty on lse(z)².
         softcap: > 0, bound that the logits approach smoothly; None for none.
+        axis_name: mesh axis that splits the classes of `kernel`, inside `jax.shard_map`; indices are global.
         class_mask: [classes], which classes exist (padding of the vocabulary does not).
         chunk_size: the most examples whose logits exist at a time; None: planned by `plan_linear`.
         classes_first: whether `kernel` is [classes, features].
@@ -153,7 +166,7 @@ def linear_softmax_cross_entropy(
         arXiv 2408.00118.
     """
     name = "linear_softmax_cross_entropy"
-    _check_options(name, reduction, chunk_size)
+    check_options(name, reduction, chunk_size)
     layer = checks.linear(name, hidden, kernel, bias, where, weights, classes_first)
     h, k, _, counts, _ = layer
     classes = k.shape[0 if classes_first else 1]
@@ -170,7 +183,8 @@ def linear_softmax_cross_entropy(
         "class_mask": mask,
     }
     y = checks.linear_labels(name, labels, h.shape[:-1], classes, counts)
-    return _cross_entropy(*layer, y, settings, (reduction, chunk_size, False, classes_first))
+    options = Options(reduction, chunk_size, classes_first=classes_first)
+    return _cross_entropy(*layer, y, settings, options, axis_name)
 
 
 class LinearPlan(NamedTuple):
@@ -224,7 +238,7 @@ def plan_linear(hidden: Any, kernel: Any, *, chunk_size: int | None = None, clas
         The figures behind the rule: benchmarks/README.md.
     """
     name = "plan_linear"
-    _check_options(name, "none", chunk_size)
+    check_options(name, "none", chunk_size)
     classes = checks.linear_shapes(name, hidden.shape, kernel.shape, classes_first)
     cut = _layout(hidden, kernel, chunk_size, classes_first)
     wide, narrow = numerics.accumulation_dtype(hidden.dtype).itemsize, jnp.dtype(hidden.dtype).itemsize
@@ -247,15 +261,15 @@ def _layout(hidden, kernel, chunk_size, classes_first) -> chunks.Layout:
     return chunks.layout(hidden.shape[:-1], max(1, chunk_size))
 
 
-def _check_options(function: str, reduction: str, chunk_size: int | None) -> None:
+def check_options(function: str, reduction: str, chunk_size: int | None) -> None:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'{function}: reduction must be "mean", "sum" or "none"; got {reduction!r}.')
     if chunk_size is not None:
         checks.count(function, "chunk_size", chunk_size)
 
 
-@functools.partial(jax.jit, static_argnames=("options",))
-def _cross_entropy(hidden, kernel, bias, where, weights, labels, settings, options):
+@functools.partial(jax.jit, static_argnames=("options", "axis_name"))
+def _cross_entropy(hidden, kernel, bias, where, weights, labels, settings, options, axis_name):
     settings = {k: v for k, v in settings.items() if v is not None}
     softcap = settings.pop("softcap", None)
 
@@ -263,32 +277,49 @@ def _cross_entropy(hidden, kernel, bias, where, weights, labels, settings, optio
         if softcap is not None:
             cap = jnp.asarray(softcap, logits.dtype)
             logits = cap * jnp.tanh(logits / cap)
-        return _softmax.softmax_cross_entropy(logits, labels, **settings)
+        return _softmax.softmax_cross_entropy(logits, labels, axis_name=axis_name, **settings)
 
-    return _run(loss_fn, options, hidden, kernel, bias, where, weights, (labels,))
+    return reduced(loss_fn, options, hidden, kernel, bias, where, weights, (labels,))
 
 
-def _run(loss_fn, options, hidden, kernel, bias, where, weights, args):
-    reduction, chunk_size, has_aux, classes_first = options
+def reduced(
+    loss_fn: Callable,
+    options: Options,
+    hidden: Array,
+    kernel: Array,
+    bias: Array | None,
+    where: Array | None,
+    weights: Array | None,
+    args: tuple,
+) -> Any:
+    """The fused loss of checked arguments."""
     dtype = numerics.accumulation_dtype(hidden.dtype)
-    w = jnp.ones_like(hidden[..., 0], dtype) if weights is None else weights.astype(dtype)  # of hidden, to be sharded as it is
+    w = _ones(hidden, dtype) if weights is None else weights.astype(dtype)
     w = w if where is None else jnp.where(where, w, jnp.zeros_like(w))
-    layer, cut = chunks.Layer(kernel, bias), _layout(hidden, kernel, chunk_size, classes_first)
+    layer, cut = chunks.Layer(kernel, bias), _layout(hidden, kernel, options.chunk_size, options.classes_first)
 
     def losses(logits, *args):
-        return checks.loss_per_example(loss_fn(logits, *args), logits, has_aux)
+        return checks.loss_per_example(loss_fn(logits, *args), logits, options.has_aux)
 
     def total(w):
-        return chunks.total(losses, chunks.Batch(hidden, w, where, args), layer, cut, classes_first)
+        value, aux = chunks.total(losses, chunks.Batch(hidden, w, where, args), layer, cut, options.classes_first)
+        return mesh.psum(value, options.token_axes), aux
 
-    if reduction == "none":
-        value, aux = chunks.per_example(losses, chunks.Batch(hidden, w, where, args), layer, cut, classes_first)
-    elif reduction == "sum":
+    if options.reduction == "none":
+        value, aux = chunks.per_example(losses, chunks.Batch(hidden, w, where, args), layer, cut, options.classes_first)
+    elif options.reduction == "sum":
         value, aux = total(w)
-    elif hidden.dtype.itemsize == 2:
-        # Gradients of 16 bits are made before the division: 1/Σw would push those of float16 below its smallest number.
-        value, aux = total(w)
-        value = WeightedSum(value, jnp.sum(w)).mean()
     else:
-        value, aux = total(w * WeightedSum(jnp.ones((), dtype), jnp.sum(w)).mean())
-    return (value, aux) if has_aux else value
+        weight = mesh.psum(jnp.sum(w), options.token_axes)
+        if hidden.dtype.itemsize == 2:
+            # Gradients of 16 bits are made before the division: 1/Σw would push those of float16 below its smallest number.
+            value, aux = total(w)
+            value = WeightedSum(value, weight).mean()
+        else:
+            value, aux = total(w * WeightedSum(jnp.ones((), dtype), weight).mean())
+    return (value, aux) if options.has_aux else value
+
+
+def _ones(hidden, dtype):
+    """A weight of 1 per example: split over an explicit mesh as `hidden` is, but never different over axes that split the classes."""
+    return jnp.ones(hidden.shape[:-1], dtype) if mesh.axes_of(hidden) else jnp.ones_like(hidden[..., 0], dtype)

@@ -1,6 +1,7 @@
 """Every error about an argument. Messages name the function, the argument, what is expected, what came, and the remedy.
 
-What depends on values is checked only inside `xentjax.checked`, which sets the context below while it traces.
+What concerns mesh axes is in `mesh`. What depends on values is checked only inside `xentjax.checked`, which sets the context below
+while it traces.
 """
 
 import math
@@ -14,7 +15,7 @@ from jax import Array
 from jax.experimental import checkify
 from jax.typing import ArrayLike
 
-from xentjax._core import rows
+from xentjax._core import mesh, rows
 
 # Part of the key of JAX's caches: a function traced with value checks is never used without, nor the other way round.
 checking_values = jax.make_user_context(False)
@@ -148,6 +149,7 @@ def examples(
     counts = None if where is None else boolean(function, "where", where)
     if counts is not None:
         same_shape(function, "where", counts, leading, f"the shape of {inputs} without its class axis")
+    mesh.split_classes(function, axis_name, {inputs: z}, {"labels": None if y is None or y.ndim == z.ndim else y, "where": counts})
     checked = rows.Examples(z, y, mask, counts, axis, axis_name)
     if checking_values.value:
         _check_values(function, checked, inputs)

@@ -13,6 +13,10 @@ makes the logits of each chunk anew in the backward pass (four products).
 Dtypes. Products take the dtype of `hidden` and accumulate in float32 (float64 for float64); G is cast to that dtype before its two
 products; gradients of what all chunks share are added up in float32 and cast once, to the dtype of what they belong to.
 
+Devices. Inside `jax.shard_map` a loss may be that of several devices together (its classes split). Each makes the gradient of its own
+part, and the rule adds up the numbers ⟨gradient, tangent⟩ over them: transposed, the gradient of `hidden` is summed over devices once,
+after the loop. What meets in a product of every chunk varies over the same axes before the loop, so that no derivative of it sums inside.
+
 Memory. Beside inputs and results: the logits of one chunk in float32, whose place their gradient takes, G in the dtype of `hidden`
 if that is another, and the accumulators, of which the first chunk makes the first value so that nothing is filled with zeros.
 """
@@ -27,11 +31,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, core, lax
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
-from jax.sharding import AxisType
 
-from xentjax._core import numerics
-
-_BLOCK_BYTES = 2**24  # of a sum of products on CPUs, where XLA cannot add a product in place
+from xentjax._core import mesh, numerics, products
 
 
 class Batch(NamedTuple):
@@ -118,14 +119,15 @@ def layout(leading: tuple[int, ...], chunk_size: int) -> Layout:
 
 def total(loss_fn: Callable, batch: Batch, layer: Layer, cut: Layout, classes_first: bool) -> tuple[Array, Any]:
     """Σ w·loss [], and what else `loss_fn(logits, *args)` returns beside the losses, [...], without derivative."""
-    first, rest = _split(batch, cut)
-    sizes = (first,) if rest is None else (first, jax.tree.map(lambda x: x[0], rest))
+    batch = _spread(loss_fn, batch, layer, cut, classes_first)
     # What the loss closes over becomes an argument of it, for each size of chunks.
-    functions, hoisted = zip(*(_hoist(loss_fn, chunk, layer, classes_first) for chunk in sizes), strict=True)
+    functions, hoisted = zip(*(_hoist(loss_fn, chunk, layer, classes_first) for chunk in _sizes(batch, cut)), strict=True)
 
     def sweep(batch, layer, hoisted, wanted):
-        first, rest = _split(batch, cut)
         converted = layer._replace(kernel=layer.kernel.astype(batch.hidden.dtype))
+        hidden, kernel, bias = _meet(batch.hidden, *converted)
+        first, rest = _split(batch._replace(hidden=hidden), cut)
+        converted = Layer(kernel, bias)
         of_batch, of_layer, of_hoisted = wanted
         # Differentiated once more in reverse, a chunk keeps its inputs alone and makes its logits again.
         steps = [
@@ -149,33 +151,36 @@ def total(loss_fn: Callable, batch: Batch, layer: Layer, cut: Layout, classes_fi
     def _(primals, tangents):
         wanted = jax.tree.map(lambda t: not isinstance(t, SymbolicZero), tangents)
         sums, each = _kept(functools.partial(sweep, wanted=wanted))(*primals)
+        mesh.closed_over("fuse_linear", mesh.axes_of(sums.value), sums.hoisted)
         pairs = zip(_leaves((each.batch, sums.layer, sums.hoisted)), _leaves(tangents), strict=True)
-        products = [_inner(g, t).astype(sums.value.dtype) for g, t in pairs if g is not None]
+        parts = [_over_devices(_inner(g, t).astype(sums.value.dtype), sums.value) for g, t in pairs if g is not None]
         aux_tangent = jax.tree.map(lambda x: zero_from_primal(x, symbolic_zeros=True), each.aux)
-        return (sums.value, each.aux), (sum(products, start=jnp.zeros_like(sums.value)), aux_tangent)
+        return (sums.value, each.aux), (sum(parts, start=jnp.zeros_like(sums.value)), aux_tangent)
 
     return value(batch, layer, hoisted)
 
 
 def per_example(loss_fn: Callable, batch: Batch, layer: Layer, cut: Layout, classes_first: bool) -> tuple[Array, Any]:
     """w·loss [...], and what else `loss_fn` returns [...]; a backward pass makes each chunk's logits again."""
-    kernel = layer.kernel.astype(batch.hidden.dtype)
+    batch = _spread(loss_fn, batch, layer, cut, classes_first)
     accumulator = layer.kernel.astype(numerics.accumulation_dtype(batch.hidden.dtype))
+    hidden, kernel, accumulator, bias = _meet(batch.hidden, layer.kernel.astype(batch.hidden.dtype), accumulator, layer.bias)
+    batch = batch._replace(hidden=hidden)
 
     # Twice: a derivative leaves the outer one behind, and the inner one keeps a second derivative from storing logits.
     @functools.partial(jax.checkpoint, prevent_cse=False)  # in a loop nothing can be shared anyway
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def losses(chunk, kernel, accumulator, bias):
         chunk = _masked(chunk)
-        logits = _add_bias(_product(chunk.hidden, kernel, accumulator, 1 if classes_first else 0), bias)
+        logits = _add_bias(products.product(chunk.hidden, kernel, accumulator, 1 if classes_first else 0), bias)
         loss, aux = loss_fn(logits, *chunk.args)
         return _weighted(chunk, loss), _mask(chunk.where, lax.stop_gradient(aux))
 
     first, rest = _split(batch, cut)
-    found = losses(first, kernel, accumulator, layer.bias)
+    found = losses(first, kernel, accumulator, bias)
     if rest is None:
         return _join(found, None, cut)
-    _, others = lax.scan(lambda _, chunk: (None, losses(chunk, kernel, accumulator, layer.bias)), None, rest)
+    _, others = lax.scan(lambda _, chunk: (None, losses(chunk, kernel, accumulator, bias)), None, rest)
     return _join(found, others, cut)
 
 
@@ -208,10 +213,13 @@ def _step(loss_fn, classes_first, wanted, before, chunk, layer, hoisted):
         sums = jax.tree.map(jnp.add, before._replace(layer=before.layer._replace(kernel=None)), sums)
     if of_layer.kernel:
         factors = (narrow, chunk.hidden) if classes_first else (chunk.hidden, narrow)
-        kernel_bar = _dot(*factors, 0, 0, layer.kernel) if before is None else _add_product(before.layer.kernel, *factors, classes)
+        if before is None:
+            kernel_bar = products.dot(*factors, 0, 0, layer.kernel)
+        else:
+            kernel_bar = products.add_product(before.layer.kernel, *factors, classes)
         sums = sums._replace(layer=sums.layer._replace(kernel=kernel_bar))
     batch_bar = Batch(
-        hidden=_dot(narrow, layer.kernel, 1, classes) if of_batch.hidden else None,
+        hidden=products.dot(narrow, layer.kernel, 1, classes) if of_batch.hidden else None,
         weights=_mask(chunk.where, loss) if of_batch.weights else None,
         where=None,
         args=args_bar,
@@ -235,9 +243,8 @@ def _pull(loss_fn, weights, inputs, asked):
 
 def _hoist(loss_fn, chunk, layer, classes_first):
     """`loss_fn` as a function of what it closes over as well, and those values."""
-    layer = layer._replace(kernel=layer.kernel.astype(chunk.hidden.dtype))
-    logits = _logits(chunk, layer, classes_first)  # for its type: the product itself is dead code
-    closed, shapes = jax.make_jaxpr(lambda *args: loss_fn(*args), return_shape=True)(logits, *chunk.args)
+    closed, shapes = _trace(loss_fn, chunk, layer, classes_first)
+    mesh.collectives("fuse_linear", closed.effects, mesh.axes_of(closed.out_avals[0]))
     structure = jax.tree.structure(shapes)
 
     def function(logits, args, hoisted):
@@ -246,9 +253,39 @@ def _hoist(loss_fn, chunk, layer, classes_first):
     return function, tuple(closed.consts)
 
 
+def _trace(loss_fn, chunk, layer, classes_first):
+    """The program of the losses of a chunk, the types of its results."""
+    layer = layer._replace(kernel=layer.kernel.astype(chunk.hidden.dtype))
+    logits = _logits(chunk, layer, classes_first)  # for its type: the product itself is dead code
+    return jax.make_jaxpr(lambda *args: loss_fn(*args), return_shape=True)(logits, *chunk.args)
+
+
+def _spread(loss_fn, batch, layer, cut, classes_first):
+    """The batch, all of which may vary over the mesh axes over which its losses do: then no loop adds up gradients over devices."""
+    together = mesh.axes_of(batch.hidden, layer)
+    if not together:
+        return batch
+    closed, _ = _trace(loss_fn, _sizes(batch, cut)[0], layer, classes_first)
+    axes = mesh.axes_of(closed.out_avals[0])
+    for name, x in (("weights", batch.weights), ("where", batch.where)):
+        mesh.shared("fuse_linear", name, x, together - axes)
+    return mesh.vary(batch._replace(hidden=None), axes | mesh.axes_of(batch.weights))._replace(hidden=batch.hidden)
+
+
+def _meet(*arrays):
+    """Arrays that meet in a product in every chunk, made to vary alike before the loop; None stays None."""
+    axes = mesh.axes_of(arrays)
+    return [None if x is None else mesh.vary_widened(x, axes) for x in arrays]
+
+
+def _over_devices(tangent, value):
+    """The sum of a tangent over the devices that made one value together."""
+    return mesh.psum(tangent, mesh.axes_of(tangent) - mesh.axes_of(value))
+
+
 def _logits(chunk, layer, classes_first):
     """Z = H·K + b of a chunk [examples, classes]."""
-    return _add_bias(_dot(chunk.hidden, layer.kernel, 1, 1 if classes_first else 0), layer.bias)
+    return _add_bias(products.dot(chunk.hidden, layer.kernel, 1, 1 if classes_first else 0), layer.bias)
 
 
 def _add_bias(logits, bias):
@@ -262,6 +299,12 @@ def _split(batch, cut):
     return jax.tree.unflatten(structure, first), jax.tree.unflatten(structure, rest) if cut.others else None
 
 
+def _sizes(batch, cut):
+    """One chunk of each size."""
+    first, rest = _split(batch, cut)
+    return (first,) if rest is None else (first, jax.tree.map(lambda x: x[0], rest))
+
+
 def _join(first, rest, cut):
     return jax.tree.map(lambda *parts: cut.join(*parts), *((first,) if rest is None else (first, rest)))
 
@@ -272,7 +315,7 @@ def _leaves(tree):
 
 
 def _wanted_zeros(values, wanted):
-    return jax.tree.map(lambda x, w: jnp.zeros(x.shape, numerics.accumulation_dtype(x.dtype)) if w else None, values, wanted)
+    return jax.tree.map(lambda x, w: jnp.zeros_like(x, numerics.accumulation_dtype(x.dtype)) if w else None, values, wanted)
 
 
 def _inner(gradient, tangent):
@@ -297,68 +340,3 @@ def _weighted(chunk, loss):
     """w·loss per example; a weight of 0 makes 0 of an infinite loss."""
     w, loss = chunk.weights, _mask(chunk.where, loss)
     return w * jnp.where((w == 0) & ~jnp.isfinite(loss), jnp.zeros_like(loss), loss)
-
-
-# Matrix products -----------------------------------------------------------------------------------------------------------
-
-
-def _dot(x, y, x_axis, y_axis, like=None):
-    """The product over one axis of each, accumulated and returned in float32 or wider; split over an explicit mesh as `like` is."""
-    dtype = numerics.accumulation_dtype(x.dtype, y.dtype)
-    sharding = None if like is None else jax.typeof(like).sharding
-    explicit = sharding is not None and AxisType.Explicit in (sharding.mesh.axis_types or ())
-    return lax.dot_general(
-        x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=dtype, out_sharding=sharding if explicit else None
-    )
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _product(hidden, kernel, accumulator, features):
-    """H·K whose derivative with respect to K goes to `accumulator`, K in float32: there the chunks' gradients are added up."""
-    return _dot(hidden, kernel, 1, features)
-
-
-@_product.defjvp
-def _(features, primals, tangents):
-    hidden, kernel, accumulator = primals
-    hidden_dot, _, kernel_dot = tangents
-    # JAX transposes a product into one that has the dtype of its result. So the first is rounded to that of `hidden`, in which its
-    # transpose ends; the second, whose transpose is added up, is a product in float32 at any dtype.
-    first = lax.dot_general(hidden_dot, kernel, (((1,), (features,)), ((), ())))
-    second = _dot(hidden.astype(kernel_dot.dtype), kernel_dot, 1, features)
-    return _product(hidden, kernel, accumulator, features), first.astype(second.dtype) + second
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _add_product(total, left, right, classes):
-    """The sum total + leftᵀ·right, in place; `classes` is the axis of the result that holds classes."""
-    return lax.platform_dependent(total, left, right, cpu=functools.partial(_add_in_blocks, classes), default=_add_at_once)
-
-
-@_add_product.defjvp
-def _(classes, primals, tangents):
-    (_, left, right), (total_dot, left_dot, right_dot) = primals, tangents
-    tangent = total_dot + _dot(left_dot, right, 0, 0, total_dot) + _dot(left, right_dot, 0, 0, total_dot)
-    return _add_product(*primals, classes), tangent
-
-
-def _add_at_once(total, left, right):
-    return total + _dot(left, right, 0, 0, total)
-
-
-def _add_in_blocks(classes, total, left, right):
-    """XLA on CPUs stores a product before it adds it, and a store of that size costs as much time as the sum: so by blocks of classes."""
-    size = total.shape[classes]
-    width = max(1, -(-size // max(1, -(-total.nbytes // _BLOCK_BYTES))))
-    if width >= size:
-        return _add_at_once(total, left, right)
-
-    def add(start, width, total):
-        block = lax.dynamic_slice_in_dim(total, start, width, classes)
-        factor = lax.dynamic_slice_in_dim((left, right)[classes], start, width, 1)
-        block += _dot(factor, right, 0, 0, block) if classes == 0 else _dot(left, factor, 0, 0, block)
-        return lax.dynamic_update_slice_in_dim(total, block, start, classes)
-
-    whole = size // width
-    total = lax.fori_loop(0, whole, lambda i, total: add(i * width, width, total), total)
-    return add(whole * width, size % width, total) if size % width else total

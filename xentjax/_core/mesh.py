@@ -1,0 +1,109 @@
+"""Over which axes of a device mesh a value differs, inside `jax.shard_map`, and errors about it.
+
+JAX types every value there by the axes over which it may vary. A value that varies less than another is made to vary when they
+meet, and the transpose of that is a sum over devices: where it happens decides how often a gradient is summed.
+"""
+
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import jax
+from jax import Array, core, lax
+
+from xentjax._core import numerics
+
+
+def axes_of(*trees: Any) -> frozenset[Hashable]:
+    """The mesh axes over which any array, or type of one, in these pytrees varies; none outside `jax.shard_map`."""
+    return frozenset().union(*map(_varying, jax.tree.leaves(trees)))
+
+
+def vary(tree: Any, axes: Iterable[Hashable]) -> Any:
+    """The same arrays, which from here on may vary over these axes; their gradients are summed over devices here, and only here."""
+    return jax.tree.map(lambda x: _vary(x, tuple(a for a in axes if a not in axes_of(x))), tree)
+
+
+def vary_widened(x: Array, axes: Iterable[Hashable]) -> Array:
+    """The same for one array whose gradient is summed in float32 or wider, and rounded once."""
+    return vary(x.astype(numerics.accumulation_dtype(x.dtype)), axes).astype(x.dtype)
+
+
+def names(axis_name: Hashable | tuple[Hashable, ...] | None) -> tuple[Hashable, ...]:
+    """The axes that `axis_name` names, which may be one, several, or None."""
+    return () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
+
+
+def typed(axis: Hashable) -> bool:
+    """Whether JAX knows what varies over this axis: inside `jax.shard_map` with `check_vma`, and not under `jax.vmap(axis_name=…)`."""
+    return axis in axes_of(lax.axis_index(axis))
+
+
+def psum(x: Array, axes: Iterable[Hashable]) -> Array:
+    """The sum over devices; over no axes, `x`."""
+    axes = tuple(axes)
+    return lax.psum(x, axes) if axes else x
+
+
+def split_classes(function: str, axis_name: Any, split: dict[str, Array], same: dict[str, Array | None]) -> None:
+    """ValueError unless `axis_name` names mesh axes over which what is `split` along its classes differs, and the `same` does not."""
+    for axis in names(axis_name):
+        try:
+            known = typed(axis)
+        except NameError:
+            raise ValueError(
+                f"{function}: axis_name must name an axis of a surrounding jax.shard_map; got {axis!r}. "
+                "Under plain jit leave it out, for sharded arrays too."
+            ) from None
+        for name, x in split.items():
+            if known and axis not in axes_of(x):
+                raise ValueError(
+                    f"{function}: {name} must be split along their classes over mesh axis {axis!r}, as axis_name says; got the same "
+                    f"{name} of shape {x.shape} on all its devices. Name {axis!r} for the class axis in in_specs of jax.shard_map."
+                )
+        for name, x in same.items():
+            shared(function, name, x, frozenset({axis}) if known else frozenset())
+
+
+def shared(function: str, name: str, x: Array | None, axes: frozenset) -> None:
+    """ValueError if `x` may differ between devices that hold classes of the same examples."""
+    for axis in axes & axes_of(x):
+        raise ValueError(
+            f"{function}: {name} must be the same on all devices of mesh axis {axis!r}, which hold classes of the same examples; got "
+            f"{name} split over it. Leave {axis!r} out of their in_specs of jax.shard_map (class indices are global)."
+        )
+
+
+def collectives(function: str, effects: Any, varying: frozenset) -> None:
+    """ValueError if the devices that a loss talks to cannot be told from those that have losses of their own."""
+    for axis in {getattr(effect, "name", None) for effect in effects} - {None}:
+        if not typed(axis):
+            raise ValueError(
+                f"{function}: with a loss over axis {axis!r}, jax.shard_map must be called with check_vma=True, its default; "
+                "without it, as under jax.vmap(axis_name=...), gradients made inside cannot be told from their sums over devices."
+            )
+        if axis in varying:
+            raise ValueError(
+                f"{function}: loss_fn must return the same losses on all devices of mesh axis {axis!r}, which it uses; got losses that may "
+                "differ. Compute what crosses devices before, or use reduction='none'."
+            )
+
+
+def closed_over(function: str, axes: frozenset, gradients: Any) -> None:
+    """ValueError if a closed-over array is differentiated and the same on devices whose sums differ: they would share one gradient."""
+    for gradient in jax.tree.leaves(gradients):
+        if missing := axes - axes_of(gradient):
+            raise ValueError(
+                f"{function}: a differentiated array that loss_fn closes over must vary over mesh axes {sorted(map(str, missing))} as the "
+                f"examples do; got one of shape {gradient.shape} that does not. Use jax.lax.pcast(x, axes, to='varying') before."
+            )
+
+
+def _vary(x, axes):
+    if not axes:
+        return x
+    return lax.pcast(x, axes, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, axes)  # type: ignore  # before JAX 0.9
+
+
+def _varying(x):
+    aval = x if isinstance(x, core.ShapedArray) else jax.typeof(x)
+    return aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma  # type: ignore  # before JAX 0.10
