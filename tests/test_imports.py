@@ -27,7 +27,16 @@ def imported(path):
             yield from (a.name for a in node.names if a.name.split(".")[0] == "xentjax")
 
 
-ROOMS = {"_reduction": 4, "_linear": 5, "_linear_sharded": 6, "_checked": 5, "_contrastive": 6, "_sampled": 6, "_hierarchical": 7, "metrics": 7}
+ROOMS = {
+    "_reduction": 4,
+    "_linear": 5,
+    "_linear_sharded": 6,
+    "_checked": 5,
+    "_contrastive": 6,
+    "_sampled": 6,
+    "_hierarchical": 7,
+    "metrics": 7,
+}
 CORE = {"numerics": 0, "mesh": 1, "products": 1, "differences": 1, "rows": 2, "chunks": 2, "odds": 3, "checks": 3}
 WITHIN = {"_formulas": 1, "_counts": 1, "_joint": 2}  # a package's own modules; the package itself comes last
 
