@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics, odds, rows
+from xentjax._core import checks, mesh, numerics, odds, rows
 
 
 def forward_corrected_cross_entropy(
@@ -164,7 +164,8 @@ def _backward(batch, noise_matrix):
 def _at_label(r: rows.Rows, table: Array) -> Array:
     """Row y of a table [labels, classes] for every example; NaN for a label out of range, 0 where an example does not count."""
     assert r.labels is not None
-    chosen = jnp.take(table, r.labels, axis=0, mode="fill", fill_value=jnp.nan)
+    split = jax.typeof(r.values).sharding if mesh.is_explicit(r.values) else None
+    chosen = table.at[r.labels].get(mode="fill", fill_value=jnp.nan, out_sharding=split)
     return rows.masked(jnp.where((r.labels < 0)[..., None], jnp.nan, chosen), r.where)
 
 

@@ -273,9 +273,12 @@ def _spread(loss_fn, batch, layer, cut, classes_first):
 
 
 def _meet(*arrays):
-    """Arrays that meet in a product in every chunk, made to vary alike before the loop; None stays None."""
+    """Arrays that meet in a product in every chunk, made to vary alike before the loop; None stays None.
+
+    There their gradients are summed over devices: in float32 or wider, and rounded once.
+    """
     axes = mesh.axes_of(arrays)
-    return [None if x is None else mesh.vary_widened(x, axes) for x in arrays]
+    return [None if x is None else mesh.vary(x.astype(numerics.accumulation_dtype(x.dtype)), axes).astype(x.dtype) for x in arrays]
 
 
 def _over_devices(tangent, value):

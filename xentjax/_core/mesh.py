@@ -1,4 +1,4 @@
-"""Over which axes of a device mesh a value differs, inside `jax.shard_map`, and errors about it.
+"""How a value lies on a mesh of devices: over which axes it differs inside `jax.shard_map`, and how its type splits it outside.
 
 JAX types every value there by the axes over which it may vary. A value that varies less than another is made to vary when they
 meet, and the transpose of that is a sum over devices: where it happens decides how often a gradient is summed.
@@ -9,8 +9,7 @@ from typing import Any
 
 import jax
 from jax import Array, core, lax
-
-from xentjax._core import numerics
+from jax.sharding import AxisType, reshard
 
 
 def axes_of(*trees: Any) -> frozenset[Hashable]:
@@ -23,9 +22,25 @@ def vary(tree: Any, axes: Iterable[Hashable]) -> Any:
     return jax.tree.map(lambda x: _vary(x, tuple(a for a in axes if a not in axes_of(x))), tree)
 
 
-def vary_widened(x: Array, axes: Iterable[Hashable]) -> Array:
-    """The same for one array whose gradient is summed in float32 or wider, and rounded once."""
-    return vary(x.astype(numerics.accumulation_dtype(x.dtype)), axes).astype(x.dtype)
+def is_explicit(x: Array) -> bool:
+    """Whether the type of an array says how it is split over devices."""
+    return AxisType.Explicit in (jax.typeof(x).sharding.mesh.axis_types or ())
+
+
+def is_apart(x: Array) -> bool:
+    """Whether the type of an array says that its last axis is split."""
+    return is_explicit(x) and jax.typeof(x).sharding.spec[-1] is not None
+
+
+def split_as(like: Array, x: Array) -> Array:
+    """`x`, split over an explicit mesh as another array of its shape is."""
+    return x if not is_explicit(like) or jax.typeof(x).sharding == jax.typeof(like).sharding else reshard(x, jax.typeof(like).sharding)
+
+
+def split_alike(*arrays: Array) -> list[Array]:
+    """Arrays of one shape, all split over an explicit mesh as that of them which is split along most axes: none is gathered."""
+    like = max(arrays, key=lambda x: sum(axis is not None for axis in jax.typeof(x).sharding.spec))
+    return [split_as(like, x) for x in arrays]
 
 
 def names(axis_name: Hashable | tuple[Hashable, ...] | None) -> tuple[Hashable, ...]:

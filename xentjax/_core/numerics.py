@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from xentjax._core import mesh
+
 INFINITE = 2.0**120  # stands for ∞ inside a formula
 _THRESHOLD = 2.0**80  # what exceeds this is INFINITE times a weight: no finite logits of a model come near
 
@@ -28,7 +30,7 @@ def where(condition: Array, x: ArrayLike, y: ArrayLike) -> Array:
     if condition.shape != like.shape:
         condition = lax.broadcast_in_dim(condition, like.shape, range(like.ndim))
     x, y = (v if isinstance(v, Array) and v.shape == like.shape else lax.full_like(like, v) for v in (x, y))
-    return lax.select(condition, x, y)
+    return lax.select(*mesh.split_alike(condition, x, y))
 
 
 @jax.custom_jvp
@@ -167,9 +169,19 @@ def same(x: Array, y: Array) -> Array:
 
 def take_last(x: Array, index: Array) -> Array:
     """`x[..., index]`, one or several per row; `index` has the leading axes of `x` and lies in range after clipping."""
+    if mesh.is_apart(x):
+        return _take_by_comparison(x, index)
     bits = _bits(x) if x.dtype.itemsize == 2 else x
     taken = jnp.take_along_axis(bits, index, axis=-1, mode="clip")
     return lax.bitcast_convert_type(taken, x.dtype) if x.dtype.itemsize == 2 else taken
+
+
+def _take_by_comparison(x, index):
+    """The same on a mesh with explicit axes, where JAX looks up nothing along an axis that is split."""
+    position = lax.broadcasted_iota(index.dtype, x.shape, x.ndim - 1, out_sharding=jax.typeof(x).sharding)
+    here = (position == index[..., i : i + 1] for i in range(index.shape[-1]))
+    found = [jnp.any(h & x, axis=-1) if x.dtype == jnp.bool_ else jnp.sum(where(h, x, 0), axis=-1) for h in here]  # others are 0: exact
+    return jnp.stack(found, axis=-1)
 
 
 @jax.custom_jvp

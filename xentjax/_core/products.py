@@ -4,9 +4,8 @@ import functools
 
 import jax
 from jax import lax
-from jax.sharding import AxisType
 
-from xentjax._core import numerics
+from xentjax._core import mesh, numerics
 
 _BLOCK_BYTES = 2**24  # of a sum of products on CPUs, where XLA cannot add a product in place
 
@@ -14,11 +13,8 @@ _BLOCK_BYTES = 2**24  # of a sum of products on CPUs, where XLA cannot add a pro
 def dot(x, y, x_axis, y_axis, like=None):
     """The product over one axis of each, accumulated and returned in float32 or wider; split over an explicit mesh as `like` is."""
     dtype = numerics.accumulation_dtype(x.dtype, y.dtype)
-    sharding = None if like is None else jax.typeof(like).sharding
-    explicit = sharding is not None and AxisType.Explicit in (sharding.mesh.axis_types or ())
-    return lax.dot_general(
-        x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=dtype, out_sharding=sharding if explicit else None
-    )
+    sharding = jax.typeof(like).sharding if like is not None and mesh.is_explicit(like) else None
+    return lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=dtype, out_sharding=sharding)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))

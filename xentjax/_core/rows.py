@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import numerics
+from xentjax._core import mesh, numerics
 
 
 @functools.partial(
@@ -87,6 +87,7 @@ def of(examples: Examples) -> Rows:
     """The rows of checked arguments: class axis last, dtypes decided."""
     last = functools.partial(jnp.moveaxis, source=examples.axis, destination=-1)
     logits, labels, mask = examples.logits, examples.labels, examples.class_mask
+    z = last(logits)
     dtype = numerics.accumulation_dtype(logits.dtype)
     if labels is not None:
         if jnp.issubdtype(labels.dtype, jnp.integer):
@@ -95,8 +96,7 @@ def of(examples: Examples) -> Rows:
             labels = masked(last(labels).astype(dtype), examples.where)
     if mask is not None:
         mask = last(mask) if mask.ndim == logits.ndim else mask
-        mask = jnp.broadcast_to(numerics.expand_leading(mask, logits.ndim), last(logits).shape)
-    z = last(logits)
+        mask = mesh.split_as(z, jnp.broadcast_to(numerics.expand_leading(mask, logits.ndim), z.shape))
     return Rows(z, z.astype(dtype), labels, mask, examples.where, examples.axis_name)
 
 
@@ -146,11 +146,11 @@ def surprise_at(rows: Rows, found: Statistics, index: Array) -> Array:
     index = index.astype(index_dtype(index))
     local, inside = _local(rows, index)
     inside = inside if rows.where is None else inside | ~rows.where[..., None]
-    z = jnp.take_along_axis(finite_values(rows), local, axis=-1, mode="clip")
+    z = numerics.take_last(finite_values(rows), local)
     if rows.class_mask is not None:
-        z = numerics.where(jnp.take_along_axis(rows.class_mask, local, axis=-1, mode="clip"), z, -numerics.INFINITE)
-    here = _here(rows, index)
-    z = z if here is None else over_devices(rows, numerics.where(here, z, 0))
+        z = numerics.where(numerics.take_last(rows.class_mask, local), z, -numerics.INFINITE)
+    if (here := _here(rows, index)) is not None:
+        z = over_devices(rows, numerics.where(here, z, 0))
     u = (found.reference[..., None] - z) + found.log_sum[..., None]
     return masked(u * numerics.where(inside, jnp.ones_like(u), jnp.nan), rows.where)  # a product: the derivative is NaN as well
 
@@ -186,21 +186,13 @@ def class_count(rows: Rows) -> Array | int:
 def at_label(rows: Rows, per_class: Array) -> Array:
     """`per_class` [classes] or [..., classes] at the label of every example [...]."""
     assert rows.labels is not None
-    local, _ = _local(rows, rows.labels)
-    if per_class.ndim == 1:
-        taken = jnp.take(per_class, local, mode="clip")
-    else:
-        taken = jnp.take_along_axis(per_class, local[..., None], axis=-1, mode="clip").squeeze(-1)
-    here = _here(rows, rows.labels)
-    return taken if here is None else over_devices(rows, numerics.where(here, taken, 0))
+    return _taken(rows, per_class, rows.labels)
 
 
 def label_share(rows: Rows, index: Array) -> Array:
     """What a distribution gives to one class [...]; `index` [] is global."""
     assert rows.labels is not None
-    local, here = _local(rows, index)[0], _here(rows, index)
-    share = lax.dynamic_index_in_dim(rows.labels, jnp.clip(local, 0, rows.labels.shape[-1] - 1), -1, keepdims=False)
-    return share if here is None else over_devices(rows, jnp.where(here, share, jnp.zeros_like(share)))
+    return _taken(rows, rows.labels, jnp.broadcast_to(index, rows.raw.shape[:-1]))
 
 
 def largest(rows: Rows) -> Array:
@@ -325,15 +317,12 @@ def _local_maximum(raw, mask):
 
 
 def _largest_class(rows):
-    """The global index of a class with the largest logit [...]."""
+    """The global index of a class with the largest logit [...]; a maximum, because devices would exchange more for an argmax."""
     raw = lax.stop_gradient(rows.raw)
     z = raw if rows.class_mask is None else numerics.select_logits(rows.class_mask, raw)
-    index = jnp.argmax(z, axis=-1).astype(jnp.int32)
-    if rows.axis_name is None:
-        return index
-    local = jnp.max(z, axis=-1)
-    index = index + lax.axis_index(rows.axis_name) * z.shape[-1]
-    return lax.pmax(numerics.where(local == lax.pmax(local, rows.axis_name), index, -1), rows.axis_name)
+    top = _maximum(rows.raw, rows.class_mask, rows.axis_name)
+    index = jnp.max(numerics.where(numerics.same(z, top[..., None]), class_index(rows), -1), axis=-1)
+    return index if rows.axis_name is None else lax.pmax(index, rows.axis_name)
 
 
 def _reference(top, rows):
@@ -349,19 +338,29 @@ def _gap(rows, m):
     local, inside = _local(rows, rows.labels)
     z = numerics.take_last(rows.raw, local[..., None]).squeeze(-1).astype(m.dtype)
     if rows.class_mask is not None:
-        z = numerics.where(jnp.take_along_axis(rows.class_mask, local[..., None], axis=-1, mode="clip").squeeze(-1), z, -jnp.inf)
-    here = _here(rows, rows.labels)
-    if here is not None:
+        z = numerics.where(numerics.take_last(rows.class_mask, local[..., None]).squeeze(-1), z, -jnp.inf)
+    if (here := _here(rows, rows.labels)) is not None:
         z = over_devices(rows, numerics.where(here, numerics.finite(z), 0))
     d = numerics.where(inside, numerics.finite(z) - m, jnp.nan)
     return d if rows.where is None else numerics.where(rows.where, d, jnp.zeros_like(d))
 
 
+def _taken(rows, per_class, index):
+    """`per_class` [classes] or [..., classes] at a global class index [...]; 0 where there is no such class."""
+    local, here = _local(rows, index)[0], _here(rows, index)
+    if per_class.ndim == 1 and not mesh.is_explicit(rows.raw):
+        taken = jnp.take(per_class, local, mode="clip")
+    else:
+        per_class = jnp.broadcast_to(numerics.expand_leading(per_class, rows.raw.ndim), rows.raw.shape)
+        taken = numerics.take_last(mesh.split_as(rows.raw, per_class), local[..., None]).squeeze(-1)
+    return taken if here is None else over_devices(rows, numerics.where(here, taken, 0))
+
+
 def class_index(rows: Rows) -> Array:
     """The global index of every class held here [..., classes]."""
-    assert rows.labels is not None
     z = rows.raw
-    index = lax.broadcasted_iota(rows.labels.dtype, z.shape, z.ndim - 1)
+    dtype = rows.labels.dtype if rows.hard and rows.labels is not None else jnp.int32
+    index = lax.broadcasted_iota(dtype, z.shape, z.ndim - 1, out_sharding=jax.typeof(z).sharding if mesh.is_explicit(z) else None)
     return index if rows.axis_name is None else index + (lax.axis_index(rows.axis_name) * z.shape[-1]).astype(index.dtype)
 
 
