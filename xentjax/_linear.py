@@ -103,6 +103,7 @@ def fuse_linear(
     ) -> Any:
         """The loss of `hidden @ kernel + bias`; shapes and meaning as `xentjax.fuse_linear` says."""
         checked = checks.linear(name, hidden, kernel, bias, where, weights, classes_first)
+        mesh.whole_chunks(name, checked[0], checked[1], 0 if classes_first else 1)
         return run(*checked, checks.per_example(name, args, checked[0].shape[:-1]))
 
     return fused
@@ -169,6 +170,7 @@ def linear_softmax_cross_entropy(
     check_options(name, reduction, chunk_size)
     layer = checks.linear(name, hidden, kernel, bias, where, weights, classes_first)
     h, k, _, counts, _ = layer
+    mesh.whole_chunks(name, h, k, 0 if classes_first else 1)
     classes = k.shape[0 if classes_first else 1]
     w = None if class_weights is None else checks.floating(name, "class_weights", class_weights)
     mask = None if class_mask is None else checks.boolean(name, "class_mask", class_mask)

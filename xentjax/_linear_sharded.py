@@ -50,7 +50,7 @@ def fuse_linear_sharded(
     w·loss [...] ("none"), split as the tokens are. Each device holds the logits of one chunk of its tokens and its classes; what
     crosses devices is a few numbers per token and, once, the sums of the gradients of hidden (over classes) and kernel (over tokens).
 
-    Gradient: that of `fuse_linear`, to any order; it comes back split as its argument is.
+    Gradient: that of `fuse_linear`, to any order; it comes back split as its argument is, features aside.
 
     Args:
         loss_fn: as for `fuse_linear`; if classes are split it must take `axis_name`, as the losses of this library do.
@@ -104,24 +104,27 @@ def fuse_linear_sharded(
         split = _split(layer[0], layer[1], mesh, tokens, axis_name, classes_first)
         if split.classes:
             _takes_axis_name(loss_fn)
-        options = _linear.Options(reduction, chunk_size, has_aux, classes_first, split.token_axes)
         args = checks.per_example(_NAME, args, layer[0].shape[:-1])
-        return run(*layer, args, {k: checks.asarray(_NAME, k, x) for k, x in per_class.items()}, split=split, options=options)
+        arrays = (*layer, args, {k: checks.asarray(_NAME, k, x) for k, x in per_class.items()})
+        if AxisType.Explicit in split.mesh.axis_types:
+            arrays = jax.tree.map(functools.partial(_place, split.mesh), arrays, _specs(split, classes_first, *arrays))
+        return run(arrays, split=split, options=_linear.Options(reduction, chunk_size, has_aux, classes_first, split.token_axes))
 
     return fused
 
 
-def _run(loss_fn, hidden, kernel, bias, where, weights, args, per_class, *, split, options):
-    classes = kernel.shape[0 if options.classes_first else 1]
+def _specs(split, classes_first, hidden, kernel, bias, where, weights, args, per_class):
+    """How each array is split; None for one that is None."""
+    classes = kernel.shape[0 if classes_first else 1]
     over_classes = (split.classes,) if split.classes else (None,)
 
     def of_args(x):
-        whole = x.ndim == hidden.ndim and x.shape[-1] == classes and jnp.issubdtype(x.dtype, jnp.floating)
+        whole = x.shape == (*hidden.shape[:-1], classes) and jnp.issubdtype(x.dtype, jnp.floating)
         return split.per_token(over_classes if whole else ())
 
-    specs = (
+    return (
         split.per_token((None,)),
-        PartitionSpec(*over_classes, None) if options.classes_first else PartitionSpec(None, *over_classes),
+        PartitionSpec(*over_classes, None) if classes_first else PartitionSpec(None, *over_classes),
         None if bias is None else PartitionSpec(*over_classes),
         None if where is None else split.per_token(),
         None if weights is None else split.per_token(),
@@ -129,6 +132,14 @@ def _run(loss_fn, hidden, kernel, bias, where, weights, args, per_class, *, spli
         jax.tree.map(lambda x: PartitionSpec(*over_classes) if x.shape == (classes,) else PartitionSpec(), per_class),
     )
 
+
+def _place(mesh, x, spec):
+    """An array on an explicit mesh, split so: what is on a mesh already is moved by the compiler, what is on one device by hand."""
+    move = jax.device_put if jax.typeof(x).sharding.mesh.empty else reshard
+    return move(x, NamedSharding(mesh, spec))
+
+
+def _run(loss_fn, arrays, *, split, options):
     def local(hidden, kernel, bias, where, weights, args, per_class):
         more = axes.vary(per_class, split.token_axes)  # their gradients are summed over devices once, at entry
         if split.classes:
@@ -136,11 +147,9 @@ def _run(loss_fn, hidden, kernel, bias, where, weights, args, per_class, *, spli
         return _linear.reduced(functools.partial(loss_fn, **more), options, hidden, kernel, bias, where, weights, args)
 
     out = split.per_token() if options.reduction == "none" else PartitionSpec()
-    mapped = jax.shard_map(local, mesh=split.mesh, in_specs=specs, out_specs=(out, split.per_token()) if options.has_aux else out)
-    arrays = (hidden, kernel, bias, where, weights, args, per_class)
-    if AxisType.Explicit in split.mesh.axis_types:
-        arrays = jax.tree.map(lambda x, spec: reshard(x, NamedSharding(split.mesh, spec)), arrays, specs)
-    return mapped(*arrays)
+    outs = (out, split.per_token()) if options.has_aux else out
+    specs = _specs(split, options.classes_first, *arrays)
+    return jax.shard_map(local, mesh=split.mesh, in_specs=specs, out_specs=outs)(*arrays)
 
 
 def _split(hidden: Array, kernel: Array, mesh: Any, tokens: Any, axis_name: Any, classes_first: bool) -> _Split:

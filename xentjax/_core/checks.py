@@ -139,12 +139,12 @@ def examples(
     if z.shape[axis] == 0:
         raise ValueError(f"{function}: {inputs} must have at least one class on axis {axis}; got shape {z.shape}.")
     leading = _without(z.shape, axis)
-    y = _labels(function, labels, z.shape, axis, inputs) if labelled else None
+    y = _labels(function, labels, z.shape, axis, inputs, mesh.names(axis_name)) if labelled else None
     mask = None if class_mask is None else boolean(function, "class_mask", class_mask)
     if mask is not None and mask.shape not in ((z.shape[axis],), z.shape):
         raise ValueError(
             f"{function}: class_mask must have shape {(z.shape[axis],)}, one per class, or {z.shape}, the shape of {inputs}; "
-            f"got {mask.shape}."
+            f"got {mask.shape}. {_as_the_logits('class_mask', mesh.names(axis_name))}".rstrip()
         )
     counts = None if where is None else boolean(function, "where", where)
     if counts is not None:
@@ -161,7 +161,8 @@ def class_weights(function: str, weights: ArrayLike | None, batch: rows.Examples
     if weights is None:
         return None
     w = floating(function, "class_weights", weights)
-    return shape(function, "class_weights", w, (batch.logits.shape[batch.axis],), "one weight per class")
+    remedy = _as_the_logits("class_weights", mesh.names(batch.axis_name))
+    return shape(function, "class_weights", w, (batch.logits.shape[batch.axis],), "one weight per class", remedy)
 
 
 def top_k(function: str, ids: ArrayLike, probs: ArrayLike, batch: rows.Examples) -> tuple[Array, Array]:
@@ -285,7 +286,7 @@ def loss_per_example(result: Any, logits: Array, has_aux: bool) -> tuple[Array, 
     return loss.astype(logits.dtype), jax.tree.map(jnp.asarray, aux)
 
 
-def _labels(function: str, labels: ArrayLike | None, full: tuple[int, ...], axis: int, like: str) -> Array:
+def _labels(function: str, labels: ArrayLike | None, full: tuple[int, ...], axis: int, like: str, split: tuple = ()) -> Array:
     """Labels of logits of the shape `full`; `like` names the argument that has their leading axes."""
     y = asarray(function, "labels", labels)
     leading = _without(full, axis)
@@ -300,9 +301,13 @@ def _labels(function: str, labels: ArrayLike | None, full: tuple[int, ...], axis
             f"{function}: labels must have an integer dtype (class indices) or a floating one (distributions over classes); "
             f"got {y.dtype}. Use labels.astype(jnp.int32) for class indices."
         )
-    remedy = "For class indices use labels.astype(jnp.int32)." if y.shape == leading else ""
+    remedy = "For class indices use labels.astype(jnp.int32)." if y.shape == leading else _as_the_logits("labels", split)
     of = "logits" if like == "hidden" else like
     return shape(function, "labels", y, full, f"the shape of {of}, because they are a distribution over classes", remedy)
+
+
+def _as_the_logits(name: str, axes: tuple) -> str:
+    return f"Its classes must be split over mesh axis {axes[0]!r} as those of logits are." if axes else ""
 
 
 def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:

@@ -88,6 +88,19 @@ def shared(function: str, name: str, x: Array | None, axes: frozenset) -> None:
         )
 
 
+def whole_chunks(function: str, hidden: Array, kernel: Array, class_axis: int) -> None:
+    """ValueError if an explicit mesh splits the axis of examples that is cut into chunks, or the classes."""
+    for name, x, axis, meaning in (
+        ("hidden", hidden, hidden.ndim - 2, "is cut into chunks"),
+        ("kernel", kernel, class_axis, "holds classes"),
+    ):
+        if axis >= 0 and is_explicit(x) and jax.typeof(x).sharding.spec[axis] is not None:
+            raise ValueError(
+                f"{function}: axis {axis} of {name}, which {meaning}, must not be split over a mesh with explicit axes; got "
+                f"{jax.typeof(x)}. Use fuse_linear_sharded, which takes chunks of each device's part."
+            )
+
+
 def collectives(function: str, effects: Any, varying: frozenset) -> None:
     """ValueError if the devices that a loss talks to cannot be told from those that have losses of their own."""
     for axis in {getattr(effect, "name", None) for effect in effects} - {None}:
