@@ -108,7 +108,7 @@ def backward_corrected_cross_entropy(
 
 
 def _noise(function: str, noise_matrix: ArrayLike, batch: rows.Examples) -> Array:
-    classes = rows.of(batch).classes
+    classes = batch.classes
     matrix = checks.floating(function, "noise_matrix", noise_matrix)
     return checks.shape(function, "noise_matrix", matrix, (classes, classes), "one row per true class, one column per label")
 

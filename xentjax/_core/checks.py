@@ -149,7 +149,9 @@ def examples(
     counts = None if where is None else boolean(function, "where", where)
     if counts is not None:
         same_shape(function, "where", counts, leading, f"the shape of {inputs} without its class axis")
-    mesh.split_classes(function, axis_name, {inputs: z}, {"labels": None if y is None or y.ndim == z.ndim else y, "where": counts})
+    indices = None if y is None or y.ndim == z.ndim else y
+    mesh.split_classes(function, axis_name, {inputs: z}, {"labels": indices, "where": counts})
+    mesh.classes_alone(function, inputs, z, axis, indices)
     checked = rows.Examples(z, y, mask, counts, axis, axis_name)
     if checking_values.value:
         _check_values(function, checked, inputs)
@@ -179,7 +181,7 @@ def top_k(function: str, ids: ArrayLike, probs: ArrayLike, batch: rows.Examples)
     shape(function, "label_probs", p, i.shape, "the shape of label_ids")
     if checking_values.value:
         ignored = jnp.zeros((), bool) if batch.where is None else ~batch.where[..., None]
-        check_indices(function, "label_ids", i, rows.of(batch).classes, ignored)
+        check_indices(function, "label_ids", i, batch.classes, ignored)
         check(function, "label_probs", p, ~(p >= 0) & ~ignored, "is not a probability (it is negative or NaN)")
     return i, p
 
@@ -342,7 +344,7 @@ def _check_values(function: str, batch: rows.Examples, inputs: str) -> None:
     missing = jnp.zeros((), bool) if mask is None else ~jnp.moveaxis(mask, -1, batch.axis)
     check(function, inputs, z, jnp.isnan(z) & ~over_classes & ~missing, "is NaN")
     if y is not None:
-        _check_label_values(function, y, rows.of(batch).classes, ignored, batch.axis)
+        _check_label_values(function, y, batch.classes, ignored, batch.axis)
 
 
 def _check_label_values(function: str, y: Array, classes: int, ignored: Array, axis: int) -> None:

@@ -266,8 +266,8 @@ def _spread(loss_fn, batch, layer, cut, classes_first):
     if not together:
         return batch
     closed, _ = _trace(loss_fn, _sizes(batch, cut)[0], layer, classes_first)
-    axes = mesh.axes_of(closed.out_avals[0])
-    for name, x in (("weights", batch.weights), ("where", batch.where)):
+    axes = mesh.axes_of(closed.out_avals[0]) - mesh.axes_used(closed.effects)
+    for name, x in (("where", batch.where), ("weights", batch.weights)):
         mesh.shared("fuse_linear", name, x, together - axes)
     return mesh.vary(batch._replace(hidden=None), axes | mesh.axes_of(batch.weights))._replace(hidden=batch.hidden)
 

@@ -48,9 +48,19 @@ def names(axis_name: Hashable | tuple[Hashable, ...] | None) -> tuple[Hashable, 
     return () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
 
 
+def size(axis_name: Any) -> int:
+    """How many devices share the axes that `axis_name` names; 1 for None."""
+    return 1 if axis_name is None else lax.axis_size(axis_name)
+
+
 def typed(axis: Hashable) -> bool:
     """Whether JAX knows what varies over this axis: inside `jax.shard_map` with `check_vma`, and not under `jax.vmap(axis_name=…)`."""
     return axis in axes_of(lax.axis_index(axis))
+
+
+def axes_used(effects: Iterable[Any]) -> frozenset[Hashable]:
+    """The axes that a program with these effects mentions: that of devices it talks to, or its own position among them."""
+    return frozenset(effect.name for effect in effects if hasattr(effect, "name"))
 
 
 def psum(x: Array, axes: Iterable[Hashable]) -> Array:
@@ -79,6 +89,19 @@ def split_classes(function: str, axis_name: Any, split: dict[str, Array], same: 
             shared(function, name, x, frozenset({axis}) if known else frozenset())
 
 
+def classes_alone(function: str, name: str, logits: Array, axis: int, labels: Array | None) -> None:
+    """ValueError if an explicit mesh splits class indices over an axis that splits the classes."""
+    if labels is None or not (is_explicit(logits) and is_explicit(labels)):
+        return
+    of_classes = names(jax.typeof(logits).sharding.spec[axis])
+    for entry in jax.typeof(labels).sharding.spec:
+        for split in set(names(entry)) & set(of_classes):
+            raise ValueError(
+                f"{function}: labels must not be split over mesh axis {split!r}, which splits the classes of {name}; got "
+                f"{jax.typeof(labels)} for {jax.typeof(logits)}. Use jax.sharding.reshard to split them as the examples are."
+            )
+
+
 def shared(function: str, name: str, x: Array | None, axes: frozenset) -> None:
     """ValueError if `x` may differ between devices that hold classes of the same examples."""
     for axis in axes & axes_of(x):
@@ -103,7 +126,7 @@ def whole_chunks(function: str, hidden: Array, kernel: Array, class_axis: int) -
 
 def collectives(function: str, effects: Any, varying: frozenset) -> None:
     """ValueError if the devices that a loss talks to cannot be told from those that have losses of their own."""
-    for axis in {getattr(effect, "name", None) for effect in effects} - {None}:
+    for axis in axes_used(effects):
         if not typed(axis):
             raise ValueError(
                 f"{function}: with a loss over axis {axis!r}, jax.shard_map must be called with check_vma=True, its default; "

@@ -51,6 +51,11 @@ class Examples:
     axis: int
     axis_name: str | tuple[str, ...] | None
 
+    @property
+    def classes(self) -> int:
+        """The number of classes over all devices."""
+        return self.logits.shape[self.axis] * mesh.size(self.axis_name)
+
 
 class Rows(NamedTuple):
     """Logits with the class axis last and what is known of each row; made by `of` inside the compiled part of a loss."""
@@ -65,7 +70,7 @@ class Rows(NamedTuple):
     @property
     def classes(self) -> int:
         """The number of classes over all devices."""
-        return self.raw.shape[-1] * (1 if self.axis_name is None else lax.axis_size(self.axis_name))
+        return self.raw.shape[-1] * mesh.size(self.axis_name)
 
     @property
     def hard(self) -> bool:
@@ -132,7 +137,8 @@ def class_log_odds(rows: Rows) -> Array:
     found = statistics(top)
     assert found.log_odds is not None
     u = jnp.maximum(surprise(top, found), 0.5)  # p_k ≤ 1/2 for the others; e^(−1/2) > 1/2 leaves them as they are
-    return jnp.where(on_label(top), found.log_odds[..., None], numerics.log_odds_of_surprise(u))
+    of_top = mesh.vary(found.log_odds, mesh.axes_of(u))[..., None]  # before it is as wide as the classes, its gradient's sum likewise
+    return jnp.where(on_label(top), of_top, numerics.log_odds_of_surprise(u))
 
 
 def surprise(rows: Rows, found: Statistics) -> Array:
