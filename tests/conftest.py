@@ -20,6 +20,19 @@ def forget_programs():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """LLVM without its optimisations, in half the time, for modules about formulas and structure.
+
+    XLA's own passes (fusion, simplification) stay. Modules about accuracy, memory and what programs look like do not ask for this.
+    """
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(2026)
