@@ -15,6 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 from xentjax._distillation import DIVERGENCES, distillation_loss
 
+mpmath.mp.dps = 60
 EPS = float(jnp.finfo(jnp.float32).eps)
 RTOL = 40 * EPS  # sums of ten terms and a few exponentials of arguments up to 10
 each = pytest.mark.parametrize("kind", DIVERGENCES)
