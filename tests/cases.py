@@ -212,7 +212,7 @@ ELSEWHERE = {
     "weighted_mean": "test_reduction.py",
     "weighted_sum": "test_reduction.py",
     "WeightedSum": "test_reduction.py",
-    "fuse_linear": "test_linear.py",
+    "fuse_linear": "test_linear_dense.py",
     "linear_softmax_cross_entropy": "test_linear_inputs.py",
     "plan_linear": "test_linear_programs.py",
     "LinearPlan": "test_linear_programs.py",

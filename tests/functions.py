@@ -1,6 +1,7 @@
 """A row for every public function that is not a loss on (logits, labels): how to draw its arguments, and its definition.
 
-The rows stand in `rows_<family>.py`, one file per family; `test_functions.py` runs the same properties over all of them.
+The rows stand in `rows_<family>.py`, one file per family; `test_functions.py` and `test_functions_everywhere.py` run
+the same properties over all of them.
 """
 
 import dataclasses
@@ -79,6 +80,12 @@ class Row:
 @functools.partial(jax.jit, static_argnums=0)
 def _slopes(row, arguments):
     return jax.grad(row.total(arguments), tuple(range(len(row.smooth))))(*(arguments[i] for i in row.smooth))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def results(row, arguments) -> tuple:
+    """The result, and the gradients of its sum by the smooth arguments; one program for both."""
+    return row(*arguments), row.slopes(arguments) if row.smooth else ()
 
 
 def replaced(arguments, positions, values) -> tuple:

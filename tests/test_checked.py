@@ -9,6 +9,7 @@ import pytest
 
 import xentjax
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 Z, Y = np.array([[1.0, 2.0, 0.5], [0.0, -1.0, 3.0]], np.float32), np.array([0, 2], np.int32)
 cross_entropy = xentjax.softmax_cross_entropy
 top_k = xentjax.softmax_cross_entropy_with_top_k_labels

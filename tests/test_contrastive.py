@@ -1,5 +1,6 @@
 """Losses over pairs: defaults of the papers, extremes, masks, chunks, what the compiled program holds, errors."""
 
+import functools
 import math
 import re
 
@@ -8,7 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rows_contrastive as rows
+from jax.sharding import PartitionSpec as P
 from rows_contrastive import LOSSES
+from test_contrastive_sharded import BATCH, FEATURES, mesh_of
+from test_contrastive_sharded import LOSSES as SHARDED
 
 import xentjax
 from xentjax import _contrastive as contrastive
@@ -82,15 +86,6 @@ def test_clip_is_symmetric(rng, x64):
     both = contrastive.info_nce(x, y) + contrastive.info_nce(y, x)
     close(contrastive.clip_loss(x, y), both / 2, 1e-14)
     close(contrastive.nt_xent(x, y), contrastive.nt_xent(y, x), 1e-14)
-
-
-@names
-def test_an_order_of_examples_is_the_order_of_losses(name, rng, x64, monkeypatch):
-    loss, (x, y) = every_loss()[name], draw(rng)
-    value, slope, _ = derivatives(loss, x, y)
-    order = rng.permutation(len(x))
-    monkeypatch.setitem(globals(), "LABELS", LABELS[order])
-    close(derivatives(loss, x[order], y[order])[:2], (value[order], tuple(s[order] for s in slope)), 1e-12)
 
 
 def test_a_supervised_loss_with_one_positive_each_is_that_of_two_views(rng, x64):
@@ -185,54 +180,6 @@ def test_lengths_do_not_matter(name, scale, rng):
     close(jax.tree.map(lambda s: s * scale, far_slope), slope, 40 * EPS)
 
 
-@names
-@pytest.mark.parametrize("chunk_size", [1, 5])
-def test_chunks_equal_the_whole(name, chunk_size, rng, x64):
-    pairs = draw(rng)
-    where = jnp.arange(12) % 5 != 2
-
-    def of(chunk_size):
-        loss = every_loss(chunk_size=chunk_size)[name]
-        return jax.jit(lambda x, y: derivatives(lambda x, y: loss(x, y, where), x, y))(*pairs)
-
-    close(of(chunk_size), of(None), 1e-12)
-
-
-@names
-@pytest.mark.parametrize("chunk_size", [None, 4])
-def test_examples_that_do_not_count_do_not_exist(name, chunk_size, rng, x64, monkeypatch):
-    loss, (x, y) = every_loss(chunk_size=chunk_size)[name], draw(rng)
-    where = jnp.asarray(rng.permutation(12) < 8).at[0].set(False)
-    kept = np.flatnonzero(where)
-    bad = jnp.where(where[:, None], x, jnp.nan), jnp.where(where[:, None], y, -jnp.inf)
-    run = jax.jit(lambda x, y, where: derivatives(lambda x, y: loss(x, y, where), x, y)[:2])
-    found = run(*bad, where)
-    monkeypatch.setitem(globals(), "LABELS", LABELS[kept])
-    alone = jax.jit(lambda x, y: derivatives(loss, x, y)[:2])(x[kept], y[kept])
-    for got, expected in zip(jax.tree.leaves(found), jax.tree.leaves(alone), strict=True):
-        close(got[kept], expected, 1e-12)
-        assert not np.delete(got, kept, axis=0).any()
-    assert not any(np.any(v) for v in jax.tree.leaves(run(*bad, jnp.zeros_like(where))))
-
-
-def test_further_negatives(rng, x64):
-    x, y = draw(rng)
-    more, _ = draw(rng, batch=7)
-    where = jnp.arange(12) != 4
-    for chunk_size in (None, 3):
-
-        def loss(more, x=x, where=where, chunk_size=chunk_size):
-            return contrastive.info_nce(x, y, negatives=more, where=where, chunk_size=chunk_size, temperature=0.5)
-
-        close(loss(more, where=None), rows.with_negatives(*(rows.unit(np.asarray(v)) for v in (x, y, more)), 0.5), 1e-12)
-        spoilt = x.at[4].set(jnp.nan)
-        kept = np.flatnonzero(where)
-        expected = rows.with_negatives(*(rows.unit(np.asarray(v)) for v in (x[kept], y[kept], more)), 0.5)
-        close(loss(more, x=spoilt)[kept], expected, 1e-12)
-        assert jax.grad(lambda m: loss(m, x=spoilt).sum())(more).all()  # noqa: B023
-    close(contrastive.info_nce(x, y, negatives=more[:0]), contrastive.info_nce(x, y), 1e-14)
-
-
 @each_loss
 def test_no_examples(row, rng):
     arguments = row.arguments(rng, (0,))
@@ -280,6 +227,40 @@ def test_large_batches_are_planned():
     x = jax.ShapeDtypeStruct((8192, 2), jnp.float32)
     program = jax.jit(contrastive.info_nce).lower(x, x).compile().as_text()
     assert "[8192,8192]" not in program and "[2048,8192]" in program
+
+
+def test_half_precision_is_summed_over_devices_in_float32(rng):
+    x = jnp.asarray(rng.normal(size=(BATCH, FEATURES)), jnp.bfloat16)
+    loss = functools.partial(contrastive.info_nce, normalize=False, temperature=1.0)
+    mapped = jax.shard_map(functools.partial(loss, axis_name="data"), mesh=mesh_of(8), in_specs=P("data"), out_specs=P("data"))
+    np.testing.assert_allclose(mapped(x, x), loss(x, x), rtol=1e-6)
+    text = jax.jit(jax.grad(lambda k: mapped(x, k).sum())).lower(x).as_text()
+    scattered = re.findall(r"reduce_scatter.*?-> tensor<[\dx]+x(\w+)>", text, re.DOTALL)
+    assert scattered and set(scattered) == {"f32"}
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_only_embeddings_are_gathered(name, rng):
+    batch, features = 1024, 6
+    shapes = [jax.ShapeDtypeStruct((batch, features), jnp.float32)] * 2 + [jax.ShapeDtypeStruct((), jnp.float32)]
+    rows = P("data")
+
+    def local(x, y, value, labels):
+        return SHARDED[name](x, y, value, labels, None, axis_name="data")
+
+    mapped = jax.shard_map(local, mesh=mesh_of(8), in_specs=(rows, rows, P(), rows), out_specs=rows)
+    labels = jnp.zeros(batch, jnp.int32)
+    step = jax.jit(jax.value_and_grad(lambda x, y, v: mapped(x, y, v, labels).sum(), (0, 1, 2)))
+    program = step.lower(*shapes).compile().as_text()
+    collectives = [line for line in program.splitlines() if re.search(r"\b(all-gather|all-reduce|reduce-scatter|all-to-all)\(", line)]
+    assert any("all-gather(" in line for line in collectives)
+    sizes = {
+        int(np.prod(list(map(int, s.split(","))))) for line in collectives for s in re.findall(r"\w\d+\[([\d,]+)\]", line.split("(")[0])
+    }
+    assert max(sizes) <= 2 * batch * features, sizes  # the two views of NT-Xent may go together
+    # and no device holds more similarities than its own
+    held = {int(np.prod(list(map(int, s.split(","))))) for s in re.findall(r"\w\d+\[([\d,]+)\]", program)}
+    assert max(held) <= 2 * batch // 8 * 2 * batch
 
 
 X = jnp.ones((3, 4))

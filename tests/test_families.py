@@ -19,11 +19,17 @@ IDENTITY = jnp.eye(7)
 cross_entropy = xentjax.softmax_cross_entropy
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_gradient(loss, z, y):
+    value, pull = jax.vjp(lambda z: loss(z, y), z)
+    return value, pull(jnp.ones_like(value))[0]
+
+
 @pytest.mark.parametrize("case", cases.FAMILIES, ids=str)
 def test_a_distribution_costs_the_mean_over_its_labels(case, rng, x64):
     z, labels = case.draw(rng, (4,), dtype=jnp.float64, kind="distribution")
     each = np.stack([case.exact(ref.Double, z, np.full(4, k))[0] for k in range(7)], -1)
-    value, slope = jax.value_and_grad(lambda t: case(z, t).sum())(labels.at[:, 0].set(0.0))
+    value, slope = jax.jit(jax.value_and_grad(lambda t: case(z, t).sum()))(labels.at[:, 0].set(0.0))
     np.testing.assert_allclose(slope, each, rtol=1e-6, atol=1e-6)  # float32 labels
     np.testing.assert_allclose(value, (np.asarray(labels)[:, 1:] * each[:, 1:]).sum(), rtol=1e-6)
 
@@ -52,9 +58,9 @@ LIMITS = {
 def test_each_ends_in_cross_entropy(loss, scale, rng):
     z = jnp.clip(jnp.asarray(rng.normal(size=(30, 7)) * scale, jnp.float32), -3, 3) * (0.3 if scale < 1 else 1)
     y = jnp.asarray(rng.integers(0, 7, 30), jnp.int32)
-    np.testing.assert_allclose(loss(z, y), cross_entropy(z, y), rtol=RTOL, atol=RTOL)
-    slopes = (jax.grad(lambda z, f=f: f(z, y).sum())(z) for f in (loss, cross_entropy))
-    np.testing.assert_allclose(*slopes, rtol=RTOL, atol=4 * RTOL)
+    (value, slope), (expected, expected_slope) = (value_and_gradient(f, z, y) for f in (loss, cross_entropy))
+    np.testing.assert_allclose(value, expected, rtol=RTOL, atol=RTOL)
+    np.testing.assert_allclose(slope, expected_slope, rtol=RTOL, atol=4 * RTOL)
 
 
 def test_generalized_cross_entropy_at_q_1_is_the_mean_absolute_error(rng):
@@ -136,7 +142,7 @@ def test_derivative_with_respect_to_parameters(name, formula, keyword, at, rng, 
 
     step = 1e-5
     numeric = (exact(at + step) - exact(at - step)) / (2 * step)
-    result = jax.grad(lambda x: function(z, y, **needed, **{keyword: x}).sum())(jnp.asarray(at))
+    result = jax.jit(jax.grad(lambda x: function(z, y, **needed, **{keyword: x}).sum()))(jnp.asarray(at))
     np.testing.assert_allclose(result, numeric, rtol=1e-6, atol=1e-6)  # differences of step 1e-5
 
 
@@ -157,9 +163,11 @@ def test_derivative_with_respect_to_parameters(name, formula, keyword, at, rng, 
 def test_traced_parameters_equal_python_numbers(name, keyword, values, rng):
     function, needed = getattr(xentjax, name), NEEDED.get(name, {})
     z, y = cases.FAMILIES[-1].draw(rng)
-    together, slopes = jax.vmap(lambda x: jax.value_and_grad(lambda z: function(z, y, **needed, **{keyword: x}).sum())(z))(
-        jnp.asarray(values)
-    )
+
+    def of_parameter(x):
+        return jax.value_and_grad(lambda z: function(z, y, **needed, **{keyword: x}).sum())(z)
+
+    together, slopes = jax.jit(jax.vmap(of_parameter))(jnp.asarray(values))
     assert np.isfinite(slopes).all()
     for x, result in zip(values, together, strict=True):
         np.testing.assert_allclose(result, function(z, y, **needed, **{keyword: x}).sum(), rtol=RTOL)
@@ -174,7 +182,7 @@ def test_impossible_labels_cost_infinity_or_the_bound(hide):
     for case in cases.FAMILIES:
         if case.formula or case.name in ("forward_corrected_cross_entropy", "backward_corrected_cross_entropy"):
             continue
-        loss, slope = jax.value_and_grad(lambda z, case=case: case(z, jnp.array(0), class_mask=mask))(z)
+        loss, slope = jax.jit(jax.value_and_grad(lambda z, case=case: case(z, jnp.array(0), class_mask=mask)))(z)
         assert np.isfinite(slope).all(), case
         if bounds.get(case.name):
             np.testing.assert_allclose(loss, bounds[case.name], rtol=4 * EPS)
@@ -197,7 +205,9 @@ def test_margins_at_the_ends_of_the_cosine(cosine, m2):
     c = jnp.float32(cosine)
     angle = 0.0 if cosine > 0 else np.pi
     np.testing.assert_allclose(loss(c), np.log1p(np.exp(4 * (0.1 - np.cos(angle + m2)))), rtol=1e-6)
-    derivatives = [jax.grad(loss)(c), jax.grad(jax.grad(loss))(c), jax.jvp(loss, (c,), (jnp.float32(1),))[1]]
+    derivatives = jax.jit(
+        lambda c: jnp.stack([jax.grad(loss)(c), jax.grad(jax.grad(loss))(c), jax.jvp(loss, (c,), (jnp.ones_like(c),))[1]])
+    )(c)
     assert np.isfinite(derivatives).all()
     if m2 == 0 and cosine <= 1:  # sin θ/sin θ; at 0/0 the rule's floor keeps 0, the neighbours keep 1
         near = jax.grad(loss)(jnp.float32(np.sign(cosine) * (1 - 1e-4)))

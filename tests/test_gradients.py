@@ -1,4 +1,4 @@
-"""Derivatives of every order, in every mode, equal the closed forms."""
+"""Derivatives in every mode and by every argument equal the closed forms; `test_second_derivatives.py` has those of second order."""
 
 import cases
 import jax
@@ -6,16 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference as ref
-from test_values import RTOL, each_kind, every_setting
+from test_values import RTOL, every_setting
 
 import xentjax
-
-DIFFERENTIABLE = [case for case in cases.LOSSES if case.differentiable]  # the others' gradients hold something constant
-
-
-def steepness(case):
-    """What multiplies the error of differences: a scale of 30 or 64 enters it with its fourth power."""
-    return case.tolerance**4 if case.inputs == "cosines" else 1
 
 
 @every_setting()
@@ -51,37 +44,6 @@ def test_modes_agree_with_the_closed_form(case, kind, rng):
                 blocks[i, i * z.shape[-1] : (i + 1) * z.shape[-1]] = row
         np.testing.assert_allclose(matrix, blocks, **tolerance)
     np.testing.assert_allclose(pulled, slope * (value if per_element else value[..., None]), rtol=RTOL, atol=30 * tolerance["atol"])
-
-
-@each_kind(DIFFERENTIABLE)
-def test_hessian_against_differences_of_the_closed_form(case, kind, rng, x64):
-    z, labels = case.draw(rng, (), dtype=jnp.float64, kind=kind)
-    step = 1e-5
-    base = np.asarray(z)
-
-    def slope(x):
-        return case.exact(ref.Double, x, labels)[1]
-
-    numeric = np.stack([(slope(base + step * e) - slope(base - step * e)) / (2 * step) for e in np.eye(z.size)])
-
-    def total(z):
-        return case(z, labels).sum()
-
-    v = jnp.asarray(rng.normal(size=z.shape))
-
-    @jax.jit
-    def everything(z):
-        forward_over_reverse = jax.jvp(jax.grad(total), (z,), (v,))[1]
-        reverse_over_reverse = jax.grad(lambda z: jnp.vdot(jax.grad(total)(z), v))(z)
-        reverse_over_forward = jax.grad(lambda z: jax.jvp(total, (z,), (v,))[1])(z)
-        return jax.hessian(total)(z), (forward_over_reverse, reverse_over_reverse, reverse_over_forward)
-
-    hessian, products = everything(z)
-    # central differences: error step²·f''''/6 ≈ 1e-10 · O(10), and rounding eps/step ≈ 1e-11
-    steep = steepness(case)
-    np.testing.assert_allclose(hessian, numeric, rtol=1e-7, atol=steep * 2e-8)
-    for product in products:
-        np.testing.assert_allclose(product, numeric @ np.asarray(v), rtol=1e-7, atol=steep * 2e-7)
 
 
 @pytest.mark.parametrize("kind", ["index", "distribution"])
@@ -181,75 +143,23 @@ def test_derivative_with_respect_to_class_weights(rng):
 
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0, 1.5, 2.0, 5.0])
 @pytest.mark.parametrize("traced", [False, True])
-@pytest.mark.parametrize("order", [1, 2, 3])
-def test_focal_losses_are_finite_at_saturated_logits(gamma, traced, order):
+def test_focal_losses_are_finite_at_saturated_logits(gamma, traced):
     gamma = jnp.asarray(gamma) if traced else gamma
-    for z in (0.0, 15.0, -15.0, 40.0, -40.0, 90.0, -90.0, 1e4, -1e4):
 
-        def bit(x):
-            return xentjax.sigmoid_focal_loss(x, jnp.int32(1), gamma=gamma)
+    def bit(x):
+        return xentjax.sigmoid_focal_loss(x, jnp.int32(1), gamma=gamma)
 
-        def row(x, label):
-            return xentjax.softmax_focal_loss(jnp.stack([x, jnp.zeros_like(x)]), label, gamma=gamma)
-
-        for loss in (bit, lambda x: row(x, jnp.int32(0)), lambda x: row(x, jnp.array([0.75, 0.25]))):
-            derivative = loss
-            for _ in range(order):
-                derivative = jax.grad(derivative)
-            assert np.isfinite(derivative(jnp.asarray(z, jnp.float32))), (z, gamma, order)
-
-
-def inside_scan(case, labels):
-    """Σ of the losses of examples [3, 4, ...], taken one after another in a loop."""
-
-    def step(total, example):
-        return total + case(*example).sum(), None
-
-    return lambda z: jax.lax.scan(step, jnp.zeros((), jax.eval_shape(lambda *x: case(*x), z, labels).dtype), (z, labels))[0]
-
-
-@pytest.mark.parametrize(
-    ("case", "kind"),
-    [
-        pytest.param(c, k, id=f"{c}-{k}")
-        for c in DIFFERENTIABLE
-        for k in c.kinds
-        if c.thorough and (c not in cases.FAMILIES or k == "index")
-    ],
-)
-def test_second_derivatives_through_a_scan(case, kind, rng, x64):
-    # jax.lax.scan differentiates the code of a rule's function where it was to use the rule: that code must be right as well
-    z, labels = case.draw(rng, (3, 4), dtype=jnp.float64, kind=kind)
-    direction = jnp.asarray(rng.normal(size=z.shape))
-    step = 1e-5
-
-    def slope(x):
-        return case.exact(ref.Double, x, labels)[1]
-
-    numeric = (slope(np.asarray(z + step * direction)) - slope(np.asarray(z - step * direction))) / (2 * step)
-    looped = inside_scan(case, labels)
+    def row(x, label):
+        return xentjax.softmax_focal_loss(jnp.stack([x, jnp.zeros_like(x)]), label, gamma=gamma)
 
     @jax.jit
-    def products(z):
-        forward = jax.jvp(jax.grad(looped), (z,), (direction,))[1]
-        if case in cases.FAMILIES:
-            return (forward,)
-        return forward, jax.grad(lambda z: jnp.vdot(jax.grad(looped)(z), direction))(z)
+    def derivatives(x):
+        found = []
+        for loss in (bit, lambda x: row(x, jnp.int32(0)), lambda x: row(x, jnp.array([0.75, 0.25]))):
+            for _ in range(3):
+                loss = jax.grad(loss)
+                found.append(loss(x))
+        return jnp.stack(found)
 
-    for product in products(z):
-        np.testing.assert_allclose(
-            product, numeric, rtol=1e-7, atol=steepness(case) * 1e-7
-        )  # differences in float64, several directions at once
-
-
-def test_second_derivatives_of_half_precision_through_a_scan(rng):
-    case = cases.CLASSES[0]
-    z, labels = case.draw(rng, (3, 4), dtype=jnp.bfloat16)
-    direction = jnp.ones_like(z).at[..., 0].set(-1)
-
-    def product(function):
-        return jax.jvp(jax.grad(function), (z,), (direction,))[1].astype(jnp.float32)
-
-    expected = product(lambda z: case(z, labels).sum())
-    assert jnp.isnan(product(inside_scan(case, labels))).any()  # loud, because the bits of half precision have no derivative
-    np.testing.assert_allclose(product(inside_scan(jax.checkpoint(lambda *x: case(*x)), labels)), expected, rtol=2**-7, atol=2**-8)
+    for z in (0.0, 15.0, -15.0, 40.0, -40.0, 90.0, -90.0, 1e4, -1e4):
+        assert np.isfinite(derivatives(jnp.asarray(z, jnp.float32))).all(), (z, gamma)

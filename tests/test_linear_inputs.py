@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_linear import FIRST, SECOND, close, exact_loss, in_float64, problem
-from test_transforms import compilations
+from test_programs import compilations
 
 import xentjax
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -101,7 +102,17 @@ def test_aux_comes_back_with_the_leading_axes(rng, reduction):
     def value(hidden):
         return xentjax.fuse_linear(loss, reduction=reduction, chunk_size=6, has_aux=True)(hidden, kernel, labels, where=where)
 
-    value_, aux = value(hidden)
+    plain = xentjax.fuse_linear(xentjax.softmax_cross_entropy, reduction=reduction, chunk_size=6)
+
+    @jax.jit
+    def results(hidden):
+        slope, expected = (jax.grad(lambda h, f=f: f(h).sum())(hidden) for f in (lambda h: value(h)[0], without_aux))
+        return value(hidden), slope, expected, jax.grad(lambda h: value(h)[1]["entropy"].sum())(hidden)
+
+    def without_aux(h):
+        return plain(h, kernel, labels, where=where)
+
+    (value_, aux), slope, expected, stopped = results(hidden)
     z = np.asarray(hidden, np.float64) @ np.asarray(kernel, np.float64)
     p = np.exp(z - z.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
@@ -110,9 +121,7 @@ def test_aux_comes_back_with_the_leading_axes(rng, reduction):
     np.testing.assert_array_equal(aux["top"], np.where(where[..., None], np.argsort(-z, -1)[..., :2], 0))
     assert aux["hit"].dtype == bool and aux["top"].dtype == jnp.int32
     assert value_.shape == ((3, 11) if reduction == "none" else ())
-    plain = xentjax.fuse_linear(xentjax.softmax_cross_entropy, reduction=reduction, chunk_size=6)
-    close(jax.grad(lambda h: value(h)[0].sum())(hidden), jax.grad(lambda h: plain(h, kernel, labels, where=where).sum())(hidden), 1e-6)
-    stopped = jax.grad(lambda h: value(h)[1]["entropy"].sum())(hidden)
+    close(slope, expected, 1e-6)
     assert (stopped == 0).all()
 
 
@@ -125,24 +134,35 @@ def test_transformations(rng, reduction):
     def value(hidden, kernel, weights, labels):
         return run(hidden, kernel, labels, bias=bias, weights=weights)
 
-    slope = jax.grad(lambda *a: value(*a).sum(), (0, 1, 2))
+    def both(*a):
+        return value(*a), jax.grad(lambda *a: value(*a).sum(), (0, 1, 2))(*a)
+
     arguments = hidden, jnp.stack([kernel * s for s in (1.0, 0.5, 2.0, -1.0)]), weights, labels
-    one_by_one = [jax.tree.map(lambda x, i=i: x[i], arguments) for i in range(4)]
-    values = jnp.stack([value(*a) for a in one_by_one])
-    slopes = jax.tree.map(lambda *s: jnp.stack(s), *[slope(*a) for a in one_by_one])
+    compiled = jax.jit(both)
+    values, slopes = jax.tree.map(lambda *s: jnp.stack(s), *[compiled(*jax.tree.map(lambda x, i=i: x[i], arguments)) for i in range(4)])
     close(jax.vmap(value)(*arguments), values, 1e-6)
-    close(jax.jit(jax.vmap(slope))(*arguments), slopes, 1e-6)
-    _, in_a_loop = jax.lax.scan(lambda _, a: (None, (value(*a), slope(*a))), None, arguments)
+
+    def of_first(h):
+        return value(h, kernel, weights[0], labels[0])
+
+    @jax.jit
+    def transformed(arguments):
+        in_a_loop = jax.lax.scan(lambda _, a: (None, both(*a)), None, arguments)[1]
+        again = jax.vmap(jax.grad(jax.checkpoint(lambda *a: value(*a).sum()), (0, 1, 2)))(*arguments)
+        hidden = arguments[0]
+        # the tangents of several directions, and a pull-back used twice
+        tangents = jax.vmap(lambda d: jax.jvp(of_first, (hidden[0],), (d,))[1])(hidden)
+        linear = jax.linearize(of_first, hidden[0])[1]
+        result, pull = jax.vjp(of_first, hidden[0])
+        ct = jnp.ones_like(result)
+        return jax.vmap(both)(*arguments), in_a_loop, again, tangents, jax.lax.map(linear, hidden), pull(2 * ct)[0], 2 * pull(ct)[0]
+
+    mapped, in_a_loop, again, tangents, one_by_one, doubled, twice = transformed(arguments)
+    close(mapped, (values, slopes), 1e-6)
     close(in_a_loop, (values, slopes), 1e-6)
-    again = jax.vmap(jax.grad(jax.checkpoint(lambda *a: value(*a).sum()), (0, 1, 2)))(*arguments)
     close(again, slopes, 1e-6)
-    # the tangents of several directions, and a pull-back used twice
-    tangents = jax.vmap(lambda d: jax.jvp(lambda h: value(h, kernel, weights[0], labels[0]), (hidden[0],), (d,))[1])(hidden)
-    linear = jax.linearize(lambda h: value(h, kernel, weights[0], labels[0]), hidden[0])[1]
-    close(tangents, jnp.stack([linear(d) for d in hidden]), 1e-6)
-    result, pull = jax.vjp(lambda h: value(h, kernel, weights[0], labels[0]), hidden[0])
-    ct = jnp.ones_like(result)
-    close(pull(2 * ct)[0], 2 * pull(ct)[0], 1e-6)
+    close(tangents, one_by_one, 1e-6)
+    close(doubled, twice, 1e-6)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -159,8 +179,11 @@ def test_third_derivatives(rng, reduction, x64):
     def fused(h):
         return xentjax.linear_softmax_cross_entropy(h, kernel, labels, reduction=reduction, chunk_size=3).sum()
 
-    expected = along(lambda h: exact_loss(h @ kernel, labels).sum() / (9 if reduction == "mean" else 1))
-    close(along(fused), expected, 1e-10)
+    def exact(h):
+        return exact_loss(h @ kernel, labels).sum() / (9 if reduction == "mean" else 1)
+
+    got, expected = jax.jit(lambda: (along(fused), along(exact)))()
+    close(got, expected, 1e-10)
 
 
 def test_no_nan_on_the_way(rng):

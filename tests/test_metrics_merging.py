@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from xentjax import metrics
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 EXAMPLES, CLASSES = 40, 4
 MESH = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 

@@ -1,0 +1,116 @@
+"""Second derivatives, transformations and masks of every public function that is not a loss on (logits, labels)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from functions import replaced, results
+from jax import export
+from test_functions import ROWS, RTOL, SMOOTH, close, each_row
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+INDEPENDENT = pytest.mark.parametrize("row", [r for r in ROWS if r.independent], ids=str)
+MASKED = pytest.mark.parametrize("row", [r for r in ROWS if r.masked], ids=str)
+
+
+@SMOOTH
+def test_hessian_products(row, rng, x64):
+    arguments = row.arguments(rng, (3,) if row.independent else (5,), dtype=jnp.float64)
+    smooth = tuple(arguments[i] for i in row.smooth)
+    direction = tuple(jnp.asarray(rng.normal(size=x.shape)) for x in smooth)
+
+    def slope(*x):
+        return jax.grad(row.total(arguments), tuple(range(len(x))))(*x)
+
+    def in_reverse(*x):
+        return sum(jnp.vdot(g, v) for g, v in zip(slope(*x), direction, strict=True))
+
+    positions = tuple(range(len(smooth)))
+    # one program, also for the gradients of the differences
+    everything = jax.jit(lambda *x: (*jax.jvp(slope, x, direction), jax.grad(in_reverse, positions)(*x)))
+
+    def along(step):
+        return everything(*(x + step * v for x, v in zip(smooth, direction, strict=True)))[0]
+
+    both = everything(*smooth)[1:]
+    numeric = [(a - b) / 2e-5 for a, b in zip(along(1e-5), along(-1e-5), strict=True)]  # gradients hold already
+    for products in both:
+        for product, expected in zip(products, numeric, strict=True):
+            close(product, expected, 1e-6)  # differences: error step²·f'''', and rounding 1e-16/step
+
+
+@INDEPENDENT
+def test_vmap_and_jit(row, rng):
+    arguments = row.arguments(rng)
+    batched = row(*arguments)
+    each = tuple(0 if x.shape[:1] == (5,) else None for x in arguments)
+    for result in jax.jit(lambda *x: (jax.vmap(row, each)(*x), row(*x)))(*arguments):
+        close(result, batched, RTOL)
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if not r.independent], ids=str)
+def test_vmap_over_batches(row, rng):
+    several = [row.arguments(rng) for _ in range(2)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *several)
+    close(jax.jit(jax.vmap(row))(*stacked), jnp.stack([row(*arguments) for arguments in several]), RTOL)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def masked_derivatives(row, arguments, where):
+    """Result, gradients and the product of the Hessian with ones; one program for every mask."""
+
+    def result(*smooth):
+        return row(*replaced(arguments, row.smooth, smooth), where=where)
+
+    smooth = tuple(arguments[i] for i in row.smooth)
+    if not smooth:
+        return result(), (), ()
+    slope = jax.grad(lambda *x: jnp.sum(result(*x)), tuple(range(len(smooth))))
+    return result(*smooth), *jax.jvp(slope, smooth, tuple(map(jnp.ones_like, smooth)))
+
+
+@MASKED
+def test_where_hides_everything(row, rng):
+    arguments = row.arguments(rng)
+    result = row(*arguments)
+    where = jnp.broadcast_to(jnp.arange(5).reshape(5, *[1] * (result.ndim - 1)) % 2 == 0, result.shape)
+
+    def poisoned(x):
+        if x.shape[:1] != (5,):
+            return x
+        hidden = (jnp.arange(5) % 2 == 1).reshape(5, *[1] * (x.ndim - 1))
+        return jnp.where(hidden, jnp.asarray(jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else -100, x.dtype), x)
+
+    spoilt = tuple(map(poisoned, arguments))
+    masked, slopes, products = masked_derivatives(row, spoilt, where)
+    assert not masked[1::2].any()
+    if row.independent:
+        close(masked[::2], result[::2], RTOL)
+    assert not masked_derivatives(row, spoilt, jnp.zeros_like(where))[0].any()
+    for i, slope, product in zip(row.smooth, slopes, products, strict=True):
+        assert np.isfinite(slope).all()
+        if spoilt[i].shape[:1] == (5,):
+            assert not slope[1::2].any()
+        assert np.isfinite(product).all()
+
+
+@each_row
+def test_export_with_gradient_for_every_platform(row, rng):
+    arguments = row.arguments(rng)
+    exported = export.export(jax.jit(lambda *x: results(row, x)), platforms=("cpu", "cuda", "rocm", "tpu"))(*arguments)
+    assert exported.platforms == ("cpu", "cuda", "rocm", "tpu")
+    close(exported.call(*arguments)[0], row.exact(arguments), RTOL)
+
+
+@each_row
+def test_no_nan_on_the_way(row, rng):
+    arguments = row.arguments(rng)
+    jax.config.update("jax_debug_nans", True)
+    try:
+        assert np.isfinite(row(*arguments)).all()
+        if row.smooth:
+            assert all(np.isfinite(x).all() for x in row.slopes(arguments))
+    finally:
+        jax.config.update("jax_debug_nans", False)
