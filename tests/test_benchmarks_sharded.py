@@ -1,4 +1,8 @@
-"""What a program sends between devices is read off its text as it stands there."""
+"""What a program sends between devices is read off its text as it stands there, and the formula on paper is that of the programs."""
+
+import json
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +12,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks import paper, shapes, sharded
+from benchmarks.__main__ import main
 from benchmarks.collectives import collectives
 
 HEADER = "HloModule jit_f, is_scheduled=true, num_partitions=8\n"
@@ -141,3 +147,115 @@ def test_a_compiled_program_says_what_was_written():
     given = jax.ShapeDtypeStruct((6, 8), jnp.float32, sharding=NamedSharding(mesh, P("data", "model")))
     found = collectives(jax.jit(f).lower(given).compile().as_text())
     assert {(c.kind, np.prod(c.shapes[0]), c.devices, c.times) for c in found} == {("all-reduce", 6, 4, 7), ("all-gather", 12, 2, 1)}
+
+
+SHAPE = shapes.Shape(128, 12, 160)  # no two sizes of its arrays are alike
+
+
+@pytest.mark.parametrize("mesh", [(2, 4), (8, 1)])
+@pytest.mark.parametrize("name", ["fuse_linear_sharded", "logits-shard-map"])
+def test_a_program_sends_what_the_formula_says(name, mesh):
+    data, model = mesh
+    (row,) = sharded.rows_of(SHAPE, [mesh], [name])
+    chip = paper.Chip(1.0, 1.0, 1.0, 1.0)  # seconds are bytes
+    expected = paper.times(paper.Model(12, 160, 1.0), chip, data, model, tokens=128 // data)
+    sums = 2 * 4 * 2 * (data - 1) / data  # of losses and of weights, over all tokens
+    assert row["loss B/token"] == pytest.approx((expected.numbers + sums / 2) * data / 128, abs=sums / 2 * data / 128 + 0.05)  # one decimal
+    assert row["hidden B/token"] == pytest.approx(expected.hidden * data / 128)
+    assert row["kernel MB"] == pytest.approx(expected.kernel / 1e6, rel=1e-4)
+    assert row["logits B/token"] == row["gathers"] == 0 and row["in loops"] == "none"
+    assert row["data x model"] == f"{data} x {model}" and row["temporary MB"] > 0
+
+
+def test_a_loop_of_chunks_sends_the_numbers_per_token_only(monkeypatch):
+    monkeypatch.setattr("xentjax._linear._SMALL_BYTES", 0)
+    monkeypatch.setattr("xentjax._linear._FEW_EXAMPLES", 1)
+    rows = sharded.rows_of(SHAPE, [(2, 4)], ["fuse_linear_sharded", "jit-batch-no-blocks", "jit-length"])
+    ours, batch, length = rows
+    assert ours["in loops"] == "6 loss" and ours["gathers"] == 0 and ours["loss B/token"] == pytest.approx(18, abs=0.2)  # and a few sums
+    assert batch["kernel MB"] >= ours["kernel MB"] and "3 kernel" in batch["in loops"] and "3 hidden" in batch["in loops"]
+    assert length["gathers"] > 0 and length["hidden B/token"] > ours["hidden B/token"]
+
+
+def test_gradients_of_half_precision_cross_devices_in_float32():
+    # As the formula has it. Seen before compilation: XLA on CPUs has no sums of bfloat16.
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "model"))
+    loss = jax.value_and_grad(sharded.sharded(mesh).loss, (0, 1))
+    shapes_and_specs = (((128, 12), jnp.bfloat16, P("data")), ((12, 160), jnp.bfloat16, P(None, "model")), ((128,), jnp.int32, P("data")))
+    arguments = [jax.ShapeDtypeStruct(s, d, sharding=NamedSharding(mesh, spec)) for s, d, spec in shapes_and_specs]
+    found = re.findall(r'all_reduce"?\(.*?\}\) : \(tensor<(.*?)>\)', jax.jit(loss).lower(*arguments).as_text(), re.DOTALL)
+    assert sorted(found) == ["12x40xf32", "64x12xf32", "64xf32", "64xf32", "64xf32", "f32", "f32"]
+
+
+def test_arrays_are_told_apart_by_their_sizes():
+    def carried(dtype, *sizes, split=1):
+        (result,) = one(f"%r = {dtype}[{','.join(map(str, sizes))}] all-gather(%p), replica_groups={{}}").results
+        return sharded.carried(result, shapes.Shape(128, 12, 160), model=4, split=split)
+
+    assert [carried("f32", *sizes) for sizes in ((), (12,), (160,), (16, 1), (2, 8))] == ["loss"] * 5
+    assert [carried("f32", *sizes) for sizes in ((16, 12), (4, 8, 12), (1, 16, 12))] == ["hidden"] * 3
+    assert [carried("f32", *sizes) for sizes in ((12, 40), (12, 160), (40, 12), (12, 7))] == ["kernel"] * 4
+    assert [carried("bf16", *sizes) for sizes in ((16, 40), (16, 160), (16, 9))] == ["logits"] * 3
+    assert carried("s32", 4, 12) == carried("pred", 4, 12) == "loss"
+    assert carried("f32", 1, 16, 3, split=4) == "hidden"
+
+
+def test_the_tables_have_a_row_for_each_mesh(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sharded, "SHARDS", (8,))
+    file = tmp_path / "rows.json"
+    main(
+        [
+            "sharded",
+            "--peers",
+            "logits-shard-map",
+            "jit-tokens",
+            "--shapes",
+            "64x3x16",
+            "--json",
+            str(file),
+            "--plot",
+            str(tmp_path / "p.png"),
+        ]
+    )
+    written, printed = json.loads(file.read_text()), capsys.readouterr().out
+    assert [(row["contender"], row["data x model"]) for row in written["rows"]] == [
+        ("logits-shard-map", "1 x 8"),
+        ("jit-tokens", "1 x 8"),
+    ]
+    assert [row["contender"] for row in written["classes only"]] == ["logits-shard-map"] and written["benchmark"] == "sharded"
+    assert printed.count("| 64 x 3 x 16 |") == 3 and (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("text", ["60x3x16", "64x3x17"])
+def test_sizes_that_devices_cannot_share_are_an_error(text, capsys):
+    with pytest.raises(SystemExit):
+        main(["sharded", "--shapes", text])
+    assert "must be a multiple of 64" in " ".join(capsys.readouterr().err.split())
+
+
+def test_too_few_devices_are_an_error(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda *_: [None])
+    with pytest.raises(SystemExit, match=r"needs 8 CPU devices; got 1\. Set XLA_FLAGS="):
+        sharded.devices()
+
+
+def test_the_table_on_paper_is_that_of_a_calculator(tmp_path, capsys):
+    # Llama 3 405B on 64 chips: 8 groups of 8, 32,768 tokens of each group at a time.
+    step = 6 * 405e9 * 32_768 / 8 / (0.4 * 989e12)  # 25.16 s
+    products = 6 * 16_384 * 128_256 * 32_768 / 8 / (0.4 * 989e12)  # 0.1305 s
+    numbers = 12 * 1.75 * 32_768 / 450e9  # 1.5 µs
+    hidden = 4 * 16_384 * 1.75 * 32_768 / 450e9  # 8.35 ms
+    kernel = 4 * 16_384 * 128_256 / 8 * 1.75 / 50e9  # 36.8 ms
+    main(["sharded", "--paper", "--json", str(tmp_path / "paper.json")])
+    written = json.loads((tmp_path / "paper.json").read_text())
+    (row,) = [row for row in written["rows"] if row["model"] == "Llama 3 405B" and row["chips"] == 64]
+    assert row["data x model"] == "8 x 8" and row["calls"] == 2**24 // (8 * 2**15)
+    assert [row[k] for k in ("step", "products", "hidden", "kernel")] == [round(s * 1e3, 1) for s in (step, products, hidden, kernel)]
+    assert row["numbers"] == round(numbers * 1e3, 4)
+    assert row["loss, % of step"] == round(100 * (products + numbers + hidden + kernel) / step, 2) == 0.7
+    chunks = -(-8 * 32_768 // (2**30 // (4 * 128_256)))  # of at most 1 GiB of logits of the global arrays
+    assert row["in a loop"] == pytest.approx(chunks * kernel * 1e3, abs=1)
+    printed = capsys.readouterr().out.strip()
+    assert "| Llama 3 405B | 64 | 8 x 8 | 64 | 25160.0 | 130.5 |" in printed
+    assert printed in (pathlib.Path(__file__).parents[1] / "benchmarks" / "README.md").read_text()
+    assert [row["chips"] for row in written["rows"]] == [8, 64, 512, 4096] * 2 and written["tokens of a call"] == 32_768
