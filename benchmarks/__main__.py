@@ -1,11 +1,11 @@
-"""`python -m benchmarks linear|dense|compile|accuracy [--peers …] [--shapes …] [--json FILE] [--plot FILE]`."""
+"""`python -m benchmarks linear|dense|compile|accuracy|sharded [--peers …] [--shapes …] [--json FILE] [--plot FILE]`."""
 
 import argparse
 from collections.abc import Sequence
 
-from benchmarks import accuracy, compilation, dense, linear
+from benchmarks import accuracy, compilation, dense, linear, sharded
 
-BENCHMARKS = {"linear": linear, "dense": dense, "compile": compilation, "accuracy": accuracy}
+BENCHMARKS = {"linear": linear, "dense": dense, "compile": compilation, "accuracy": accuracy, "sharded": sharded}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
