@@ -213,6 +213,7 @@ ELSEWHERE = {
     "weighted_sum": "test_reduction.py",
     "WeightedSum": "test_reduction.py",
     "fuse_linear": "test_linear_dense.py",
+    "fuse_linear_sharded": "test_linear_sharded.py",
     "linear_softmax_cross_entropy": "test_linear_inputs.py",
     "plan_linear": "test_linear_programs.py",
     "LinearPlan": "test_linear_programs.py",

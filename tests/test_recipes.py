@@ -1,4 +1,4 @@
-"""The recipes of docs/fused-linear.md run as they are printed and equal their dense forms."""
+"""The recipes of docs/fused-linear.md and docs/devices.md run as they are printed and equal their dense forms."""
 
 import pathlib
 import re
@@ -8,17 +8,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-TEXT = (pathlib.Path(__file__).parent.parent / "docs" / "fused-linear.md").read_text()
+DOCS = pathlib.Path(__file__).parent.parent / "docs"
 TOLERANCE = 2e-5  # float32 sums over 40 tokens and 23 classes, relative to the largest component
 V, D, B, T = 23, 6, 4, 10
 
 
-@pytest.fixture(scope="module")
-def recipes():
+def names_of(page):
     names = {}
-    for block in re.findall(r"```python\n(.*?)```", TEXT, re.S):
+    for block in re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.S):
         exec(block, names)
     return names
+
+
+@pytest.fixture(scope="module")
+def recipes():
+    return names_of("fused-linear.md")
+
+
+@pytest.fixture(scope="module")
+def devices():
+    return names_of("devices.md")
 
 
 @pytest.fixture(scope="module")
@@ -64,23 +73,23 @@ def mean(loss, where):
     return jnp.where(where, loss, 0).sum() / where.sum()
 
 
+def close(got, expected):
+    for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(g, e, rtol=0, atol=TOLERANCE * np.abs(e).max())
+
+
 def equal(fused, dense, *arguments):
     """Values, and gradients of the sum with respect to the first two arguments."""
     for got, expected in (
         (fused(*arguments), dense(*arguments)),
         (jax.grad(lambda *a: jnp.sum(fused(*a)), (0, 1))(*arguments), jax.grad(lambda *a: jnp.sum(dense(*a)), (0, 1))(*arguments)),
     ):
-        for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(g, e, rtol=0, atol=TOLERANCE * np.abs(e).max())
+        close(got, expected)
 
 
 def test_step(recipes, given):
     h, k, y, where = (given[n] for n in ("hidden", "kernel", "labels", "where"))
-    value, slopes = recipes["step"](h, k, y)
-    expected, expected_slopes = jax.value_and_grad(lambda h, k: mean(-at(log_probs(h, k), y), where), (0, 1))(h, k)
-    np.testing.assert_allclose(value, expected, rtol=TOLERANCE)
-    for s, e in zip(slopes, expected_slopes, strict=True):
-        np.testing.assert_allclose(s, e, rtol=0, atol=TOLERANCE * np.abs(e).max())
+    close(recipes["step"](h, k, y), jax.value_and_grad(lambda h, k: mean(-at(log_probs(h, k), y), where), (0, 1))(h, k))
 
 
 def test_token_statistics(recipes, given):
@@ -162,5 +171,44 @@ def test_accumulated(recipes, given):
 
 
 def test_every_recipe_has_a_test(recipes):
-    functions = re.findall(r"^def (\w+)\(", TEXT, re.M)
+    functions = re.findall(r"^def (\w+)\(", (DOCS / "fused-linear.md").read_text(), re.M)
     assert all(f"test_{name}" in globals() for name in functions), functions
+
+
+# devices.md ----------------------------------------------------------------------------------------------------------------
+
+
+def mean_and_slopes(given, *, gamma=0.0, temperature=1.0):
+    def mean(hidden, kernel, temperature):
+        p = at(log_probs(hidden, kernel / temperature), given["labels"])
+        return jnp.where(given["where"], -((1 - jnp.exp(p)) ** gamma) * p, 0).sum() / given["where"].sum()
+
+    return jax.value_and_grad(mean, (0, 1, 2))(given["hidden"], given["kernel"], temperature)
+
+
+def padded(given):
+    return jnp.pad(given["kernel"], ((0, 0), (0, 1)), constant_values=3.0)
+
+
+def test_a_head_over_devices(devices, given):
+    kernel = given["kernel"][:, :20]
+    labels = jnp.where(given["where"], given["labels"] % 20, -100)
+    value, slopes = mean_and_slopes({**given, "kernel": kernel, "labels": labels})
+    close(devices["step"](given["hidden"], kernel, labels), (value, slopes[:2]))
+    total = jax.jit(devices["total"])(given["hidden"], kernel, jnp.maximum(labels, 0))
+    close(total, -at(log_probs(given["hidden"], kernel), jnp.maximum(labels, 0)).sum())
+
+
+def test_a_padded_head_over_devices(devices, given):
+    value, (of_hidden, of_kernel) = devices["step_with_padding"](given["hidden"], padded(given), given["labels"], V)
+    expected, slopes = mean_and_slopes(given)
+    close((value, of_hidden, of_kernel[:, :V]), (expected, *slopes[:2]))
+    assert (of_kernel[:, V] == 0).all()
+
+
+def test_a_loss_of_one_s_own_over_devices(devices, given):
+    kernel, labels = given["kernel"][:, :20], given["labels"] % 20
+    got = jax.value_and_grad(devices["focal"], 3)(given["hidden"], kernel, labels, jnp.float32(1.5))
+    every = {**given, "kernel": kernel, "labels": labels, "where": jnp.ones_like(given["where"])}
+    value, slopes = mean_and_slopes(every, gamma=2.0, temperature=jnp.float32(1.5))
+    close(got, (value, slopes[2]))

@@ -256,7 +256,7 @@ def _mixture(batch, targets, means, log_scales, levels, low, high):
     dtype = r.values.dtype
     step = (jnp.asarray(high, dtype) - jnp.asarray(low, dtype)) / jnp.asarray(levels - 1, dtype)
     if jnp.issubdtype(targets.dtype, jnp.integer):
-        index = targets.astype(rows.index_dtype(targets))
+        index = targets.astype(numerics.index_dtype(targets))
         first, last, valid = index <= 0, index >= levels - 1, (index >= 0) & (index < levels)
         x = low + step * index.astype(dtype)
     else:

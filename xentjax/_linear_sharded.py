@@ -179,7 +179,8 @@ def _split(hidden: Array, kernel: Array, mesh: Any, tokens: Any, axis_name: Any,
     for size, entry in zip(hidden.shape, tokens, strict=False):  # features come last
         _shares("hidden", size, _flat((entry,)), mesh)
     _shares("kernel", kernel.shape[position], classes, mesh)
-    return _Split(mesh, tokens, classes)
+    # an axis of one device splits nothing, and sums over it would keep XLA from fusing what they part
+    return _Split(mesh, tokens, tuple(axis for axis in classes if mesh.shape[axis] > 1))
 
 
 class _Placement(NamedTuple):

@@ -15,7 +15,7 @@ from jax import Array
 from jax.experimental import checkify
 from jax.typing import ArrayLike
 
-from xentjax._core import mesh, rows
+from xentjax._core import mesh, numerics, rows
 
 # Part of the key of JAX's caches: a function traced with value checks is never used without, nor the other way round.
 checking_values = jax.make_user_context(False)
@@ -34,7 +34,7 @@ def integers(function: str, name: str, x: ArrayLike) -> Array:
     array = asarray(function, name, x)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{function}: {name} must have an integer dtype; got {array.dtype}. Use {name}.astype(jnp.int32).")
-    return array.astype(rows.index_dtype(array))
+    return array.astype(numerics.index_dtype(array))
 
 
 def floating(function: str, name: str, x: ArrayLike) -> Array:
@@ -356,7 +356,7 @@ def _check_label_values(function: str, y: Array, classes: int, ignored: Array, a
 
 
 def check_indices(function: str, name: str, index: Array, classes: int, ignored: Array) -> None:
-    wide = index.astype(rows.index_dtype(index))
+    wide = index.astype(numerics.index_dtype(index))
     check(function, name, index, ((wide < 0) | (wide >= classes)) & ~ignored, f"is outside [0, {classes})")
 
 

@@ -20,6 +20,11 @@ def accumulation_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if jnp.float64 in dtypes else jnp.float32)
 
 
+def index_dtype(labels: Array) -> jax.typing.DTypeLike:
+    """Wide enough that no index wraps: −100 stays negative in every dtype, and 64 bits stay 64."""
+    return jax.dtypes.canonicalize_dtype(jnp.int64) if labels.dtype.itemsize == 8 else jnp.int32
+
+
 def where(condition: Array, x: ArrayLike, y: ArrayLike) -> Array:
     """`jnp.where` for an array and a number, or two arrays of one shape; `condition` may have length 1 on the last axis.
 

@@ -96,7 +96,7 @@ def of(examples: Examples) -> Rows:
     dtype = numerics.accumulation_dtype(logits.dtype)
     if labels is not None:
         if jnp.issubdtype(labels.dtype, jnp.integer):
-            labels = labels.astype(index_dtype(labels))
+            labels = labels.astype(numerics.index_dtype(labels))
         else:
             labels = masked(last(labels).astype(dtype), examples.where)
     if mask is not None:
@@ -149,7 +149,7 @@ def surprise(rows: Rows, found: Statistics) -> Array:
 
 def surprise_at(rows: Rows, found: Statistics, index: Array) -> Array:
     """−log p at several classes of a row, `index` [..., k]; NaN where an index is out of range, INFINITE where it does not exist."""
-    index = index.astype(index_dtype(index))
+    index = index.astype(numerics.index_dtype(index))
     local, inside = _local(rows, index)
     inside = inside if rows.where is None else inside | ~rows.where[..., None]
     z = numerics.take_last(finite_values(rows), local)
@@ -396,8 +396,3 @@ def _and(over_classes, class_mask, where):
     """The classes of all masks given; None for all classes."""
     masks = [over_classes, class_mask, None if where is None else where[..., None]]
     return functools.reduce(lambda a, b: a if b is None else b if a is None else a & b, masks)
-
-
-def index_dtype(labels):
-    """Wide enough that no index wraps: −100 stays negative in every dtype, and 64 bits stay 64."""
-    return jax.dtypes.canonicalize_dtype(jnp.int64) if labels.dtype.itemsize == 8 else jnp.int32

@@ -36,7 +36,7 @@ def classes(function: str, name: str, x: ArrayLike, remedy: str) -> Array:
         return array.astype(jnp.int32)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{function}: {name} must have a boolean or integer dtype; got {array.dtype}. {remedy}")
-    return array.astype(rows.index_dtype(array))
+    return array.astype(numerics.index_dtype(array))
 
 
 def per_example(
