@@ -229,6 +229,45 @@ def test_parts_of_the_batch_and_steps_of_accumulation_make_one_batch(mesh, array
     close(accumulated(kernel), (mean, of_kernel))
 
 
+def test_the_main_loss_inside_shard_map(mesh, arrays):
+    hidden, kernel, labels, where = arrays
+    padded, exists = jnp.pad(kernel, ((0, 0), (0, 4)), constant_values=5.0), jnp.arange(CLASSES + 4) < CLASSES
+    specs = P("data"), P(None, "model"), P("data"), P("data"), P("model")
+    arguments = put(mesh, *zip((hidden, padded, labels, where, exists), specs, strict=True))
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=P())
+    def total(hidden, kernel, labels, where, exists):
+        more = {"where": where, "class_mask": exists, "chunk_size": 6, "reduction": "sum", "axis_name": "model"}
+        return jax.lax.psum(xentjax.linear_softmax_cross_entropy(hidden, kernel, labels, **more), "data")
+
+    value, (of_hidden, of_kernel) = jax.jit(jax.value_and_grad(total, (0, 1)))(*arguments)
+    _, *expected = definition(*arrays)
+    close((value, of_hidden, np.asarray(of_kernel)[:, :CLASSES]), [np.asarray(where).sum() * e for e in expected])
+    assert not np.asarray(of_kernel)[:, CLASSES:].any()
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_hidden_gathered_over_the_axis_that_splits_classes(mesh, arrays, reduction):
+    # As with sequence parallelism before the head: to JAX the gathered array may differ between devices, and its gradient is scattered.
+    _, kernel, _, where = arrays
+    specs = P("data", "model"), P(None, "model"), P("data"), P("data")
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=P())
+    def total(hidden, kernel, labels, where):
+        whole = jax.lax.all_gather(hidden, "model", axis=1, tiled=True)
+        run = xentjax.fuse_linear(functools.partial(xentjax.softmax_cross_entropy, axis_name="model"), reduction=reduction, chunk_size=6)
+        return jax.lax.psum(run(whole, kernel, labels, where=where).sum(), "data")
+
+    found = jax.jit(jax.value_and_grad(total, (0, 1)))(*put(mesh, *zip(arrays, specs, strict=True)))
+    tangent = jax.jit(lambda *a: jax.jvp(lambda k: total(a[0], k, *a[2:]), (a[1],), (a[1],))[1])(
+        *put(mesh, *zip(arrays, specs, strict=True))
+    )
+    _, mean, of_hidden, of_kernel = definition(*arrays)
+    scale = np.asarray(where).sum()
+    close(found, (scale * mean, (scale * of_hidden, scale * of_kernel)))
+    close(tangent, np.vdot(scale * of_kernel, np.asarray(kernel, np.float64)), 1e-5)  # terms of both signs
+
+
 # Errors --------------------------------------------------------------------------------------------------------------------
 
 H, K, Y = jnp.zeros((4, 6, 5)), jnp.zeros((5, 16)), jnp.zeros((4, 6), jnp.int32)

@@ -68,7 +68,7 @@ def test_where_split_along_classes():
 
 def test_logits_that_are_not_split():
     with pytest.raises(
-        ValueError, match=r"logits must be split along their classes over mesh axis 'model'.*got the same .*shape \(4, 16\)"
+        ValueError, match=r"logits must be split along the class axis over mesh axis 'model'.*got the same .*shape \(4, 16\)"
     ):
         over_devices(loss, (P("data"), P("data")), Z, Y)
 

@@ -19,7 +19,22 @@ TOKENS, FEATURES, CLASSES = 24, 4, 16
 EXISTING = 13  # the last shards of 2, 4 and 8 hold padding, the last of 8 nothing else
 TOLERANCE = 3e-5  # of the largest component: float32, whose sums of 16 terms are taken in another order, squared scales of up to 64
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-CASES = [c for c in cases.CATEGORICAL if c.thorough]
+
+
+class Distillation(cases.Case):
+    """Its labels are a teacher's probabilities, whose logits are split as the student's are."""
+
+    kinds = ("distribution",)
+
+
+def distillation(divergence):
+    def function(z, probs, **more):
+        return xentjax.distillation_loss(z, jnp.log(probs), divergence=divergence, **more)
+
+    return Distillation(f"distillation_loss_{divergence}", function, value=None, gradient=None)  # the formulas are not asked
+
+
+CASES = [c for c in cases.CATEGORICAL if c.thorough] + [distillation("forward"), distillation("reverse")]
 
 
 @functools.cache
@@ -92,21 +107,19 @@ def test_equal_to_one_device(case, shards, types):
         return case(z, labels, where=where, axis_name="model", **per_class)
 
     chunk_size = shards if types == AxisType.Auto else None  # three chunks on each device, or one
-    fused = xentjax.fuse_linear_sharded(case, mesh=mesh, tokens=P("data"), axis_name="model", chunk_size=chunk_size)
+    reduction = "none" if shards in (2, 8) else "mean"
+    options = {"mesh": mesh, "tokens": P("data"), "axis_name": "model", "reduction": reduction, "chunk_size": chunk_size}
+    fused = xentjax.fuse_linear_sharded(case, **options)
+
+    def mean(hidden, kernel):
+        values = fused(hidden, kernel, labels, where=where, **per_class)
+        return xentjax.weighted_mean(values, where=where) if reduction == "none" else values
 
     @jax.jit
     def ours(arrays, directions):
-        return derivatives(
-            lambda z: losses(z, labels, where, per_class),
-            lambda hidden, kernel: fused(hidden, kernel, labels, where=where, **per_class),
-            arrays,
-            directions,
-        )
+        return derivatives(lambda z: losses(z, labels, where, per_class), mean, arrays, directions)
 
-    for path, (mine, theirs) in zip(*transposed(ours(arrays, directions), expected(case, kind)), strict=True):
-        np.testing.assert_allclose(mine, theirs, rtol=0, atol=TOLERANCE * np.abs(theirs).max(), err_msg=path)
+    def close(path, mine, theirs):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=TOLERANCE * np.abs(theirs).max(), err_msg=jax.tree_util.keystr(path))
 
-
-def transposed(ours, theirs):
-    paths, _ = zip(*jax.tree_util.tree_leaves_with_path(ours), strict=True)
-    return [jax.tree_util.keystr(p) for p in paths], zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    jax.tree_util.tree_map_with_path(close, ours(arrays, directions), expected(case, kind))

@@ -171,6 +171,7 @@ def linear_softmax_cross_entropy(
     layer = checks.linear(name, hidden, kernel, bias, where, weights, classes_first)
     h, k, _, counts, _ = layer
     mesh.whole_chunks(name, h, k, 0 if classes_first else 1)
+    mesh.split_classes(name, axis_name, {"kernel": k}, {"where": counts, "weights": layer[-1]})
     classes = k.shape[0 if classes_first else 1]
     w = None if class_weights is None else checks.floating(name, "class_weights", class_weights)
     mask = None if class_mask is None else checks.boolean(name, "class_mask", class_mask)
@@ -184,7 +185,7 @@ def linear_softmax_cross_entropy(
         "softcap": None if softcap is None else checks.positive(name, "softcap", softcap),
         "class_mask": mask,
     }
-    y = checks.linear_labels(name, labels, h.shape[:-1], classes, counts)
+    y = checks.linear_labels(name, labels, h.shape[:-1], classes, counts, axis_name)
     options = Options(reduction, chunk_size, classes_first=classes_first)
     return _cross_entropy(*layer, y, settings, options, axis_name)
 

@@ -243,12 +243,14 @@ def linear_shapes(function: str, hidden: tuple[int, ...], kernel: tuple[int, ...
     return classes
 
 
-def linear_labels(function: str, labels: ArrayLike, leading: tuple[int, ...], classes: int, where: Array | None) -> Array:
-    """Labels of logits that do not exist: indices [*leading], or distributions [*leading, classes]."""
-    y = _labels(function, labels, (*leading, classes), len(leading), "hidden")
+def linear_labels(
+    function: str, labels: ArrayLike, leading: tuple[int, ...], classes: int, where: Array | None, axis_name: Any = None
+) -> Array:
+    """Labels of logits that do not exist: indices [*leading], or distributions [*leading, classes]; `classes` are those held here."""
+    y = _labels(function, labels, (*leading, classes), len(leading), "hidden", mesh.names(axis_name))
     if checking_values.value:
         ignored = jnp.zeros((), bool) if where is None else ~where
-        _check_label_values(function, y, classes, ignored, len(leading))
+        _check_label_values(function, y, classes * mesh.size(axis_name), ignored, len(leading))
     return y
 
 

@@ -82,7 +82,7 @@ def split_classes(function: str, axis_name: Any, split: dict[str, Array], same: 
         for name, x in split.items():
             if known and axis not in axes_of(x):
                 raise ValueError(
-                    f"{function}: {name} must be split along their classes over mesh axis {axis!r}, as axis_name says; got the same "
+                    f"{function}: {name} must be split along the class axis over mesh axis {axis!r}, as axis_name says; got the same "
                     f"{name} of shape {x.shape} on all its devices. Name {axis!r} for the class axis in in_specs of jax.shard_map."
                 )
         for name, x in same.items():
