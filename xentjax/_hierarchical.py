@@ -301,9 +301,7 @@ def _check_adaptive(function, hidden, parameters, where):
     head = matrix("head", parameters.head, features, f"shortlist + {clusters}" if clusters else "classes", clusters + 1)
     projections = tuple(matrix(f"projections[{j}]", x, features, "width", 1) for j, x in enumerate(parameters.projections))
     kernels = tuple(matrix(f"kernels[{j}]", x, projections[j].shape[1], "classes", 1) for j, x in enumerate(parameters.kernels))
-    counts = None if where is None else checks.boolean(function, "where", where)
-    if counts is not None:
-        checks.same_shape(function, "where", counts, h.shape[:-1], "the shape of hidden without its feature axis")
+    counts = checks.counted(function, where, h.shape[:-1], "the shape of hidden without its feature axis")
     return h, AdaptiveSoftmax(head, projections, kernels), counts
 
 
@@ -354,9 +352,9 @@ def _hierarchical(hidden, kernel, bias, labels, nodes, signs, where, classes_fir
     z = jnp.einsum("...f,...df->...d", h, of_nodes, preferred_element_type=dtype)
     if bias is not None:
         z += _sampled.taken(bias, path.reshape(-1), 0, dtype).reshape(z.shape)
-    decisions = _sampled.nan_unless((sign == 0) | (path >= 0) & (path < len(nodes) - 1), numerics.softplus(-sign * z))
+    decisions = numerics.nan_unless((sign == 0) | (path >= 0) & (path < len(nodes) - 1), numerics.softplus(-sign * z))
     loss = jnp.sum(numerics.where(sign == 0, 0, decisions), axis=-1)
-    return _sampled.counted(where, _sampled.nan_unless((y >= 0) & (y < len(nodes)), loss))
+    return _sampled.counted(where, numerics.nan_unless((y >= 0) & (y < len(nodes)), loss))
 
 
 def _parents(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -191,7 +191,7 @@ def mixture_of_logistics_nll(
         checks.same_shape(name, other, x, z.shape, "the shape of mixture_logits")
     leading = (z.shape[:-1], "the shape of mixture_logits without its component axis")
     x = checks.same_shape(name, "targets", _numbers(name, "targets", targets), *leading)
-    counts = _where(name, where, *leading)
+    counts = checks.counted(name, where, *leading)
     if checks.count(name, "levels", levels) < 2 or not -math.inf < low < high < math.inf:
         raise ValueError(f"{name}: levels must be at least 2 and low below high; got levels={levels}, low={low}, high={high}.")
     if jnp.issubdtype(x.dtype, jnp.integer):
@@ -289,7 +289,7 @@ def _mixture(batch, targets, means, log_scales, levels, low, high):
 def _elements(function, name, prediction, targets, where):
     x = checks.floating(function, name, prediction)
     t = checks.same_shape(function, "targets", _numbers(function, "targets", targets), x.shape, f"the shape of {name}")
-    counts = _where(function, where, x.shape, f"the shape of {name}")
+    counts = checks.counted(function, where, x.shape, f"the shape of {name}")
     _check(function, name, x, jnp.isnan, counts, "is NaN")
     return x, t, counts
 
@@ -297,10 +297,6 @@ def _elements(function, name, prediction, targets, where):
 def _numbers(function, name, x):
     array = checks.asarray(function, name, x)
     return array if jnp.issubdtype(array.dtype, jnp.integer) else checks.floating(function, name, array)
-
-
-def _where(function, where, shape, meaning):
-    return None if where is None else checks.same_shape(function, "where", checks.boolean(function, "where", where), shape, meaning)
 
 
 def _spread(function, mean, **given):
@@ -343,5 +339,5 @@ def _close(loss, where, valid=None):
     """0 where an element does not count, NaN where its target is no target: a factor, for the derivative to be NaN as well."""
     if valid is not None:
         valid = valid if where is None else valid | ~where
-        loss *= numerics.where(valid, jnp.ones_like(loss), jnp.nan)
+        loss = numerics.nan_unless(valid, loss)
     return loss if where is None else jnp.where(where, loss, jnp.zeros_like(loss))

@@ -190,10 +190,9 @@ class _Placement(NamedTuple):
 
 def _placement(x: Array) -> _Placement | None:
     """The mesh and axes that hold an array; None if only the compiler will know."""
-    typed = jax.typeof(x).sharding
-    sharding = typed if isinstance(x, core.Tracer) else x.sharding
-    if isinstance(x, core.Tracer) and AxisType.Explicit not in (typed.mesh.axis_types or ()):
+    if isinstance(x, core.Tracer) and not axes.is_explicit(x):
         return None
+    sharding = jax.typeof(x).sharding if isinstance(x, core.Tracer) else x.sharding
     mesh, spec = (sharding.mesh, tuple(sharding.spec)) if isinstance(sharding, NamedSharding) else (None, ())
     return _Placement(mesh, spec + (None,) * (x.ndim - len(spec)))
 

@@ -134,9 +134,9 @@ def _forward(batch, noise_matrix):
         return numerics.where(found.dead, -numerics.INFINITE, found.reference + found.log_sum)
 
     def loss_of_index(r):
-        outside = rows.masked(((r.labels < 0) | (r.labels >= r.classes))[..., None], r.where)[..., 0]
+        inside = (r.labels >= 0) & (r.labels < r.classes) | (False if r.where is None else ~r.where)
         loss = odds.surprise(log_sum(r, to_label) - log_sum(r, to_others))
-        return loss * numerics.where(outside, jnp.nan, jnp.ones_like(loss))  # a maximum over devices may lose a NaN
+        return numerics.nan_unless(inside, loss)  # a maximum over devices may lose a NaN
 
     found = rows.statistics(r._replace(labels=None))
     loss = odds.by_label(r, loss_of_index)

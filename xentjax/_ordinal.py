@@ -120,13 +120,13 @@ def _close(loss, labels, classes, where):
     """+∞ restored, NaN for a label that is no class (a factor, so that the derivative is NaN too), 0 where an example does not count."""
     inside = (labels >= 0) & (labels < classes)
     inside = inside if where is None else inside | ~where
-    loss = numerics.restore_infinity(loss) * numerics.where(inside, jnp.ones_like(loss), jnp.nan)
+    loss = numerics.nan_unless(inside, numerics.restore_infinity(loss))
     return loss if where is None else jnp.where(where, loss, jnp.zeros_like(loss))
 
 
 def _labels(function, labels, shape, meaning, classes, where):
     y = checks.same_shape(function, "labels", checks.integers(function, "labels", labels), shape, meaning)
-    counts = None if where is None else checks.same_shape(function, "where", checks.boolean(function, "where", where), shape, meaning)
+    counts = checks.counted(function, where, shape, meaning)
     if checks.checking_values.value:
         checks.check_indices(function, "labels", y, classes, jnp.zeros((), bool) if counts is None else ~counts)
     return y, counts

@@ -27,9 +27,7 @@ def embeddings(function: str, name: str, x: ArrayLike, where: ArrayLike | None) 
     array = checks.floating(function, name, x)
     if array.ndim != 2:
         raise ValueError(f"{function}: {name} must have shape (batch, features); got {array.shape}. Use jax.vmap for several batches.")
-    counts = None if where is None else checks.boolean(function, "where", where)
-    if counts is not None:
-        checks.same_shape(function, "where", counts, array.shape[:1], f"one per row of {name}")
+    counts = checks.counted(function, where, array.shape[:1], f"one per row of {name}")
     return _without_nan(function, name, array, counts), counts
 
 

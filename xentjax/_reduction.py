@@ -137,13 +137,9 @@ def weighted_mean(
 
 
 def _check(function, values, weights, where):
-    v = checks.floating(function, "values", values)
-    w = None if weights is None else checks.floating(function, "weights", weights)
-    counts = None if where is None else checks.boolean(function, "where", where)
-    for name, x in (("weights", w), ("where", counts)):
-        if x is not None:
-            checks.same_shape(function, name, x, v.shape, "the shape of values")
-    return v, w, counts
+    v, meaning = checks.floating(function, "values", values), "the shape of values"
+    w = None if weights is None else checks.same_shape(function, "weights", checks.floating(function, "weights", weights), v.shape, meaning)
+    return v, w, checks.counted(function, where, v.shape, meaning)
 
 
 @functools.partial(jax.jit, static_argnames=("axis",))

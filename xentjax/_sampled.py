@@ -240,8 +240,8 @@ def in_batch_softmax_cross_entropy(
     checks.same_shape(name, "candidates", c, q.shape, "the shape of queries")
     p = None if candidate_log_prob is None else checks.floating(name, "candidate_log_prob", candidate_log_prob)
     ids = None if candidate_ids is None else checks.integers(name, "candidate_ids", candidate_ids)
-    counts = None if where is None else checks.boolean(name, "where", where)
-    for argument, x in (("candidate_log_prob", p), ("candidate_ids", ids), ("where", counts)):
+    counts = checks.counted(name, where, q.shape[:1], "one per query")
+    for argument, x in (("candidate_log_prob", p), ("candidate_ids", ids)):
         if x is not None:
             checks.same_shape(name, argument, x, q.shape[:1], "one per query")
     return _in_batch(q, c, p, ids, checks.positive(name, "temperature", temperature), counts)
@@ -285,11 +285,6 @@ def counted(where: Array | None, x: Array) -> Array:
     if where is None:
         return x
     return numerics.where(where if x.ndim == where.ndim else where[..., None], x, 0)
-
-
-def nan_unless(inside: Array, x: Array) -> Array:
-    """`x` where `inside`, elsewhere NaN with a derivative of NaN."""
-    return x * numerics.where(inside, jnp.ones_like(x), jnp.nan)
 
 
 def _check(function, hidden, kernel, bias, labels, samples, where, classes_first) -> _Layer:
@@ -389,7 +384,7 @@ def _logits(layer: _Layer, classes_first: bool) -> tuple[Array, Array]:
         label, sampled = label + shift[: y.size].reshape(y.shape), sampled + _for_all(shift[y.size :].reshape(ids.shape), sampled)
     inside = (index >= 0) & (index < layer.kernel.shape[axis])
     of_labels, of_samples = inside[: y.size].reshape(y.shape), inside[y.size :].reshape(ids.shape)
-    return nan_unless(of_labels, label), nan_unless(_for_all(of_samples, sampled), sampled)
+    return numerics.nan_unless(of_labels, label), numerics.nan_unless(_for_all(of_samples, sampled), sampled)
 
 
 def _for_all(per_sample: Array, like: Array) -> Array:

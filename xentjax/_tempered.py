@@ -87,7 +87,7 @@ def _bi_tempered(batch, t1, t2):
         own = rows.class_sum(r, numerics.where(label, u, 0))
         others = rows.class_sum(r, numerics.where(label, 0, power))
         inside = (r.labels >= 0) & (r.labels < r.classes)
-        return (_excess(own, rest, alpha) + others / (1 + alpha)) * numerics.where(inside, jnp.ones_like(own), jnp.nan)
+        return numerics.nan_unless(inside, _excess(own, rest, alpha) + others / (1 + alpha))
 
     return rows.close(r, found, odds.by_label(r, loss_of_index))
 

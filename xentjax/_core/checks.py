@@ -69,6 +69,11 @@ def same_shape(function: str, name: str, x: Array, expected: tuple[int, ...], me
     return shape(function, name, x, expected, meaning, remedy)
 
 
+def counted(function: str, where: ArrayLike | None, expected: tuple[int, ...], meaning: str) -> Array | None:
+    """`where` as an array of the expected shape, or None: which examples or elements count."""
+    return None if where is None else same_shape(function, "where", boolean(function, "where", where), expected, meaning)
+
+
 def number(function: str, name: str, x: ArrayLike, low: float = 0.0, high: float = math.inf) -> ArrayLike | None:
     """A scalar hyper-parameter; None if it is the Python number 0, so that its term is left out of the program.
 
@@ -146,9 +151,7 @@ def examples(
             f"{function}: class_mask must have shape {(z.shape[axis],)}, one per class, or {z.shape}, the shape of {inputs}; "
             f"got {mask.shape}. {_as_the_logits('class_mask', mesh.names(axis_name))}".rstrip()
         )
-    counts = None if where is None else boolean(function, "where", where)
-    if counts is not None:
-        same_shape(function, "where", counts, leading, f"the shape of {inputs} without its class axis")
+    counts = counted(function, where, leading, f"the shape of {inputs} without its class axis")
     indices = None if y is None or y.ndim == z.ndim else y
     mesh.split_classes(function, axis_name, {inputs: z}, {"labels": indices, "where": counts})
     mesh.classes_alone(function, inputs, z, axis, indices)
@@ -193,9 +196,7 @@ def elements(function: str, logits: ArrayLike, labels: ArrayLike, where: ArrayLi
     if jnp.issubdtype(t.dtype, jnp.complexfloating):
         raise TypeError(f"{function}: labels must have a boolean, integer or floating dtype; got {t.dtype}.")
     shape(function, "labels", t, z.shape, "the shape of logits, one label per logit", _elements_remedy(t.shape, z.shape))
-    counts = None if where is None else boolean(function, "where", where)
-    if counts is not None:
-        same_shape(function, "where", counts, z.shape, "the shape of logits")
+    counts = counted(function, where, z.shape, "the shape of logits")
     if checking_values.value:
         ignored = jnp.zeros(z.shape, bool) if counts is None else ~counts
         check(function, "logits", z, jnp.isnan(z) & ~ignored, "is NaN")
@@ -217,13 +218,11 @@ def linear(
     h, k = floating(function, "hidden", hidden), floating(function, "kernel", kernel)
     classes = linear_shapes(function, h.shape, k.shape, classes_first)
     b = None if bias is None else floating(function, "bias", bias)
-    counts = None if where is None else boolean(function, "where", where)
-    w = None if weights is None else floating(function, "weights", weights)
+    meaning = "the shape of hidden without its feature axis"
+    counts = counted(function, where, h.shape[:-1], meaning)
+    w = None if weights is None else same_shape(function, "weights", floating(function, "weights", weights), h.shape[:-1], meaning)
     if b is not None:
         shape(function, "bias", b, (classes,), "one per class")
-    for name, x in (("where", counts), ("weights", w)):
-        if x is not None:
-            same_shape(function, name, x, h.shape[:-1], "the shape of hidden without its feature axis")
     return h, k, b, counts, w
 
 

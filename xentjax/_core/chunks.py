@@ -278,6 +278,8 @@ def _meet(*arrays):
     There their gradients are summed over devices: in float32 or wider, and rounded once.
     """
     axes = mesh.axes_of(arrays)
+    if not axes:
+        return arrays
     return [None if x is None else mesh.vary(x.astype(numerics.accumulation_dtype(x.dtype)), axes).astype(x.dtype) for x in arrays]
 
 

@@ -38,6 +38,11 @@ def where(condition: Array, x: ArrayLike, y: ArrayLike) -> Array:
     return lax.select(*mesh.split_alike(condition, x, y))
 
 
+def nan_unless(inside: Array, x: Array) -> Array:
+    """`x` where `inside`, elsewhere NaN with a derivative of NaN: so a product, not a selection."""
+    return x * where(inside, jnp.ones_like(x), jnp.nan)
+
+
 @jax.custom_jvp
 def finite(x: Array) -> Array:
     """`x` with ±∞ replaced by ±INFINITE; the derivative passes unchanged."""

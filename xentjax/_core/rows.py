@@ -158,7 +158,7 @@ def surprise_at(rows: Rows, found: Statistics, index: Array) -> Array:
     if (here := _here(rows, index)) is not None:
         z = over_devices(rows, numerics.where(here, z, 0))
     u = (found.reference[..., None] - z) + found.log_sum[..., None]
-    return masked(u * numerics.where(inside, jnp.ones_like(u), jnp.nan), rows.where)  # a product: the derivative is NaN as well
+    return masked(numerics.nan_unless(inside, u), rows.where)
 
 
 def finite_values(rows: Rows) -> Array:

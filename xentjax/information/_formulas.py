@@ -64,13 +64,7 @@ def check_distributions(function: str, where: ArrayLike | None, axis: int | None
     else:
         axis = _check_axis(function, first, shape, axis)
         leading, without = shape[:axis] + shape[axis + 1 :], "without its class axis"
-    return *arrays, check_where(function, where, leading, f"the shape of {first} {without}"), axis
-
-
-def check_where(function: str, where: ArrayLike | None, shape: tuple[int, ...], meaning: str) -> Array | None:
-    """`where` as a boolean array of the shape of the result."""
-    counts = None if where is None else checks.boolean(function, "where", where)
-    return None if counts is None else checks.same_shape(function, "where", counts, shape, meaning)
+    return *arrays, checks.counted(function, where, leading, f"the shape of {first} {without}"), axis
 
 
 def _check_axis(function, name, shape, axis):

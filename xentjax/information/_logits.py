@@ -38,7 +38,7 @@ def self_information_from_logits(logits: ArrayLike, *, base: ArrayLike = math.e,
     """
     name = "self_information_from_logits"
     z, _, axis = _formulas.check_distributions(name, None, axis, logits=logits)
-    counts = _formulas.check_where(name, where, z.shape, "the shape of logits")
+    counts = checks.counted(name, where, z.shape, "the shape of logits")
     return _formulas.self_information(z, _formulas.check_base(name, base), counts, axis, True)
 
 

@@ -37,7 +37,7 @@ def self_information(p: ArrayLike, *, base: ArrayLike = math.e, where: ArrayLike
     """
     name = "self_information"
     x = checks.floating(name, "p", p)
-    counts = _formulas.check_where(name, where, x.shape, "the shape of p")
+    counts = checks.counted(name, where, x.shape, "the shape of p")
     return _formulas.self_information(x, _formulas.check_base(name, base), counts, -1, False)
 
 

@@ -43,12 +43,8 @@ def per_example(
     function: str, weights: ArrayLike | None, where: ArrayLike | None, shape: tuple[int, ...], meaning: str
 ) -> tuple[Array | None, Array | None]:
     """`weights` and `where` of the shape of the examples."""
-    w = None if weights is None else checks.floating(function, "weights", weights)
-    counted = None if where is None else checks.boolean(function, "where", where)
-    for name, x in (("weights", w), ("where", counted)):
-        if x is not None:
-            checks.same_shape(function, name, x, shape, meaning)
-    return w, counted
+    w = None if weights is None else checks.same_shape(function, "weights", checks.floating(function, "weights", weights), shape, meaning)
+    return w, checks.counted(function, where, shape, meaning)
 
 
 # Rows -------------------------------------------------------------------------------------------------------------------
