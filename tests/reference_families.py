@@ -50,7 +50,8 @@ def bootstrapped(m, z, t, beta=0.95, hard=False):
 
 def bootstrapped_gradient(m, z, t, beta=0.95, hard=False):
     beta, s, p = m.array(beta), t.sum(-1, keepdims=True), ref.softmax(m, z)
-    own = p - np.where(z == z.max(-1, keepdims=True), m.array(1.0), m.array(0.0)) if hard else ref.entropy_gradient(m, z)
+    top = np.where(z == z.max(-1, keepdims=True), m.array(1.0), m.array(0.0))
+    own = p - top / top.sum(-1, keepdims=True) if hard else ref.entropy_gradient(m, z)
     return beta * (s * p - t) + (1 - beta) * s * own
 
 

@@ -228,6 +228,12 @@ def test_margins_compose_with_a_fused_layer(rng):
         np.testing.assert_allclose(g, e, rtol=0, atol=2e-5 * np.abs(e).max())
 
 
+def test_largest_classes_that_tie_share_the_bootstrap():
+    # by hand: p = (1/2, 1/2), the label's term is 0.8·(p − (1, 0)), and that of the two largest classes p − (1/2, 1/2) = 0
+    slope = jax.grad(lambda z: xentjax.bootstrapped_cross_entropy(z, jnp.array(0), beta=0.8, hard=True))(jnp.zeros(2))
+    np.testing.assert_allclose(slope, [-0.4, 0.4], rtol=1e-6)
+
+
 OF_ENTROPY = [c for c in cases.FAMILIES if c.name in ("bootstrapped_cross_entropy", "confidence_penalty", "normalized_cross_entropy")]
 
 
