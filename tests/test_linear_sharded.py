@@ -268,6 +268,28 @@ def test_hidden_gathered_over_the_axis_that_splits_classes(mesh, arrays, reducti
     close(tangent, np.vdot(scale * of_kernel, np.asarray(kernel, np.float64)), 1e-5)  # terms of both signs
 
 
+def test_an_argument_that_is_the_same_on_all_devices_is_differentiated_once(mesh, arrays):
+    hidden, _, labels, where = arrays
+    specs = P("data"), P(None, "model"), P("data"), P("data"), P()
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=P())
+    def total(hidden, kernel, labels, where, temperature):
+        def loss(z, y, temperature):
+            return xentjax.softmax_cross_entropy(z / temperature[:, None], y, axis_name="model")
+
+        run = xentjax.fuse_linear(loss, reduction="sum", chunk_size=6)
+        return jax.lax.psum(run(hidden, kernel, labels, jnp.broadcast_to(temperature, labels.shape), where=where), "data")
+
+    arguments = put(mesh, *zip((*arrays, np.float32(1.7)), specs, strict=True))
+    value, slope = jax.jit(jax.value_and_grad(total, 4))(*arguments)
+
+    def exact(temperature):
+        kernel = np.asarray(arrays[1], np.float64) / temperature
+        return np.asarray(where).sum() * definition(hidden, kernel, labels, where)[1]
+
+    close((value, slope), (exact(np.float32(1.7)), np.asarray((exact(1.7 + 1e-6) - exact(1.7 - 1e-6)) / 2e-6)), 1e-5)
+
+
 # Errors --------------------------------------------------------------------------------------------------------------------
 
 H, K, Y = jnp.zeros((4, 6, 5)), jnp.zeros((5, 16)), jnp.zeros((4, 6), jnp.int32)
