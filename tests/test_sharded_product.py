@@ -25,7 +25,9 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 class Distillation(cases.Case):
     """Its labels are a teacher's probabilities, whose logits are split as the student's are."""
 
-    kinds = ("distribution",)
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return ("distribution",)
 
 
 def distillation(divergence):
