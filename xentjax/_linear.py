@@ -88,9 +88,7 @@ def fuse_linear(
         Kernel, 2024, arXiv 2410.10989 (gradients in the forward sweep over chunks).
     """
     name = "fuse_linear"
-    if not callable(loss_fn):
-        raise TypeError(f"{name}: loss_fn must be a function of (logits, *args); got {type(loss_fn).__name__}.")
-    check_options(name, reduction, chunk_size)
+    check_fused(name, loss_fn, reduction, chunk_size)
     run = jax.jit(functools.partial(reduced, loss_fn, Options(reduction, chunk_size, has_aux, classes_first)))
 
     def fused(
@@ -167,7 +165,7 @@ def linear_softmax_cross_entropy(
         arXiv 2408.00118.
     """
     name = "linear_softmax_cross_entropy"
-    check_options(name, reduction, chunk_size)
+    _check_options(name, reduction, chunk_size)
     layer = checks.linear(name, hidden, kernel, bias, where, weights, classes_first)
     h, k, _, counts, _ = layer
     mesh.whole_chunks(name, h, k, 0 if classes_first else 1)
@@ -241,7 +239,7 @@ def plan_linear(hidden: Any, kernel: Any, *, chunk_size: int | None = None, clas
         The figures behind the rule: benchmarks/README.md.
     """
     name = "plan_linear"
-    check_options(name, "none", chunk_size)
+    _check_options(name, "none", chunk_size)
     classes = checks.linear_shapes(name, hidden.shape, kernel.shape, classes_first)
     cut = _layout(hidden, kernel, chunk_size, classes_first)
     wide, narrow = numerics.accumulation_dtype(hidden.dtype).itemsize, jnp.dtype(hidden.dtype).itemsize
@@ -264,7 +262,14 @@ def _layout(hidden, kernel, chunk_size, classes_first) -> chunks.Layout:
     return chunks.layout(hidden.shape[:-1], max(1, chunk_size))
 
 
-def check_options(function: str, reduction: str, chunk_size: int | None) -> None:
+def check_fused(function: str, loss_fn: Callable, reduction: str, chunk_size: int | None) -> None:
+    """What can be known of a fused loss before its arrays come."""
+    if not callable(loss_fn):
+        raise TypeError(f"{function}: loss_fn must be a function of (logits, *args); got {type(loss_fn).__name__}.")
+    _check_options(function, reduction, chunk_size)
+
+
+def _check_options(function: str, reduction: str, chunk_size: int | None) -> None:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'{function}: reduction must be "mean", "sum" or "none"; got {reduction!r}.')
     if chunk_size is not None:

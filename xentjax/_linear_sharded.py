@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -85,9 +86,7 @@ def fuse_linear_sharded(
     Reference:
         Shoeybi et al., Megatron-LM, 2019, arXiv 1909.08053 (section 3: cross-entropy of a vocabulary split over devices).
     """
-    if not callable(loss_fn):
-        raise TypeError(f"{_NAME}: loss_fn must be a function of (logits, *args); got {type(loss_fn).__name__}.")
-    _linear.check_options(_NAME, reduction, chunk_size)
+    _linear.check_fused(_NAME, loss_fn, reduction, chunk_size)
     run = jax.jit(functools.partial(_run, loss_fn), static_argnames=("split", "options"))
 
     def fused(
@@ -209,9 +208,7 @@ def _known(argument: str, name: str, placement: _Placement | None) -> tuple:
 
 def _shares(name: str, size: int, over: tuple, mesh: Any) -> None:
     """ValueError unless the devices get equal shares of an axis."""
-    devices = 1
-    for axis in over:
-        devices *= mesh.shape[axis]
+    devices = math.prod(mesh.shape[axis] for axis in over)
     if size % devices:
         more = -size % devices
         what, mask = ("classes", f"class_mask=jnp.arange({size + more}) < {size}") if name == "kernel" else ("examples", "where")

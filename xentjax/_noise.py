@@ -134,7 +134,7 @@ def _forward(batch, noise_matrix):
         return numerics.where(found.dead, -numerics.INFINITE, found.reference + found.log_sum)
 
     def loss_of_index(r):
-        inside = (r.labels >= 0) & (r.labels < r.classes) | (False if r.where is None else ~r.where)
+        inside = rows.in_range(r) | (False if r.where is None else ~r.where)
         loss = odds.surprise(log_sum(r, to_label) - log_sum(r, to_others))
         return numerics.nan_unless(inside, loss)  # a maximum over devices may lose a NaN
 
@@ -164,8 +164,7 @@ def _backward(batch, noise_matrix):
 def _at_label(r: rows.Rows, table: Array) -> Array:
     """Row y of a table [labels, classes] for every example; NaN for a label out of range, 0 where an example does not count."""
     assert r.labels is not None
-    split = jax.typeof(r.values).sharding if mesh.is_explicit(r.values) else None
-    chosen = table.at[r.labels].get(mode="fill", fill_value=jnp.nan, out_sharding=split)
+    chosen = table.at[r.labels].get(mode="fill", fill_value=jnp.nan, out_sharding=mesh.split_of(r.values))
     return rows.masked(jnp.where((r.labels < 0)[..., None], jnp.nan, chosen), r.where)
 
 

@@ -86,8 +86,7 @@ def _bi_tempered(batch, t1, t2):
         rest = rows.class_sum(r, numerics.where(label, 0, jnp.exp(-u)))  # 1 − p_y
         own = rows.class_sum(r, numerics.where(label, u, 0))
         others = rows.class_sum(r, numerics.where(label, 0, power))
-        inside = (r.labels >= 0) & (r.labels < r.classes)
-        return numerics.nan_unless(inside, _excess(own, rest, alpha) + others / (1 + alpha))
+        return numerics.nan_unless(rows.in_range(r), _excess(own, rest, alpha) + others / (1 + alpha))
 
     return rows.close(r, found, odds.by_label(r, loss_of_index))
 

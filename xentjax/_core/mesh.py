@@ -32,6 +32,11 @@ def is_apart(x: Array) -> bool:
     return is_explicit(x) and jax.typeof(x).sharding.spec[-1] is not None
 
 
+def split_of(x: Array) -> Any:
+    """How an explicit mesh splits an array, as an `out_sharding`; None for the compiler to decide."""
+    return jax.typeof(x).sharding if is_explicit(x) else None
+
+
 def split_as(like: Array, x: Array) -> Array:
     """`x`, split over an explicit mesh as another array of its shape is."""
     return x if not is_explicit(like) or jax.typeof(x).sharding == jax.typeof(like).sharding else reshard(x, jax.typeof(like).sharding)

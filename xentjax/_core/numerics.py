@@ -188,7 +188,7 @@ def take_last(x: Array, index: Array) -> Array:
 
 def _take_by_comparison(x, index):
     """The same on a mesh with explicit axes, where JAX looks up nothing along an axis that is split."""
-    position = lax.broadcasted_iota(index.dtype, x.shape, x.ndim - 1, out_sharding=jax.typeof(x).sharding)
+    position = lax.broadcasted_iota(index.dtype, x.shape, x.ndim - 1, out_sharding=mesh.split_of(x))
     here = (position == index[..., i : i + 1] for i in range(index.shape[-1]))
     found = [jnp.any(h & x, axis=-1) if x.dtype == jnp.bool_ else jnp.sum(where(h, x, 0), axis=-1) for h in here]  # others are 0: exact
     return jnp.stack(found, axis=-1)

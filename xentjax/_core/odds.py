@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import numerics, rows
+from xentjax._core import mesh, numerics, rows
 
 
 def surprise(log_odds: Array) -> Array:
@@ -123,5 +123,4 @@ def _(axis_name, primals, tangents):
 
 
 def _sum(x, axis_name):
-    total = jnp.sum(x, axis=-1)
-    return total if axis_name is None else lax.psum(total, axis_name)
+    return mesh.psum(jnp.sum(x, axis=-1), mesh.names(axis_name))

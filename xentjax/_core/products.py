@@ -13,7 +13,7 @@ _BLOCK_BYTES = 2**24  # of a sum of products on CPUs, where XLA cannot add a pro
 def dot(x, y, x_axis, y_axis, like=None):
     """The product over one axis of each, accumulated and returned in float32 or wider; split over an explicit mesh as `like` is."""
     dtype = numerics.accumulation_dtype(x.dtype, y.dtype)
-    sharding = jax.typeof(like).sharding if like is not None and mesh.is_explicit(like) else None
+    sharding = None if like is None else mesh.split_of(like)
     return lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=dtype, out_sharding=sharding)
 
 

@@ -174,7 +174,7 @@ def masked(per_class: Array, where: Array | None, class_mask: Array | None = Non
 
 def over_devices(rows: Rows, partial_sum: Array) -> Array:
     """The sum over the devices that share the class axis."""
-    return partial_sum if rows.axis_name is None else lax.psum(partial_sum, rows.axis_name)
+    return mesh.psum(partial_sum, mesh.names(rows.axis_name))
 
 
 def class_sum(rows: Rows, x: Array) -> Array:
@@ -191,13 +191,11 @@ def class_count(rows: Rows) -> Array | int:
 
 def at_label(rows: Rows, per_class: Array) -> Array:
     """`per_class` [classes] or [..., classes] at the label of every example [...]."""
-    assert rows.labels is not None
     return _taken(rows, per_class, rows.labels)
 
 
 def label_share(rows: Rows, index: Array) -> Array:
     """What a distribution gives to one class [...]; `index` [] is global."""
-    assert rows.labels is not None
     return _taken(rows, rows.labels, jnp.broadcast_to(index, rows.raw.shape[:-1]))
 
 
@@ -324,9 +322,9 @@ def _local_maximum(raw, mask):
 
 def _largest_class(rows):
     """The global index of a class with the largest logit [...]; a maximum, because devices would exchange more for an argmax."""
-    raw = lax.stop_gradient(rows.raw)
-    z = raw if rows.class_mask is None else numerics.select_logits(rows.class_mask, raw)
-    top = _maximum(rows.raw, rows.class_mask, rows.axis_name)
+    z = lax.stop_gradient(rows.raw)
+    z = z if rows.class_mask is None else numerics.select_logits(rows.class_mask, z)
+    top = _maximum(z, None, rows.axis_name)
     index = jnp.max(numerics.where(numerics.same(z, top[..., None]), class_index(rows), -1), axis=-1)
     return index if rows.axis_name is None else lax.pmax(index, rows.axis_name)
 
@@ -362,11 +360,15 @@ def _taken(rows, per_class, index):
     return taken if here is None else over_devices(rows, numerics.where(here, taken, 0))
 
 
+def in_range(rows: Rows) -> Array:
+    """Whether the label is a class at all [...], be it one that exists or not."""
+    return _local(rows, rows.labels)[1]
+
+
 def class_index(rows: Rows) -> Array:
     """The global index of every class held here [..., classes]."""
-    z = rows.raw
-    dtype = rows.labels.dtype if rows.hard and rows.labels is not None else jnp.int32
-    index = lax.broadcasted_iota(dtype, z.shape, z.ndim - 1, out_sharding=jax.typeof(z).sharding if mesh.is_explicit(z) else None)
+    z, dtype = rows.raw, rows.labels.dtype if rows.hard and rows.labels is not None else jnp.int32
+    index = lax.broadcasted_iota(dtype, z.shape, z.ndim - 1, out_sharding=mesh.split_of(z))
     return index if rows.axis_name is None else index + (lax.axis_index(rows.axis_name) * z.shape[-1]).astype(index.dtype)
 
 

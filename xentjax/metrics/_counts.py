@@ -50,12 +50,6 @@ def per_example(
 # Rows -------------------------------------------------------------------------------------------------------------------
 
 
-def in_range(r: rows.Rows) -> Array:
-    """Whether the label is a class [...], be it one that exists or not."""
-    assert r.labels is not None
-    return (r.labels >= 0) & (r.labels < r.classes)
-
-
 def hits(r: rows.Rows, k: int, first: bool) -> Array:
     """1 where fewer than k classes come before the label [...], in the accumulation dtype; of tied classes the first or the last leads.
 
@@ -69,7 +63,7 @@ def hits(r: rows.Rows, k: int, first: bool) -> Array:
     rank = _count(r, ahead & exists)
     possible = _count(r, label & exists & ~numerics.is_infinite(-z)) > 0
     hit = ((rank < k) & possible).astype(z.dtype)
-    valid = in_range(r) & (_count(r, jnp.isnan(z) & exists) == 0)
+    valid = rows.in_range(r) & (_count(r, jnp.isnan(z) & exists) == 0)
     return rows.row_value(r, numerics.where(valid, hit, jnp.nan))
 
 

@@ -234,5 +234,5 @@ def _brier(batch):
     distance = numerics.where(a > 0, (1 - t) - numerics.sigmoid(-a), numerics.sigmoid(a) - t)
     score = rows.class_sum(r, rows.masked(distance, r.where) ** 2)
     if r.hard:  # a product: the derivative is NaN as well
-        score = numerics.nan_unless(_counts.in_range(r), score)
+        score = numerics.nan_unless(rows.in_range(r), score)
     return rows.row_value(r, score)
