@@ -21,7 +21,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from xentjax import _linear, _sampled, _samplers
-from xentjax._core import checks, numerics, rows
+from xentjax._core import checks, numerics, rows, surprises
 
 
 class AdaptiveSoftmax(NamedTuple):
@@ -340,7 +340,7 @@ def _projected(hidden, projection):
 
 def _log_softmax(logits):
     r = rows.of(checks.examples("adaptive_softmax_log_prob", logits, None, -1, None, None, None, labelled=False))
-    return -rows.surprise(r, rows.statistics(r))
+    return -surprises.surprise(r, rows.statistics(r))
 
 
 @functools.partial(jax.jit, static_argnames=("classes_first",))

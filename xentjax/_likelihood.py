@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, differences, numerics, rows
+from xentjax._core import checks, differences, numerics, rows, surprises
 
 
 def gaussian_nll(
@@ -272,7 +272,7 @@ def _mixture(batch, targets, means, log_scales, levels, low, high):
         (first | last, differences.width_surprise(jnp.log(step) - size)),
     )
     surprise = sum(numerics.where(missing, 0, term) for missing, term in terms)
-    weight = rows.surprise(r, found)
+    weight = surprises.surprise(r, found)
     # what is missing to a probability of 1; the sum of logarithms would lose what is below eps
     missing = rows.class_sum(r, jnp.exp(-weight) * -jnp.expm1(-surprise))
     joint = weight + surprise

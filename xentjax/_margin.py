@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics, odds, rows
+from xentjax._core import checks, numerics, odds, rows, surprises
 
 
 def margin_cross_entropy(
@@ -92,7 +92,7 @@ def _margin(batch, scale, margins):
         loss = phi(found.log_odds, rows.reference(plain) + found.gap / scale)
     else:
         assert r.labels is not None
-        loss = rows.class_sum(r, r.labels * phi(rows.class_log_odds(r), rows.finite_values(plain)))
+        loss = rows.class_sum(r, r.labels * phi(surprises.class_log_odds(r), rows.finite_values(plain)))
     return rows.close(r, found, loss)
 
 

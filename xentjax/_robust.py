@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics, odds, rows
+from xentjax._core import checks, numerics, odds, rows, surprises
 
 
 def generalized_cross_entropy(
@@ -369,7 +369,7 @@ def _bootstrapped(batch, beta, hard):
     found = rows.statistics(r)
     cost, total = odds.expected(r, found, odds.surprise)
     beta = jnp.asarray(beta, cost.dtype)
-    own = odds.smallest_surprise(r, found) if hard else odds.entropy(r, found)
+    own = surprises.smallest(r, found) if hard else odds.entropy(r, found)
     return rows.close(r, found, beta * cost + (1 - beta) * total * own)
 
 

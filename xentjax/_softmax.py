@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, odds, rows
+from xentjax._core import checks, odds, rows, surprises
 
 
 def softmax_cross_entropy(
@@ -306,7 +306,7 @@ def _focal(batch, gamma, smoothing, class_weights):
 def _top_k(batch, ids, probs):
     r = rows.of(batch)
     found = rows.statistics(r)
-    loss = jnp.sum(probs.astype(r.values.dtype) * rows.surprise_at(r, found, ids), axis=-1)
+    loss = jnp.sum(probs.astype(r.values.dtype) * surprises.surprise_at(r, found, ids), axis=-1)
     return rows.close(r, found, loss)
 
 
@@ -314,7 +314,7 @@ def _top_k(batch, ids, probs):
 def _statistics(batch):
     r = rows.of(batch)
     found = rows.statistics(r)
-    u = rows.surprise(r, found)
+    u = surprises.surprise(r, found)
     p = jnp.exp(-u)
     loss, _ = odds.expected(r, found, odds.surprise)
     return RowStatistics(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import mesh, numerics, rows
+from xentjax._core import mesh, numerics, rows, surprises
 
 
 def surprise(log_odds: Array) -> Array:
@@ -44,29 +44,32 @@ def expected(
 ) -> tuple[Array, Array]:
     """Σ_k t_k φ(a_k) and s = Σ_k t_k; with `of_class` [classes], φ also gets each class's own number.
 
-    Both are linear in t: the part of the labels, for which an index needs only its own class's log-odds, and the part of smoothing.
+    An index needs only its own class's log-odds; its smoothing is a sum over all classes, added to that.
     """
     w = None if class_weights is None else class_weights.astype(r.values.dtype)
 
     def sums(t):
         t = t if w is None else t * numerics.expand_leading(w, t.ndim)
         if phi is surprise:  # −log p_k needs no log-odds
-            per_class = rows.surprise(r, found)
+            if found.log_odds is None:
+                return surprises.expected(r, t), rows.class_sum(r, t)
+            per_class = surprises.surprise(r, found)
         else:
             more = () if of_class is None else (jnp.broadcast_to(numerics.expand_leading(of_class, t.ndim), t.shape),)
-            per_class = phi(rows.class_log_odds(r), *more)
+            per_class = phi(surprises.class_log_odds(r), *more)
         return rows.class_sum(r, t * per_class), rows.class_sum(r, t)
 
+    if smoothing is not None:
+        smoothing = jnp.asarray(smoothing, r.values.dtype)
+        count = jnp.asarray(rows.class_count(r), r.values.dtype)
+        share = rows.masked(jnp.broadcast_to((1 / count)[..., None], r.values.shape), None, r.class_mask)
     if found.log_odds is None:
-        loss, s = sums(r.labels)
-    else:
-        s = jnp.ones_like(found.log_odds) if w is None else rows.at_label(r, w)
-        loss = s * phi(found.log_odds, *(() if of_class is None else (rows.at_label(r, of_class),)))
+        return sums(r.labels if smoothing is None else (1 - smoothing) * r.labels + rows.masked(smoothing * share, r.where))
+    s = jnp.ones_like(found.log_odds) if w is None else rows.at_label(r, w)
+    loss = s * phi(found.log_odds, *(() if of_class is None else (rows.at_label(r, of_class),)))
     if smoothing is None:
         return loss, s
-    smoothing = jnp.asarray(smoothing, loss.dtype)
-    share = jnp.broadcast_to((1 / jnp.asarray(rows.class_count(r), loss.dtype))[..., None], r.values.shape)
-    spread, total = sums(rows.masked(share, None, r.class_mask))
+    spread, total = (total_surprise(r, found) / count, jnp.ones_like(s)) if phi is surprise and w is None else sums(share)
     return (1 - smoothing) * loss + smoothing * spread, (1 - smoothing) * s + smoothing * total
 
 
@@ -92,13 +95,6 @@ def total_surprise(r: rows.Rows, found: rows.Statistics) -> Array:
     """Σ_k −log p_k over the classes that exist, as K·c + Σ_k (m − z_k)."""
     below = rows.class_sum(r, rows.masked(found.reference[..., None] - r.values, r.where, r.class_mask))
     return rows.class_count(r) * found.log_sum + numerics.where(below == jnp.inf, numerics.INFINITE, below)
-
-
-def smallest_surprise(r: rows.Rows, found: rows.Statistics) -> Array:
-    """−log max_k p_k of every row; classes that tie share the derivative."""
-    top = rows.masked(r.values == found.reference[..., None], r.where, r.class_mask)
-    risen = numerics.where(top, r.values - lax.stop_gradient(r.values), 0)  # 0: only its derivative is wanted
-    return found.log_sum - rows.class_sum(r, risen) / jnp.maximum(rows.class_sum(r, top.astype(risen.dtype)), 1)
 
 
 # A rule, so that the gradient is one loop over the logits, with exponentials of its own: what it shared with a sum would be stored.

@@ -36,6 +36,8 @@ from jax.typing import ArrayLike
 
 from xentjax._core import mesh, numerics
 
+FEW = 32  # classes up to which XLA on CPUs sums in one loop, without a tree of stored partial sums
+
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["logits", "labels", "class_mask", "where"], meta_fields=["axis", "axis_name"]
@@ -71,6 +73,11 @@ class Rows(NamedTuple):
     def classes(self) -> int:
         """The number of classes over all devices."""
         return self.raw.shape[-1] * mesh.size(self.axis_name)
+
+    @property
+    def half(self) -> bool:
+        """Whether the logits are narrower than the arithmetic."""
+        return self.raw.dtype != self.values.dtype
 
     @property
     def hard(self) -> bool:
@@ -117,8 +124,8 @@ def adjusted(rows: Rows, scale: ArrayLike = 1.0, offset: Array | float = 0.0) ->
 def statistics(rows: Rows) -> Statistics:
     """Reference, log-sum and (for labels that are indices) log-odds of every row; one pass over the logits."""
     if not rows.hard:
-        m, _, c, _ = _log_sums(rows.values, rows.raw, None, rows.class_mask, rows.where, rows.axis_name)
-        return Statistics(m, c, None, None, largest(rows) == -jnp.inf)
+        c = _log_sum(rows.values, rows.raw, rows.class_mask, rows.where, rows.axis_name)
+        return Statistics(reference(rows), c, None, None, largest(rows) == -jnp.inf)
     m, d, rest, _ = _log_sums(rows.values, rows.raw, rows.labels, rows.class_mask, rows.where, rows.axis_name)
     dead = numerics.is_infinite(-d) & numerics.is_infinite(-rest)
     rest = numerics.where(dead, jnp.zeros_like(rest), rest)
@@ -128,42 +135,14 @@ def statistics(rows: Rows) -> Statistics:
     return Statistics(m, log_sum, d, a, dead)
 
 
-def class_log_odds(rows: Rows) -> Array:
-    """log(p_k/(1 − p_k)) for every class [..., classes].
-
-    Only the largest class can have 1 − p_k small, where the surprise −log p_k says too little of it: that class goes the way of labels.
-    """
-    top = rows._replace(labels=_largest_class(rows))
-    found = statistics(top)
-    assert found.log_odds is not None
-    u = jnp.maximum(surprise(top, found), 0.5)  # p_k ≤ 1/2 for the others; e^(−1/2) > 1/2 leaves them as they are
-    of_top = mesh.vary(found.log_odds, mesh.axes_of(u))[..., None]  # before it is as wide as the classes, its gradient's sum likewise
-    return jnp.where(on_label(top), of_top, numerics.log_odds_of_surprise(u))
-
-
-def surprise(rows: Rows, found: Statistics) -> Array:
-    """−log p_k for every class [..., classes]; INFINITE for classes that do not exist."""
-    u = (found.reference[..., None] - finite_values(rows)) + found.log_sum[..., None]
-    return u if rows.class_mask is None else numerics.where(rows.class_mask, u, numerics.INFINITE)
-
-
-def surprise_at(rows: Rows, found: Statistics, index: Array) -> Array:
-    """−log p at several classes of a row, `index` [..., k]; NaN where an index is out of range, INFINITE where it does not exist."""
-    index = index.astype(numerics.index_dtype(index))
-    local, inside = _local(rows, index)
-    inside = inside if rows.where is None else inside | ~rows.where[..., None]
-    z = numerics.take_last(finite_values(rows), local)
-    if rows.class_mask is not None:
-        z = numerics.where(numerics.take_last(rows.class_mask, local), z, -numerics.INFINITE)
-    if (here := _here(rows, index)) is not None:
-        z = over_devices(rows, numerics.where(here, z, 0))
-    u = (found.reference[..., None] - z) + found.log_sum[..., None]
-    return masked(numerics.nan_unless(inside, u), rows.where)
-
-
 def finite_values(rows: Rows) -> Array:
     """The logits as finite numbers; 0 in classes that do not exist and examples that do not count."""
     return masked(numerics.finite(rows.values), rows.where, rows.class_mask)
+
+
+def kept(rows: Rows) -> Array | None:
+    """Which classes exist, in examples that count [..., classes]; None means all."""
+    return _and(None, rows.class_mask, rows.where)
 
 
 def masked(per_class: Array, where: Array | None, class_mask: Array | None = None) -> Array:
@@ -192,6 +171,24 @@ def class_count(rows: Rows) -> Array | int:
 def at_label(rows: Rows, per_class: Array) -> Array:
     """`per_class` [classes] or [..., classes] at the label of every example [...]."""
     return _taken(rows, per_class, rows.labels)
+
+
+def at_index(rows: Rows, per_class: Array, index: Array) -> Array:
+    """`per_class` [..., classes] at several global class indices of every row, `index` [..., k]; 0 or False where there is none."""
+    local, here = _local(rows, index)[0], _here(rows, index)
+    taken = numerics.take_last(mesh.split_as(rows.raw, per_class), local)
+    if here is None:
+        return taken
+    found = over_devices(rows, numerics.where(here, taken, 0).astype(rows.values.dtype))
+    return found > 0 if taken.dtype == jnp.bool_ else found
+
+
+def widened(rows: Rows, number: Array) -> Array:
+    """A number per row [..., 1], to meet an array over classes. It is made to vary over devices before it is widened.
+
+    The gradient is then summed over devices as one number per row, not as one per class.
+    """
+    return mesh.vary(number, mesh.axes_of(rows.raw))[..., None]
 
 
 def label_share(rows: Rows, index: Array) -> Array:
@@ -243,12 +240,12 @@ def hits(rows: Rows, found: Statistics) -> Array:
     return row_value(rows, (class_sum(rows, _and(best & top, rows.class_mask, None).astype(jnp.int32)) > 0) & ~found.dead)
 
 
-# The one derivative rule ------------------------------------------------------------------------------------------------
+# The rule of a label ------------------------------------------------------------------------------------------------------
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
 def _log_sums(values, raw, labels, class_mask, where, axis_name):
-    """(m, d, ℓ, e^(−ℓ)) with labels, (m, m, c, e^(−c)) without, as the module docstring defines them.
+    """(m, d, ℓ, e^(−ℓ)), as the module docstring defines them.
 
     If nothing is left, ℓ = −INFINITE and 1 stands for its exponential, which then multiplies zeros.
     `raw` holds the same numbers as `values` in the caller's dtype, and the rule takes no derivative through it.
@@ -257,21 +254,10 @@ def _log_sums(values, raw, labels, class_mask, where, axis_name):
     it has the right derivative, if not at every margin; in half precision, whose bits have none, it has NaN.
     """
     rows = Rows(raw, values, labels, class_mask, where, axis_name)
-    top = _maximum(raw, class_mask, axis_name)
-    m = _reference(top, rows)
-    if raw.dtype != values.dtype:
+    m = reference(rows)
+    if rows.half:
         m += numerics.zero_without_derivative(values[..., 0])
-    left_out = numerics.same(raw, top[..., None]) if labels is None else on_label(rows)
-    total = class_sum(rows, _exponentials(rows, m, _and(~left_out, class_mask, where)))
-    if labels is None:
-        ties = jnp.sum(_and(left_out, class_mask, where).astype(m.dtype), axis=-1)
-        if raw.dtype == values.dtype:  # each stands for e^(z_k − m), which is 1 but has a derivative
-            largest_here = _local_maximum(raw, class_mask)
-            largest_here = numerics.where(jnp.isfinite(largest_here), largest_here, 0)
-            ties *= 1 + (largest_here - lax.stop_gradient(largest_here))
-        ties = over_devices(rows, ties)
-        total = numerics.where(ties == 0, 0, total + (ties - 1))
-        return m, m, jnp.log1p(total), 1 / (1 + total)
+    total = class_sum(rows, exponentials(rows, m, _and(~on_label(rows), class_mask, where)))
     empty = total == 0  # no other class exists, or all underflow: p_y = 1
     total = numerics.where(empty, jnp.ones_like(total), total)
     return m, _gap(rows, m), numerics.where(empty, -numerics.INFINITE, jnp.log(total)), 1 / total
@@ -284,15 +270,11 @@ def _(axis_name, primals, tangents):
 
     def linear(z, m, scale, tangent):
         rows = Rows(raw, values, labels, class_mask, where, axis_name)
-        label = None if labels is None else on_label(rows)
-        keep = _and(None if label is None else ~label, class_mask, where)
+        label = on_label(rows)
         # x + (−m), not x − m, in half precision: not even the broadcast of m may be shared with the sum
         x = z - m[..., None] if z.dtype == m.dtype else numerics.widen(z) + (-m)[..., None]
-        softmax = jnp.exp(x if keep is None else numerics.where(keep, x, -jnp.inf)) * scale[..., None]
-        log_sum_dot = class_sum(rows, softmax * tangent)
-        if label is None:
-            return jnp.zeros_like(m), log_sum_dot
-        return class_sum(rows, numerics.where(_and(label, class_mask, where), tangent, 0)), log_sum_dot
+        softmax = jnp.exp(numerics.where(_and(~label, class_mask, where), x, -jnp.inf)) * scale[..., None]
+        return class_sum(rows, numerics.where(_and(label, class_mask, where), tangent, 0)), class_sum(rows, softmax * tangent)
 
     # What a backward pass of its own gets handed over is the exponentials in float32, and in half precision the logits.
     narrow = raw.dtype != values.dtype
@@ -302,7 +284,95 @@ def _(axis_name, primals, tangents):
     return (m, d, log_sum, scale), (jnp.zeros_like(m), d_dot, log_sum_dot, -scale * log_sum_dot)
 
 
-def _exponentials(rows, m, keep):
+# The rule without a label ------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def _log_sum(values, raw, class_mask, where, axis_name):
+    """C = lse − m."""
+    rows = Rows(raw, values, None, class_mask, where, axis_name)
+    m = reference(rows)
+    return jnp.log1p(excess(*rest_and_ties(rows, m, marked_exponentials(rows, m))))
+
+
+@_log_sum.defjvp
+def _(axis_name, primals, tangents):
+    values, raw, class_mask, where = primals
+
+    def linear(values, raw, tangent):
+        rows = Rows(raw, values, None, class_mask, where, axis_name)
+        return class_sum(rows, softmax(rows) * tangent)
+
+    linear = jax.checkpoint(linear, prevent_cse=False) if raw.dtype != values.dtype else linear
+    return _log_sum(*primals, axis_name), linear(values, raw, tangents[0])
+
+
+def softmax(rows: Rows) -> Array:
+    """P for every class [..., classes]."""
+    return _softmax(rows.values, rows.raw, rows.class_mask, rows.where, rows.axis_name)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def _softmax(values, raw, class_mask, where, axis_name):
+    rows = Rows(raw, values, None, class_mask, where, axis_name)
+    m = reference(rows)
+    e = marked_exponentials(rows, m)
+    scale = lax.optimization_barrier(1 / (1 + excess(*rest_and_ties(rows, m, e))))  # once per row, not once per class
+    return numerics.where(e < -0.5, -e, e) * scale[..., None]
+
+
+@_softmax.defjvp
+def _(axis_name, primals, tangents):
+    p = _softmax(*primals, axis_name)
+    rows = Rows(primals[1], primals[0], None, *primals[2:], axis_name)
+    moved = masked(tangents[0], rows.where, rows.class_mask)
+    return p, p * (moved - widened(rows, class_sum(rows, p * moved)))
+
+
+def marked_exponentials(rows: Rows, m: Array) -> Array:
+    """e^(z_k − m) for every class, and −1 at the largest as a mark; 0 where masked. Its code has the right first derivative.
+
+    One array then tells which classes are the largest, and all loops of a loss read it instead of the logits.
+    """
+    x = (numerics.widen(rows.raw) if rows.half else rows.values) + (-m)[..., None]
+    keep = kept(rows)
+    x = x if keep is None else numerics.where(keep, x, -jnp.inf)
+    # not `x == 0`, whose broadcast 0 would be shared; what is above −tiny is 0, because XLA flushes smaller numbers
+    return numerics.where(x > -jnp.finfo(x.dtype).tiny, -1 - x, jnp.exp(x))
+
+
+def rest_and_ties(rows: Rows, m: Array, e: Array) -> tuple[Array, Array]:
+    """Σ e^(z_k − m) over the classes below the largest, and how many are the largest; `e` comes from `marked_exponentials`."""
+    if rows.half:  # there `e` must not be stored: only gradients make it
+        largest = same_as_largest(rows, m)
+        rest = class_sum(rows, exponentials(rows, m, _and(~largest, rows.class_mask, rows.where)))
+        return rest + numerics.zero_without_derivative(rows.values[..., 0]), class_sum(rows, largest.astype(m.dtype))
+    if rows.raw.shape[-1] <= FEW:
+        return two_sums(rows, jnp.maximum(e, 0), jnp.maximum(-e, 0))
+    rest = class_sum(rows, jnp.maximum(e, 0))
+    ties = rest - class_sum(rows, e)  # a whole number with a derivative
+    return rest, ties + lax.stop_gradient(jnp.round(ties) - ties)
+
+
+def excess(rest: Array, ties: Array) -> Array:
+    """Σ e^(z_k − m) over all classes, less 1; 0 if there is none."""
+    return numerics.where(ties == 0, 0, rest + (ties - 1))
+
+
+def same_as_largest(rows: Rows, m: Array) -> Array:
+    """Whether a class has the largest logit [..., classes]."""
+    return masked(numerics.same(lax.stop_gradient(rows.raw), m.astype(rows.raw.dtype)[..., None]), rows.where, rows.class_mask)
+
+
+def two_sums(rows: Rows, x: Array, y: Array) -> tuple[Array, Array]:
+    """Σ x and Σ y over the classes, as one complex sum if they are few: of two real sums XLA on CPUs would store the operands."""
+    if rows.raw.shape[-1] > FEW:
+        return class_sum(rows, x), class_sum(rows, y)
+    both = jnp.sum(lax.complex(x, y), axis=-1)
+    return over_devices(rows, both.real), over_devices(rows, both.imag)
+
+
+def exponentials(rows, m, keep):
     """e^(z − m) where `keep`, 0 elsewhere, for a sum over classes."""
     if rows.raw.dtype != m.dtype:
         return jnp.exp(numerics.select_logits(keep, rows.raw).astype(m.dtype) - m[..., None])
@@ -320,7 +390,7 @@ def _local_maximum(raw, mask):
     return jnp.max(z, axis=-1, initial=-jnp.inf)
 
 
-def _largest_class(rows):
+def largest_class(rows):
     """The global index of a class with the largest logit [...]; a maximum, because devices would exchange more for an argmax."""
     z = lax.stop_gradient(rows.raw)
     z = z if rows.class_mask is None else numerics.select_logits(rows.class_mask, z)
@@ -356,13 +426,18 @@ def _taken(rows, per_class, index):
         taken = jnp.take(per_class, local, mode="clip")
     else:
         per_class = jnp.broadcast_to(numerics.expand_leading(per_class, rows.raw.ndim), rows.raw.shape)
-        taken = numerics.take_last(mesh.split_as(rows.raw, per_class), local[..., None]).squeeze(-1)
+        return at_index(rows, per_class, index[..., None]).squeeze(-1)
     return taken if here is None else over_devices(rows, numerics.where(here, taken, 0))
 
 
 def in_range(rows: Rows) -> Array:
     """Whether the label is a class at all [...], be it one that exists or not."""
-    return _local(rows, rows.labels)[1]
+    return is_class(rows, rows.labels)
+
+
+def is_class(rows: Rows, index: Array | None) -> Array:
+    """Whether an index is that of a class, be it one that exists or not."""
+    return _local(rows, index)[1]
 
 
 def class_index(rows: Rows) -> Array:

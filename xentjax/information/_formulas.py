@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics, rows
+from xentjax._core import checks, numerics, rows, surprises
 
 FAR = 2.0**60  # |log(p/q)| where one of them is 0; its square is a float32
 
@@ -109,7 +109,7 @@ def distribution(x: Array, where: Array | None, axis: int, from_logits: bool) ->
         return Distribution(x, jnp.log(numerics.where(zero, 1, x)), zero, None)
     r = rows.of(rows.Examples(x, None, None, None, x.ndim - 1, None))
     found = rows.statistics(r)
-    u = rows.surprise(r, found)
+    u = surprises.surprise(r, found)
     zero = numerics.is_infinite(u)
     log = lax.stop_gradient(numerics.where(zero, u, 0)) - u
     dead = found.dead[..., None]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics, rows
+from xentjax._core import checks, numerics, rows, surprises
 from xentjax._reduction import WeightedSum
 from xentjax._softmax import softmax_cross_entropy
 from xentjax.metrics import _counts
@@ -227,7 +227,7 @@ def _hits(batch, k, first):
 @jax.jit
 def _brier(batch):
     r = rows.of(batch)
-    a = rows.class_log_odds(r)
+    a = surprises.class_log_odds(r)
     t = rows.on_label(r).astype(a.dtype) if r.hard else r.labels
     assert t is not None
     # 1 − p is σ(−a), which keeps the little that a confident prediction misses
