@@ -8,7 +8,7 @@ import jax
 from jax import core
 from jax.experimental import checkify
 
-from xentjax._core import checks
+from xentjax._core import values
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -46,7 +46,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def with_checks(*args: P.args, **kwargs: P.kwargs) -> T:
-        with checks.checking_values(True):
+        with values.checking(True):
             error, result = checkify.checkify(function, errors=checkify.user_checks)(*args, **kwargs)
         if any(isinstance(leaf, core.Tracer) for leaf in jax.tree.leaves(error)):
             name = getattr(function, "__name__", "function")

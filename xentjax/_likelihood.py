@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, differences, numerics, rows
+from xentjax._core import checks, differences, numerics, rows, values
 
 
 def gaussian_nll(
@@ -133,7 +133,7 @@ def poisson_nll(log_rate: ArrayLike, targets: ArrayLike, *, where: ArrayLike | N
         Loader, Fast and Accurate Computation of Binomial Probabilities, 2000 (the form for large counts).
     """
     rate, k, counts = _elements("poisson_nll", "log_rate", log_rate, targets, where)
-    _check("poisson_nll", "targets", k, lambda k: ~(k >= 0), counts, "is not a count (it is negative or NaN)")
+    values.check("poisson_nll", "targets", k, lambda k: ~(k >= 0), "is not a count (it is negative or NaN)", counts)
     return _poisson(rate, k, counts)
 
 
@@ -195,7 +195,7 @@ def mixture_of_logistics_nll(
     if checks.count(name, "levels", levels) < 2 or not -math.inf < low < high < math.inf:
         raise ValueError(f"{name}: levels must be at least 2 and low below high; got levels={levels}, low={low}, high={high}.")
     if jnp.issubdtype(x.dtype, jnp.integer):
-        _check(name, "targets", x, lambda i: (i < 0) | (i >= levels), counts, f"is outside [0, {levels})")
+        values.indices(name, "targets", x, levels, counts)
     return _mixture(rows.Examples(z, None, None, counts, z.ndim - 1, None), x, mu, s, levels, low, high)
 
 
@@ -290,7 +290,7 @@ def _elements(function, name, prediction, targets, where):
     x = checks.floating(function, name, prediction)
     t = checks.same_shape(function, "targets", _numbers(function, "targets", targets), x.shape, f"the shape of {name}")
     counts = checks.counted(function, where, x.shape, f"the shape of {name}")
-    _check(function, name, x, jnp.isnan, counts, "is NaN")
+    values.not_nan(function, name, x, counts)
     return x, t, counts
 
 
@@ -312,12 +312,6 @@ def _spread(function, mean, **given):
             number = checks.positive(function, name, x) if name == plain else checks.number(function, name, x, low=-math.inf)
             given[name] = 0.0 if number is None else number
     return given[plain], given[log]
-
-
-def _check(function, name, x, bad, where, complaint):
-    """What depends on values, inside `xentjax.checked`."""
-    if checks.checking_values.value:
-        checks.check(function, name, x, bad(x) if where is None else bad(x) & where, complaint)
 
 
 # Inside the compiled parts -------------------------------------------------------------------------------------------------

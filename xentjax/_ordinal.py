@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, differences, numerics, rows
+from xentjax._core import checks, differences, numerics, rows, values
 
 
 def cumulative_link_loss(scores: ArrayLike, labels: ArrayLike, *, thresholds: ArrayLike, where: ArrayLike | None = None) -> Array:
@@ -127,6 +127,5 @@ def _close(loss, labels, classes, where):
 def _labels(function, labels, shape, meaning, classes, where):
     y = checks.same_shape(function, "labels", checks.integers(function, "labels", labels), shape, meaning)
     counts = checks.counted(function, where, shape, meaning)
-    if checks.checking_values.value:
-        checks.check_indices(function, "labels", y, classes, jnp.zeros((), bool) if counts is None else ~counts)
+    values.indices(function, "labels", y, classes, counts)
     return y, counts

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics
+from xentjax._core import checks, numerics, values
 
 
 class Options(NamedTuple):
@@ -58,9 +58,7 @@ def labels(function: str, x: ArrayLike, batch: int) -> Array:
 
 def _without_nan(function, name, x, where):
     """`x`; inside `xentjax.checked` an error if a row that counts holds NaN."""
-    if checks.checking_values.value:
-        counts = jnp.ones((), bool) if where is None else where[:, None]
-        checks.check(function, name, x, jnp.isnan(x) & counts, "is NaN")
+    values.not_nan(function, name, x, where)
     return x
 
 

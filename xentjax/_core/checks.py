@@ -1,7 +1,6 @@
 """Every error about an argument. Messages name the function, the argument, what is expected, what came, and the remedy.
 
-What concerns mesh axes is in `mesh`. What depends on values is checked only inside `xentjax.checked`, which sets the context below
-while it traces.
+Errors about mesh axes are in `mesh`. Errors about values, which only `xentjax.checked` raises, are in `values`.
 """
 
 import math
@@ -12,13 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.experimental import checkify
 from jax.typing import ArrayLike
 
-from xentjax._core import mesh, numerics, rows
-
-# Part of the key of JAX's caches: a function traced with value checks is never used without, nor the other way round.
-checking_values = jax.make_user_context(False)
+from xentjax._core import mesh, numerics, rows, values
 
 
 def asarray(function: str, name: str, x: Any) -> Array:
@@ -156,8 +151,7 @@ def examples(
     mesh.split_classes(function, axis_name, {inputs: z}, {"labels": indices, "where": counts})
     mesh.classes_alone(function, inputs, z, axis, indices)
     checked = rows.Examples(z, y, mask, counts, axis, axis_name)
-    if checking_values.value:
-        _check_values(function, checked, inputs)
+    values.examples(function, checked, inputs)
     return checked
 
 
@@ -182,10 +176,8 @@ def top_k(function: str, ids: ArrayLike, probs: ArrayLike, batch: rows.Examples)
             f"got {i.shape}."
         )
     shape(function, "label_probs", p, i.shape, "the shape of label_ids")
-    if checking_values.value:
-        ignored = jnp.zeros((), bool) if batch.where is None else ~batch.where[..., None]
-        check_indices(function, "label_ids", i, batch.classes, ignored)
-        check(function, "label_probs", p, ~(p >= 0) & ~ignored, "is not a probability (it is negative or NaN)")
+    values.indices(function, "label_ids", i, batch.classes, batch.where)
+    values.probabilities(function, "label_probs", p, batch.where)
     return i, p
 
 
@@ -197,11 +189,8 @@ def elements(function: str, logits: ArrayLike, labels: ArrayLike, where: ArrayLi
         raise TypeError(f"{function}: labels must have a boolean, integer or floating dtype; got {t.dtype}.")
     shape(function, "labels", t, z.shape, "the shape of logits, one label per logit", _elements_remedy(t.shape, z.shape))
     counts = counted(function, where, z.shape, "the shape of logits")
-    if checking_values.value:
-        ignored = jnp.zeros(z.shape, bool) if counts is None else ~counts
-        check(function, "logits", z, jnp.isnan(z) & ~ignored, "is NaN")
-        if t.dtype != jnp.bool_:
-            check(function, "labels", t, ~((t >= 0) & (t <= 1)) & ~ignored, "is outside [0, 1]")
+    values.not_nan(function, "logits", z, counts)
+    values.bits(function, "labels", t, counts)
     return z, t, counts
 
 
@@ -247,9 +236,7 @@ def linear_labels(
 ) -> Array:
     """Labels of logits that do not exist: indices [*leading], or distributions [*leading, classes]; `classes` are those held here."""
     y = _labels(function, labels, (*leading, classes), len(leading), "hidden", mesh.names(axis_name))
-    if checking_values.value:
-        ignored = jnp.zeros((), bool) if where is None else ~where
-        _check_label_values(function, y, classes * mesh.size(axis_name), ignored, len(leading))
+    values.labels(function, y, classes * mesh.size(axis_name), where, len(leading))
     return y
 
 
@@ -335,40 +322,3 @@ def _elements_remedy(got: tuple[int, ...], expected: tuple[int, ...]) -> str:
     if got == expected[:-1] or got == (*expected[:-1], 1):
         return "For one class of several per example use softmax_cross_entropy, or jax.nn.one_hot for one decision per class."
     return ""
-
-
-def _check_values(function: str, batch: rows.Examples, inputs: str) -> None:
-    z, y = batch.logits, batch.labels
-    ignored = jnp.zeros((), bool) if batch.where is None else ~batch.where
-    over_classes = jnp.expand_dims(ignored, batch.axis) if ignored.ndim else ignored
-    mask = rows.of(batch).class_mask
-    missing = jnp.zeros((), bool) if mask is None else ~jnp.moveaxis(mask, -1, batch.axis)
-    check(function, inputs, z, jnp.isnan(z) & ~over_classes & ~missing, "is NaN")
-    if y is not None:
-        _check_label_values(function, y, batch.classes, ignored, batch.axis)
-
-
-def _check_label_values(function: str, y: Array, classes: int, ignored: Array, axis: int) -> None:
-    if jnp.issubdtype(y.dtype, jnp.integer):
-        check_indices(function, "labels", y, classes, ignored)
-    else:
-        over_classes = jnp.expand_dims(ignored, axis) if ignored.ndim else ignored
-        check(function, "labels", y, ~(y >= 0) & ~over_classes, "is not a probability (it is negative or NaN)")
-
-
-def check_indices(function: str, name: str, index: Array, classes: int, ignored: Array) -> None:
-    wide = index.astype(numerics.index_dtype(index))
-    check(function, name, index, ((wide < 0) | (wide >= classes)) & ~ignored, f"is outside [0, {classes})")
-
-
-def check(function: str, name: str, x: Array, bad: Array, complaint: str) -> None:
-    """Raise through checkify with the first position at which `bad` holds, and the value there."""
-    flat = jnp.broadcast_to(bad, x.shape).reshape(-1)
-    if flat.size == 0:
-        return
-    first = jnp.argmax(flat)
-    position = jnp.unravel_index(first, x.shape)
-    places = ", ".join(f"{{p{i}}}" for i in range(x.ndim))
-    where = f"{name}[{places}]" if x.ndim else name
-    payload: dict[str, Any] = {f"p{i}": p for i, p in enumerate(position)}
-    checkify.check(~flat[first], f"{function}: {where} = {{value}} {complaint}.", value=x.reshape(-1)[first], **payload)
