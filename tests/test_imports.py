@@ -28,17 +28,17 @@ def imported(path):
 
 
 ROOMS = {
-    "_reduction": 5,
-    "_linear": 6,
-    "_linear_sharded": 7,
-    "_checked": 6,
-    "_contrastive": 7,
-    "_sampled": 7,
-    "_hierarchical": 8,
-    "metrics": 8,
+    "_reduction": 6,
+    "_linear": 7,
+    "_linear_sharded": 8,
+    "_checked": 7,
+    "_contrastive": 8,
+    "_sampled": 8,
+    "_hierarchical": 9,
+    "metrics": 9,
 }
-CORE = {"mesh": 0, "numerics": 1, "products": 2, "differences": 2, "rows": 2, "chunks": 3, "odds": 3, "values": 3, "checks": 4}
-LOSSES = 4
+CORE = {"mesh": 0, "numerics": 1, "products": 2, "differences": 2, "rows": 2, "chunks": 3, "odds": 3, "values": 3, "checks": 4, "layers": 5}
+LOSSES = 5
 WITHIN = {"_formulas": 1, "_counts": 1, "_joint": 2}  # a package's own modules; the package itself comes last
 
 
@@ -46,7 +46,7 @@ def rank(module):
     """_core before losses before what is made of losses before the front door."""
     part = module.split(".")[1:]
     if not part:
-        return (10, 0)
+        return (11, 0)
     if part[0] == "_core":
         return (CORE.get(part[-1], 0), 0)
     return (ROOMS.get(part[0], LOSSES), WITHIN.get(part[1], 3) if len(part) > 1 else 4)
