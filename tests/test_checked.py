@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import xentjax
 
@@ -14,6 +16,7 @@ Z, Y = np.array([[1.0, 2.0, 0.5], [0.0, -1.0, 3.0]], np.float32), np.array([0, 2
 cross_entropy = xentjax.softmax_cross_entropy
 top_k = xentjax.softmax_cross_entropy_with_top_k_labels
 INDICES = (cross_entropy, xentjax.softmax_focal_loss, xentjax.softmax_log_prob, xentjax.row_statistics)
+EPS = float(jnp.finfo(jnp.float32).eps)
 BITS = (xentjax.sigmoid_cross_entropy, xentjax.sigmoid_focal_loss, xentjax.asymmetric_loss)
 
 
@@ -39,6 +42,10 @@ def checked_jit(function):
 @jax.jit
 def step(z, y):
     return cross_entropy(z, y).sum()
+
+
+def step_of_batch(batch):
+    return step(**batch)
 
 
 def two_losses(z, y):
@@ -226,3 +233,126 @@ def test_name_and_documentation_stay():
     checked = xentjax.checked(cross_entropy)
     assert (checked.__name__, checked.__doc__, checked.__wrapped__) == (cross_entropy.__name__, cross_entropy.__doc__, cross_entropy)
     assert xentjax.checked(step).__name__ == "step"
+
+
+def mapped(z, y):
+    return jax.lax.map(lambda row: cross_entropy(*row), (z, y)).sum()
+
+
+@pytest.mark.parametrize("loop", [scanned, mapped, jax.checkpoint(scanned)], ids=["scan", "map", "checkpoint"])
+def test_a_loop_differentiated_from_outside_is_never_silent(loop):
+    checked = xentjax.checked(jax.jit(jax.value_and_grad(loop)))
+    with pytest.raises(ValueError, match=r"^(scanned|mapped): result\[0\] is NaN. No check found .* use checked on one step"):
+        checked(Z, BAD)
+    with pytest.raises(ValueError, match=r"^(scanned|mapped): result\[0\] is NaN. So is z\[1, 2\], an argument."):
+        checked(put(Z, (1, 2), np.nan), Y)
+    value, slope = checked(Z, Y)
+    np.testing.assert_allclose(value, cross_entropy(Z, Y).sum(), rtol=4 * EPS)  # added in another order
+    np.testing.assert_allclose(slope, jax.grad(step)(Z, Y), rtol=4 * EPS)
+
+
+def test_every_nan_in_a_result_raises():
+    for result, place in (((Y, Z), "result[1][0, 1]"), ({"a": {"b": Z}}, "result['a']['b'][0, 1]"), (Z[0], "result[1]")):
+        spoilt = jax.tree.map(lambda x: put(x, (0, 1)[-x.ndim :], np.nan) if x.dtype == np.float32 else x, result)
+        with pytest.raises(ValueError, match=f"^passed_on: {re.escape(place)} is NaN. So is x"):
+            xentjax.checked(passed_on)(spoilt)
+        jax.tree.map(np.testing.assert_array_equal, xentjax.checked(passed_on)(result), result)
+    xentjax.checked(passed_on)(jax.random.key(0))
+
+
+def passed_on(x):
+    return jax.tree.map(lambda leaf: leaf, x)
+
+
+def test_infinite_results_of_finite_arguments_are_values_like_others():
+    label = np.array([1, 0], np.int32)
+    for function in (cross_entropy, xentjax.softmax_focal_loss):
+        assert np.isposinf(checked_jit(function)(put(Z, (0, 1), -np.inf), label)).tolist() == [True, False]
+        assert np.isposinf(checked_jit(function)(Z, label, class_mask=np.array([True, False, True]))).tolist() == [True, False]
+    assert np.isposinf(xentjax.checked(xentjax.information.self_information)(np.zeros(1, np.float32))).all()
+    samples = xentjax.checked(lambda key: xentjax.draw_samples(key, xentjax.uniform_sampler(2), 8, unique=True))(jax.random.key(0))
+    assert np.isposinf(samples.log_expected_count).any()
+
+
+@pytest.mark.parametrize("function", (*INDICES, *BITS), ids=name_of)
+def test_infinite_logits(function):
+    for large in (np.inf, 2.0**100):  # which losses treat alike
+        with raises(f"{function.__name__}: logits[1, 0] = {np.float32(large)} is infinite, as all above 2**80 are."):
+            checked_jit(function)(put(Z, (1, 0), large), Y if function in INDICES else Z * 0)
+
+
+HIDDEN, KERNEL = np.ones((2, 4), np.float32), np.full((4, 3), 0.5, np.float32)
+linear = xentjax.linear_softmax_cross_entropy
+
+
+def test_the_function_that_was_called_is_named_each_time():
+    nan = put(HIDDEN, (1, 3), np.nan)
+    for _ in range(2):  # one of them is traced first, and JAX keeps what they share
+        with raises("linear_softmax_cross_entropy: hidden[1, 3] = nan is NaN."):
+            xentjax.checked(linear)(nan, KERNEL, Y)
+        with raises("softmax_cross_entropy: logits[1, 0] = nan is NaN."):
+            xentjax.checked(cross_entropy)(put(Z, (1, 0), np.nan), Y)
+    # finite arguments whose products are not: what is inside of the loss has no name of its own
+    huge = np.float32(2.0**70) * HIDDEN
+    with pytest.raises(ValueError, match=r"^linear_softmax_cross_entropy: result is NaN"):
+        xentjax.checked(linear)(huge, huge[0, :, None] * KERNEL, Y)
+
+
+def test_what_does_not_count_is_not_checked_in_linear_losses_and_metrics():
+    mask, where = np.array([True, False, True]), np.array([True, False])
+    spoilt = put(KERNEL, np.s_[:, 1], np.nan)
+    xentjax.checked(linear)(HIDDEN, spoilt, Y, class_mask=mask)
+    turned = np.ascontiguousarray(spoilt.T)
+    xentjax.checked(linear)(put(HIDDEN, 1, np.nan), turned, put(Y, 1, 9), class_mask=mask, where=where, classes_first=True)
+    ranks = xentjax.checked(xentjax.metrics.auroc)
+    for hide in ({"where": np.array([True, True, False])}, {"weights": np.array([1.0, 1.0, 0.0], np.float32)}):
+        assert ranks(np.array([1.0, 0.0, np.nan], np.float32), np.array([1, 0, 7]), **hide) == 1
+        found = xentjax.checked(lambda y: xentjax.metrics.confusion(y, y, classes=2, **hide))(np.array([0, 1, 7]))  # noqa: B023
+        assert found.invalid == 0
+
+
+def test_integers_that_a_transformation_would_truncate():
+    wide = np.array([0, 2**32 + 1])
+    with raises("softmax_cross_entropy: labels[1] = 2147483647 is outside [0, 3)."):
+        xentjax.checked(cross_entropy)(Z, wide)
+    for function in (jax.jit(cross_entropy), jax.vmap(cross_entropy), lambda logits, labels: jax.jit(cross_entropy)(logits, labels)):
+        with pytest.raises(
+            ValueError, match=r": labels\[1\] = 4294967297 is outside \[-2147483648, 2147483647\], and JAX would truncate it"
+        ):
+            xentjax.checked(function)(Z, wide)
+    with pytest.raises(ValueError, match=r"^step_of_batch: batch\['y'\]\[1\] = 4294967297 is outside"):
+        xentjax.checked(step_of_batch)(batch={"z": Z, "y": wide})
+
+
+def test_positions_on_an_explicit_mesh():
+    mesh = jax.make_mesh((2, 3), ("data", "model"), devices=jax.devices()[:6], axis_types=(AxisType.Explicit,) * 2)
+    checked = xentjax.checked(jax.jit(cross_entropy))
+    with jax.set_mesh(mesh):
+        z, y = jax.device_put(Z, NamedSharding(mesh, P("data", "model"))), jax.device_put(Y, NamedSharding(mesh, P("data")))
+        np.testing.assert_allclose(checked(z, y), cross_entropy(Z, Y), rtol=4 * EPS)  # added in another order
+        with raises("softmax_cross_entropy: logits[1, 2] = nan is NaN."):
+            checked(jax.device_put(put(Z, (1, 2), np.nan), z.sharding), y)
+        with raises("softmax_cross_entropy: labels[1] = 7 is outside [0, 3)."):
+            checked(z, jax.device_put(BAD, y.sharding))
+
+
+def test_models_of_flax_are_left_whole():
+    nnx = pytest.importorskip("flax.nnx")
+    model = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+
+    def loss(model, z, y):
+        model.bias[...] = model.bias[...] + 1
+        return cross_entropy(model(z), y).sum()
+
+    before = jax.tree.map(np.asarray, nnx.state(model))
+    for function in (nnx.jit(loss), loss, lambda *arguments: nnx.jit(loss)(*arguments)):
+        with pytest.raises(
+            TypeError, match=r"^checked: .* a function of arrays; got flax.nnx.jit or a model .* checked\(jax.jit\(step\)\)\(state"
+        ):
+            xentjax.checked(function)(model, Z, Y)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, nnx.state(model)), before)
+    graph, state = nnx.split(model)
+    split = xentjax.checked(jax.jit(lambda state, z, y: loss(nnx.merge(graph, state), z, y)))
+    np.testing.assert_array_equal(split(state, Z, Y), jax.jit(loss)(model, Z, Y))
+    with raises("softmax_cross_entropy: labels[1] = 7 is outside [0, 3)."):
+        split(state, Z, BAD)

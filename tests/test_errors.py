@@ -1,6 +1,7 @@
 """Errors about arguments: raised at once, in or out of a trace, naming function, argument, expected, got and remedy."""
 
 import functools
+import inspect
 import re
 
 import cases
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from calls import CALLS
 
 import xentjax
 
@@ -157,8 +159,8 @@ def test_hyper_parameters_are_scalars_and_traced_ones_are_not_judged(function, n
     if name != "pos_weight":
         with raises(ValueError, f"{function.__name__}: {name} must have shape (), a scalar; got (3,). Use jax.vmap to try several values."):
             function(Z, labels, **{name: jnp.ones(3)})
-    with raises(TypeError, f"{function.__name__}: {name} must have a floating dtype; got int32. Use {name}.astype(jnp.float32)."):
-        function(Z, labels, **{name: jnp.array(1)})
+    with raises(TypeError, f"{function.__name__}: {name} must have a floating dtype; got bool. Use {name}.astype(jnp.float32)."):
+        function(Z, labels, **{name: jnp.array(True)})
     with raises(TypeError, f"{function.__name__}: {name} must be an array or convertible to one; got str."):
         function(Z, labels, **{name: "0.1"})
     assert jax.jit(lambda x: function(Z, labels, **{name: x}))(-0.5).shape == labels.shape
@@ -169,7 +171,7 @@ def test_hyper_parameters_are_scalars_and_traced_ones_are_not_judged(function, n
     [
         (jnp.ones(2), ValueError, "have shape (3,), one weight per class; got (2,)."),
         (Z, ValueError, "have shape (3,), one weight per class; got (2, 3)."),
-        ([1, 2, 3], TypeError, "have a floating dtype; got int32. Use class_weights.astype(jnp.float32)."),
+        ([True, True, False], TypeError, "have a floating dtype; got bool. Use class_weights.astype(jnp.float32)."),
     ],
     ids=["length", "rank", "dtype"],
 )
@@ -214,8 +216,8 @@ def test_other_arguments_of_bits():
         ValueError, f"{bits.__name__}: pos_weight must have shape (10,), one weight per class along the last axis of logits; got (3,)."
     ):
         bits(BITS, BITS, pos_weight=jnp.ones(3))
-    with pytest.raises(TypeError, match=r"^sigmoid_cross_entropy: pos_weight must have a floating dtype; got int"):
-        bits(BITS, BITS, pos_weight=np.ones(10, np.int32))
+    with pytest.raises(TypeError, match=r"^sigmoid_cross_entropy: pos_weight must have a floating dtype; got bool"):
+        bits(BITS, BITS, pos_weight=np.ones(10, np.bool_))
 
 
 @pytest.mark.parametrize("function", [xentjax.weighted_mean, xentjax.weighted_sum], ids=lambda f: f.__name__)
@@ -261,3 +263,27 @@ def test_errors_raise_while_tracing(function, family, transform):
     traced = transform(lambda z: jnp.sum(jax.tree.leaves(function(z, *broken))[0]))
     with pytest.raises(ValueError, match=rf"^{function.__name__}: label(s|_ids) must have shape .*; got \(5, 2\)"):
         traced(jnp.zeros((2, 2, 3)) if transform is jax.vmap else Z)
+
+
+# The sums reduce over any axes; theirs is not a class axis.
+WITH_AXIS = [c for c in CALLS if "axis" in inspect.signature(c.function).parameters and not str(c).startswith("weighted")]
+
+
+@pytest.mark.parametrize("call", WITH_AXIS, ids=str)
+def test_the_class_axis_is_one_integer(call):
+    name, of = call.function.__name__, next(iter(call.arrays))
+    remedy = f"Use jnp.moveaxis and reshape, so that one axis of {of} holds all classes."
+    with raises(TypeError, f"{name}: axis must be an integer; got (0, 1). {remedy}"):
+        call.function(**call.arrays, **call.settings, **call.static, axis=(0, 1))
+    with raises(TypeError, f"{name}: axis must be an integer; got 1.0."):
+        call.function(**call.arrays, **call.settings, **call.static, axis=1.0)
+    for axis in (np.int64(1), np.array(1), jnp.array(1)):  # traced alone
+        jax.eval_shape(lambda arrays: call.function(**arrays, **call.settings, **call.static, axis=axis), call.arrays)  # noqa: B023
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_what_must_be_given_may_not_be_none(call):
+    for name, p in inspect.signature(call.function).parameters.items():
+        if name in call.arrays and p.default is p.empty and isinstance(call.arrays[name], np.ndarray):
+            with raises(TypeError, f"{call.function.__name__}: {name} must be an array or convertible to one; got NoneType."):
+                call({**call.arrays, name: None})

@@ -26,7 +26,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from xentjax import _linear, _pairs, _softmax
-from xentjax._core import checks, numerics
+from xentjax._core import checks, numerics, values
 
 
 def info_nce(
@@ -281,6 +281,7 @@ def supervised_contrastive_loss(
 # The compiled parts. Similarities are the logits of a linear layer whose kernel is the keys: `fuse_linear` takes them by chunks.
 
 _compiled = functools.partial(jax.jit, static_argnames=("options",))
+_cross_entropy = values.unchecked(_softmax.softmax_cross_entropy)
 
 
 @_compiled
@@ -291,7 +292,7 @@ def _info_nce(queries, keys, negatives, where, temperature, options):
     counts = None if counts is None else jnp.concatenate([counts, jnp.ones(len(more), bool)])
 
     def loss(s, own):
-        return _softmax.softmax_cross_entropy(s / jnp.asarray(temperature, s.dtype), own, class_mask=counts)
+        return _cross_entropy(s / jnp.asarray(temperature, s.dtype), own, class_mask=counts)
 
     return _over_chunks(loss, q, everything, (_pairs.positions(q, options),), where, options)
 
@@ -305,7 +306,7 @@ def _nt_xent(first, second, where, temperature, options):
     own = jnp.stack([own, own + len(everyone) // 2])
 
     def loss(s, own, partner):
-        return _softmax.softmax_cross_entropy(s / jnp.asarray(temperature, s.dtype), partner, class_mask=_others(s, own, counts))
+        return _cross_entropy(s / jnp.asarray(temperature, s.dtype), partner, class_mask=_others(s, own, counts))
 
     where = None if where is None else jnp.stack([where, where])
     return jnp.mean(_over_chunks(loss, jnp.stack(views), everyone, (own, own[::-1]), where, options), axis=0)
@@ -317,7 +318,7 @@ def _clip(images, texts, where, logit_scale, options):
     counts, own = _gathered(where, options), _pairs.positions(x, options)
 
     def loss(s, own):
-        return _softmax.softmax_cross_entropy(s * jnp.asarray(logit_scale, s.dtype), own, class_mask=counts)
+        return _cross_entropy(s * jnp.asarray(logit_scale, s.dtype), own, class_mask=counts)
 
     of_images, of_texts = (_over_chunks(loss, q, _pairs.gather(k, options), (own,), where, options) for q, k in ((x, y), (y, x)))
     return (of_images + of_texts) / 2
@@ -345,7 +346,7 @@ def _supervised(embeddings, labels, where, temperature, options):
         others = _others(s, own, counts)
         positive = (others & (label[:, None] == all_labels[None])).astype(s.dtype)
         share = positive / jnp.maximum(jnp.sum(positive, axis=-1, keepdims=True), 1)  # all 0 without a positive, which costs 0
-        return _softmax.softmax_cross_entropy(s / jnp.asarray(temperature, s.dtype), share, class_mask=others)
+        return _cross_entropy(s / jnp.asarray(temperature, s.dtype), share, class_mask=others)
 
     return _over_chunks(loss, x, _pairs.gather(x, options), (labels, _pairs.positions(x, options)), where, options)
 
@@ -355,7 +356,7 @@ def _over_chunks(loss, queries, keys, args, where, options):
     if queries.shape[-2] == 0:
         return jnp.zeros(queries.shape[:-1], numerics.accumulation_dtype(queries.dtype))
     run = _linear.fuse_linear(loss, reduction="none", chunk_size=options.chunk_size, classes_first=True)
-    return run(queries, keys, *args, where=where)
+    return values.unchecked(run)(queries, keys, *args, where=where)
 
 
 def _gathered(where, options):

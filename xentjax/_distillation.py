@@ -80,7 +80,10 @@ def distillation_loss(
     student = checks.floating(name, "student_logits", student_logits)
     teacher = checks.floating(name, "teacher_logits", teacher_logits)
     checks.same_shape(name, "teacher_logits", teacher, student.shape, "the shape of student_logits")
-    both = [checks.examples(name, z, None, axis, axis_name, class_mask, where, labelled=False) for z in (student, teacher)]
+    both = [
+        checks.examples(name, z, None, axis, axis_name, class_mask, where, labelled=False, inputs=inputs)
+        for inputs, z in (("student_logits", student), ("teacher_logits", teacher))
+    ]
     if divergence not in DIVERGENCES:
         raise ValueError(f"{name}: divergence must be one of {', '.join(map(repr, DIVERGENCES))}; got {divergence!r}.")
     softness = checks.positive(name, "temperature", temperature)

@@ -21,7 +21,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from xentjax import _linear, _sampled, _samplers
-from xentjax._core import checks, numerics, rows, surprises
+from xentjax._core import checks, layers, numerics, rows, surprises, values
 
 
 class AdaptiveSoftmax(NamedTuple):
@@ -132,10 +132,10 @@ def adaptive_softmax_cross_entropy(
         Grave et al., Efficient Softmax Approximation for GPUs, 2016, arXiv 1609.04309.
     """
     name = "adaptive_softmax_cross_entropy"
-    h, layers, counts = _check_adaptive(name, hidden, parameters, where)
+    h, parts, counts = _check_adaptive(name, hidden, parameters, where)
     size = None if chunk_size is None else checks.count(name, "chunk_size", chunk_size)
-    y = _sampled.class_indices(name, labels, h.shape[:-1], _cutoffs(layers)[-1], counts)
-    return _adaptive(h, layers, y, counts, size)
+    y = _sampled.class_indices(name, labels, h.shape[:-1], _cutoffs(parts)[-1], counts)
+    return _adaptive(h, parts, y, counts, size)
 
 
 def adaptive_softmax_log_prob(hidden: ArrayLike, parameters: AdaptiveSoftmax, *, where: ArrayLike | None = None) -> Array:
@@ -269,9 +269,11 @@ def hierarchical_softmax_cross_entropy(
     if nodes.ndim != 2 or len(nodes) < 2:
         raise ValueError(f"{name}: tree.nodes must have shape (classes, depth), two classes at least; got {nodes.shape}.")
     checks.same_shape(name, "tree.signs", signs, nodes.shape, "the shape of tree.nodes")
-    h, k, b, counts, _ = checks.linear(name, hidden, kernel, bias, where, None, classes_first)
+    h, k, b, counts, _ = layers.arguments(name, hidden, kernel, bias, where, None, classes_first)
     expected = (len(nodes) - 1, h.shape[-1]) if classes_first else (h.shape[-1], len(nodes) - 1)
     checks.shape(name, "kernel", k, expected, f"one inner node less than the {len(nodes)} classes of the tree")
+    layers.check_values(name, k, b, classes_first)
+    values.indices(name, "tree.nodes", nodes, len(nodes) - 1, signs != 0)
     y = _sampled.class_indices(name, labels, h.shape[:-1], len(nodes), counts)
     return _hierarchical(h, k, b, y, nodes, signs, counts, bool(classes_first))
 
@@ -302,7 +304,11 @@ def _check_adaptive(function, hidden, parameters, where):
     projections = tuple(matrix(f"projections[{j}]", x, features, "width", 1) for j, x in enumerate(parameters.projections))
     kernels = tuple(matrix(f"kernels[{j}]", x, projections[j].shape[1], "classes", 1) for j, x in enumerate(parameters.kernels))
     counts = checks.counted(function, where, h.shape[:-1], "the shape of hidden without its feature axis")
-    return h, AdaptiveSoftmax(head, projections, kernels), counts
+    parts = AdaptiveSoftmax(head, projections, kernels)
+    values.finite(function, "hidden", h, counts)
+    for path, x in jax.tree_util.tree_leaves_with_path(parts):
+        values.finite(function, f"parameters{jax.tree_util.keystr(path)}", x)
+    return h, parts, counts
 
 
 @functools.partial(jax.jit, static_argnames=("chunk_size",))
@@ -310,7 +316,7 @@ def _adaptive(hidden, parameters, labels, where, chunk_size):
     cutoffs = _cutoffs(parameters)
     y = _sampled.counted(where, labels)
     h = _sampled.counted(where, hidden)
-    entropy = functools.partial(_linear.linear_softmax_cross_entropy, reduction="none", chunk_size=chunk_size)
+    entropy = functools.partial(values.unchecked(_linear.linear_softmax_cross_entropy), reduction="none", chunk_size=chunk_size)
     inside = (y >= 0) & (y < cutoffs[-1])
     cluster = sum(((y >= c).astype(y.dtype) for c in cutoffs[:-1]), jnp.zeros_like(y))
     in_head = numerics.where(inside, numerics.where(cluster == 0, y, cutoffs[0] + cluster - 1), -1)
@@ -339,7 +345,7 @@ def _projected(hidden, projection):
 
 
 def _log_softmax(logits):
-    r = rows.of(checks.examples("adaptive_softmax_log_prob", logits, None, -1, None, None, None, labelled=False))
+    r = rows.of(rows.Examples(logits, None, None, None, logits.ndim - 1, None))
     return -surprises.surprise(r, rows.statistics(r))
 
 

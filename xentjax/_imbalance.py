@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics, odds, rows
+from xentjax._core import checks, numerics, odds, rows, values
 
 
 def logit_adjusted_cross_entropy(
@@ -61,7 +61,8 @@ def logit_adjusted_cross_entropy(
     """
     name = "logit_adjusted_cross_entropy"
     batch = checks.examples(name, logits, labels, axis, axis_name, class_mask, where)
-    prior = _one_per_class(name, "class_log_prior", checks.floating(name, "class_log_prior", class_log_prior), batch)
+    prior = _one_per_class(name, "class_log_prior", checks.real(name, "class_log_prior", class_log_prior), batch)
+    values.logits(name, "class_log_prior", prior)
     return _logit_adjusted(batch, prior, checks.number(name, "tau", tau))
 
 
@@ -227,10 +228,9 @@ def inverse_frequency_weights(class_counts: ArrayLike) -> Array:
 
 
 def _counts(function: str, counts: ArrayLike) -> Array:
-    array = jnp.asarray(counts)
-    if jnp.issubdtype(array.dtype, jnp.integer):
-        return array.astype(jnp.float32)
-    return checks.floating(function, "class_counts", array)
+    array = checks.real(function, "class_counts", counts)
+    values.weights(function, "class_counts", array)
+    return array
 
 
 def _one_per_class(function: str, name: str, x: Array, batch: rows.Examples) -> Array:

@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, differences, numerics, rows, surprises
+from xentjax._core import checks, differences, numerics, rows, surprises, values
 
 
 def gaussian_nll(
@@ -59,7 +59,7 @@ def gaussian_nll(
     """
     name = "gaussian_nll"
     mu, x, counts = _elements(name, "mean", mean, targets, where)
-    return _gaussian(mu, x, counts, *_spread(name, mu, variance=variance, log_variance=log_variance))
+    return _gaussian(mu, x, counts, *_spread(name, mu, counts, variance=variance, log_variance=log_variance))
 
 
 def laplace_nll(
@@ -99,7 +99,7 @@ def laplace_nll(
     """
     name = "laplace_nll"
     mu, x, counts = _elements(name, "mean", mean, targets, where)
-    return _laplace(mu, x, counts, *_spread(name, mu, scale=scale, log_scale=log_scale))
+    return _laplace(mu, x, counts, *_spread(name, mu, counts, scale=scale, log_scale=log_scale))
 
 
 def poisson_nll(log_rate: ArrayLike, targets: ArrayLike, *, where: ArrayLike | None = None) -> Array:
@@ -132,8 +132,8 @@ def poisson_nll(log_rate: ArrayLike, targets: ArrayLike, *, where: ArrayLike | N
     Reference:
         Loader, Fast and Accurate Computation of Binomial Probabilities, 2000 (the form for large counts).
     """
-    rate, k, counts = _elements("poisson_nll", "log_rate", log_rate, targets, where)
-    _check("poisson_nll", "targets", k, lambda k: ~(k >= 0), counts, "is not a count (it is negative or NaN)")
+    complaint = "is not a count (it is negative or NaN)"
+    rate, k, counts = _elements("poisson_nll", "log_rate", log_rate, targets, where, lambda k: ~(k >= 0), complaint)
     return _poisson(rate, k, counts)
 
 
@@ -190,12 +190,16 @@ def mixture_of_logistics_nll(
     for other, x in (("means", mu), ("log_scales", s)):
         checks.same_shape(name, other, x, z.shape, "the shape of mixture_logits")
     leading = (z.shape[:-1], "the shape of mixture_logits without its component axis")
-    x = checks.same_shape(name, "targets", _numbers(name, "targets", targets), *leading)
+    x = checks.same_shape(name, "targets", _numbers(name, "targets", checks.asarray(name, "targets", targets)), *leading)
     counts = checks.counted(name, where, *leading)
     if checks.count(name, "levels", levels) < 2 or not -math.inf < low < high < math.inf:
         raise ValueError(f"{name}: levels must be at least 2 and low below high; got levels={levels}, low={low}, high={high}.")
+    for argument, y in (("mixture_logits", z), ("means", mu), ("log_scales", s)):
+        values.logits(name, argument, y, counts)
     if jnp.issubdtype(x.dtype, jnp.integer):
-        _check(name, "targets", x, lambda i: (i < 0) | (i >= levels), counts, f"is outside [0, {levels})")
+        values.indices(name, "targets", x, levels, counts)
+    else:
+        values.not_nan(name, "targets", x, counts)
     return _mixture(rows.Examples(z, None, None, counts, z.ndim - 1, None), x, mu, s, levels, low, high)
 
 
@@ -286,20 +290,21 @@ def _mixture(batch, targets, means, log_scales, levels, low, high):
 # Arguments -----------------------------------------------------------------------------------------------------------------
 
 
-def _elements(function, name, prediction, targets, where):
-    x = checks.floating(function, name, prediction)
-    t = checks.same_shape(function, "targets", _numbers(function, "targets", targets), x.shape, f"the shape of {name}")
+def _elements(function, name, prediction, targets, where, bad=jnp.isnan, complaint="is NaN"):
+    """What each element has, checked; `bad` says which targets are not possible."""
+    x, t = checks.floating(function, name, prediction), _numbers(function, "targets", checks.quantities(function, "targets", targets))
+    checks.same_shape(function, "targets", t, x.shape, f"the shape of {name}")
     counts = checks.counted(function, where, x.shape, f"the shape of {name}")
-    _check(function, name, x, jnp.isnan, counts, "is NaN")
+    values.not_nan(function, name, x, counts)
+    values.check(function, "targets", t, bad, complaint, counts)
     return x, t, counts
 
 
 def _numbers(function, name, x):
-    array = checks.asarray(function, name, x)
-    return array if jnp.issubdtype(array.dtype, jnp.integer) else checks.floating(function, name, array)
+    return x if jnp.issubdtype(x.dtype, jnp.integer) else checks.floating(function, name, x)
 
 
-def _spread(function, mean, **given):
+def _spread(function, mean, where, **given):
     """Both parameters of spread, one of them None; the other a number, or an array of the shape of `mean`."""
     plain, log = given
     if (given[plain] is None) == (given[log] is None):
@@ -307,17 +312,15 @@ def _spread(function, mean, **given):
         raise ValueError(f"{function}: exactly one of {plain} and {log} must be given; got {count}. Use {plain}=1.0 for a constant.")
     for name, x in given.items():
         if x is not None and np.ndim(x):
-            given[name] = checks.same_shape(function, name, checks.floating(function, name, x), mean.shape, "the shape of mean")
+            given[name] = x = checks.same_shape(function, name, checks.real(function, name, x), mean.shape, "the shape of mean")
+            if name == plain:
+                values.check(function, name, x, lambda v: ~(v > 0), "is not above 0", where)
+            else:
+                values.not_nan(function, name, x, where)
         elif x is not None:
             number = checks.positive(function, name, x) if name == plain else checks.number(function, name, x, low=-math.inf)
             given[name] = 0.0 if number is None else number
     return given[plain], given[log]
-
-
-def _check(function, name, x, bad, where, complaint):
-    """What depends on values, inside `xentjax.checked`."""
-    if checks.checking_values.value:
-        checks.check(function, name, x, bad(x) if where is None else bad(x) & where, complaint)
 
 
 # Inside the compiled parts -------------------------------------------------------------------------------------------------

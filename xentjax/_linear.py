@@ -22,7 +22,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from xentjax import _softmax
-from xentjax._core import checks, chunks, mesh, numerics
+from xentjax._core import checks, chunks, layers, mesh, numerics, values
 from xentjax._reduction import WeightedSum
 
 
@@ -100,9 +100,9 @@ def fuse_linear(
         weights: ArrayLike | None = None,
     ) -> Any:
         """The loss of `hidden @ kernel + bias`; shapes and meaning as `xentjax.fuse_linear` says."""
-        checked = checks.linear(name, hidden, kernel, bias, where, weights, classes_first)
+        checked = layers.arguments(name, hidden, kernel, bias, where, weights, classes_first)
         mesh.whole_chunks(name, checked[0], checked[1], 0 if classes_first else 1)
-        return run(*checked, checks.per_example(name, args, checked[0].shape[:-1]))
+        return run(*checked, layers.per_example(name, args, checked[0].shape[:-1]))
 
     return fused
 
@@ -166,16 +166,18 @@ def linear_softmax_cross_entropy(
     """
     name = "linear_softmax_cross_entropy"
     _check_options(name, reduction, chunk_size)
-    layer = checks.linear(name, hidden, kernel, bias, where, weights, classes_first)
+    layer = layers.arguments(name, hidden, kernel, bias, where, weights, classes_first)
     h, k, _, counts, _ = layer
     mesh.whole_chunks(name, h, k, 0 if classes_first else 1)
     mesh.split_classes(name, axis_name, {"kernel": k}, {"where": counts, "weights": layer[-1]})
     classes = k.shape[0 if classes_first else 1]
-    w = None if class_weights is None else checks.floating(name, "class_weights", class_weights)
+    w = None if class_weights is None else checks.real(name, "class_weights", class_weights)
     mask = None if class_mask is None else checks.boolean(name, "class_mask", class_mask)
     for argument, x in (("class_weights", w), ("class_mask", mask)):
         if x is not None:
             checks.shape(name, argument, x, (classes,), "one per class")
+    if w is not None:
+        values.weights(name, "class_weights", w)
     settings = {
         "label_smoothing": checks.number(name, "label_smoothing", label_smoothing, high=1.0),
         "class_weights": w,
@@ -183,7 +185,8 @@ def linear_softmax_cross_entropy(
         "softcap": None if softcap is None else checks.positive(name, "softcap", softcap),
         "class_mask": mask,
     }
-    y = checks.linear_labels(name, labels, h.shape[:-1], classes, counts, axis_name)
+    layers.check_values(name, k, layer[2], classes_first, mask)
+    y = layers.labels(name, labels, h.shape[:-1], classes, counts, axis_name)
     options = Options(reduction, chunk_size, classes_first=classes_first)
     return _cross_entropy(*layer, y, settings, options, axis_name)
 
@@ -240,7 +243,7 @@ def plan_linear(hidden: Any, kernel: Any, *, chunk_size: int | None = None, clas
     """
     name = "plan_linear"
     _check_options(name, "none", chunk_size)
-    classes = checks.linear_shapes(name, hidden.shape, kernel.shape, classes_first)
+    classes = layers.classes(name, hidden.shape, kernel.shape, classes_first)
     cut = _layout(hidden, kernel, chunk_size, classes_first)
     wide, narrow = numerics.accumulation_dtype(hidden.dtype).itemsize, jnp.dtype(hidden.dtype).itemsize
     logits = cut.examples * classes
@@ -285,7 +288,7 @@ def _cross_entropy(hidden, kernel, bias, where, weights, labels, settings, optio
         if softcap is not None:
             cap = jnp.asarray(softcap, logits.dtype)
             logits = cap * jnp.tanh(logits / cap)
-        return _softmax.softmax_cross_entropy(logits, labels, axis_name=axis_name, **settings)
+        return values.unchecked(_softmax.softmax_cross_entropy)(logits, labels, axis_name=axis_name, **settings)
 
     return reduced(loss_fn, options, hidden, kernel, bias, where, weights, (labels,))
 
@@ -307,7 +310,7 @@ def reduced(
     layer, cut = chunks.Layer(kernel, bias), _layout(hidden, kernel, options.chunk_size, options.classes_first)
 
     def losses(logits, *args):
-        return checks.loss_per_example(loss_fn(logits, *args), logits, options.has_aux)
+        return layers.loss_per_example(loss_fn(logits, *args), logits, options.has_aux)
 
     def total(w):
         value, aux = chunks.total(losses, chunks.Batch(hidden, w, where, args), layer, cut, options.classes_first)

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jax.typing import ArrayLike
 
 from xentjax import _linear
-from xentjax._core import checks
+from xentjax._core import checks, layers
 from xentjax._core import mesh as axes
 
 _NAME = "fuse_linear_sharded"
@@ -99,11 +99,11 @@ def fuse_linear_sharded(
         **per_class: ArrayLike,
     ) -> Any:
         """The loss of `hidden @ kernel + bias`; shapes and meaning as `xentjax.fuse_linear_sharded` says."""
-        layer = checks.linear(_NAME, hidden, kernel, bias, where, weights, classes_first)
+        layer = layers.arguments(_NAME, hidden, kernel, bias, where, weights, classes_first)
         split = _split(layer[0], layer[1], mesh, tokens, axis_name, classes_first)
         if split.classes:
             _takes_axis_name(loss_fn)
-        args = checks.per_example(_NAME, args, layer[0].shape[:-1])
+        args = layers.per_example(_NAME, args, layer[0].shape[:-1])
         arrays = (*layer, args, {k: checks.asarray(_NAME, k, x) for k, x in per_class.items()})
         if AxisType.Explicit in split.mesh.axis_types:
             arrays = jax.tree.map(functools.partial(_place, split.mesh), arrays, _specs(split, classes_first, *arrays))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, mesh, numerics, odds, rows
+from xentjax._core import checks, mesh, numerics, odds, rows, values
 
 
 def forward_corrected_cross_entropy(
@@ -109,7 +109,8 @@ def backward_corrected_cross_entropy(
 
 def _noise(function: str, noise_matrix: ArrayLike, batch: rows.Examples) -> Array:
     classes = batch.classes
-    matrix = checks.floating(function, "noise_matrix", noise_matrix)
+    matrix = checks.real(function, "noise_matrix", noise_matrix)
+    values.probabilities(function, "noise_matrix", matrix)
     return checks.shape(function, "noise_matrix", matrix, (classes, classes), "one row per true class, one column per label")
 
 

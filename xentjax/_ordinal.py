@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, differences, numerics, rows
+from xentjax._core import checks, differences, numerics, rows, values
 
 
 def cumulative_link_loss(scores: ArrayLike, labels: ArrayLike, *, thresholds: ArrayLike, where: ArrayLike | None = None) -> Array:
@@ -48,10 +48,12 @@ def cumulative_link_loss(scores: ArrayLike, labels: ArrayLike, *, thresholds: Ar
         McCullagh, Regression Models for Ordinal Data, 1980.
     """
     name = "cumulative_link_loss"
-    s, theta = checks.floating(name, "scores", scores), checks.floating(name, "thresholds", thresholds)
+    s, theta = checks.floating(name, "scores", scores), checks.real(name, "thresholds", thresholds)
     if theta.ndim != 1 or theta.size == 0:
         raise ValueError(f"{name}: thresholds must have shape (classes - 1,), at least one; got {theta.shape}.")
     y, counts = _labels(name, labels, s.shape, "the shape of scores", theta.size + 1, where)
+    values.not_nan(name, "scores", s, counts)
+    values.rising(name, "thresholds", theta)
     return _cumulative_link(s, y, theta, counts)
 
 
@@ -87,6 +89,7 @@ def coral_loss(logits: ArrayLike, labels: ArrayLike, *, where: ArrayLike | None 
     if z.ndim == 0 or z.shape[-1] == 0:
         raise ValueError(f"{name}: logits must have at least one threshold on the last axis; got shape {z.shape}.")
     y, counts = _labels(name, labels, z.shape[:-1], "the shape of logits without its threshold axis", z.shape[-1] + 1, where)
+    values.logits(name, "logits", z, counts)
     return _coral(z, y, counts)
 
 
@@ -127,6 +130,5 @@ def _close(loss, labels, classes, where):
 def _labels(function, labels, shape, meaning, classes, where):
     y = checks.same_shape(function, "labels", checks.integers(function, "labels", labels), shape, meaning)
     counts = checks.counted(function, where, shape, meaning)
-    if checks.checking_values.value:
-        checks.check_indices(function, "labels", y, classes, jnp.zeros((), bool) if counts is None else ~counts)
+    values.indices(function, "labels", y, classes, counts)
     return y, counts

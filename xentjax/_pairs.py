@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics
+from xentjax._core import checks, numerics, values
 
 
 class Options(NamedTuple):
@@ -28,7 +28,7 @@ def embeddings(function: str, name: str, x: ArrayLike, where: ArrayLike | None) 
     if array.ndim != 2:
         raise ValueError(f"{function}: {name} must have shape (batch, features); got {array.shape}. Use jax.vmap for several batches.")
     counts = checks.counted(function, where, array.shape[:1], f"one per row of {name}")
-    return _without_nan(function, name, array, counts), counts
+    return _finite(function, name, array, counts), counts
 
 
 def pairs(
@@ -38,7 +38,7 @@ def pairs(
     x, counts = embeddings(function, first_name, first, where)
     y = checks.floating(function, second_name, second)
     checks.same_shape(function, second_name, y, x.shape, f"the shape of {first_name}")
-    return x, _without_nan(function, second_name, y, counts), counts
+    return x, _finite(function, second_name, y, counts), counts
 
 
 def negatives(function: str, x: ArrayLike | None, queries: Array) -> Array:
@@ -48,19 +48,17 @@ def negatives(function: str, x: ArrayLike | None, queries: Array) -> Array:
     more = checks.floating(function, "negatives", x)
     if more.ndim != 2 or more.shape[1] != queries.shape[1]:
         raise ValueError(f"{function}: negatives must have shape (more, {queries.shape[1]}), the features of queries; got {more.shape}.")
-    return _without_nan(function, "negatives", more, None)
+    return _finite(function, "negatives", more, None)
 
 
 def labels(function: str, x: ArrayLike, batch: int) -> Array:
     """Integers [batch], of any range."""
-    return checks.same_shape(function, "labels", checks.integers(function, "labels", x), (batch,), "one per row of embeddings")
+    return checks.same_shape(function, "labels", checks.identifiers(function, "labels", x), (batch,), "one per row of embeddings")
 
 
-def _without_nan(function, name, x, where):
-    """`x`; inside `xentjax.checked` an error if a row that counts holds NaN."""
-    if checks.checking_values.value:
-        counts = jnp.ones((), bool) if where is None else where[:, None]
-        checks.check(function, name, x, jnp.isnan(x) & counts, "is NaN")
+def _finite(function, name, x, where):
+    """`x`; inside `xentjax.checked` an error if a row that counts holds NaN or ∞."""
+    values.finite(function, name, x, where)
     return x
 
 

@@ -25,7 +25,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from xentjax import _softmax
-from xentjax._core import checks, numerics
+from xentjax._core import checks, layers, numerics, values
 from xentjax._samplers import Samples
 
 
@@ -239,11 +239,13 @@ def in_batch_softmax_cross_entropy(
         raise ValueError(f"{name}: queries must have shape (batch, features); got {q.shape}. Use jax.vmap over further axes.")
     checks.same_shape(name, "candidates", c, q.shape, "the shape of queries")
     p = None if candidate_log_prob is None else checks.floating(name, "candidate_log_prob", candidate_log_prob)
-    ids = None if candidate_ids is None else checks.integers(name, "candidate_ids", candidate_ids)
+    ids = None if candidate_ids is None else checks.identifiers(name, "candidate_ids", candidate_ids)
     counts = checks.counted(name, where, q.shape[:1], "one per query")
     for argument, x in (("candidate_log_prob", p), ("candidate_ids", ids)):
         if x is not None:
             checks.same_shape(name, argument, x, q.shape[:1], "one per query")
+    for argument, x in (("queries", q), ("candidates", c), *([] if p is None else [("candidate_log_prob", p)])):
+        values.finite(name, argument, x, counts)
     return _in_batch(q, c, p, ids, checks.positive(name, "temperature", temperature), counts)
 
 
@@ -272,7 +274,7 @@ def class_indices(function: str, labels: ArrayLike, leading: tuple[int, ...], cl
     """Labels of examples with these leading axes, integer; distributions are not accepted."""
     y = checks.integers(function, "labels", labels)
     checks.same_shape(function, "labels", y, leading, "the shape of hidden without its feature axis")
-    return checks.linear_labels(function, y, leading, classes, where)
+    return layers.labels(function, y, leading, classes, where)
 
 
 def taken(layer: Array, index: Array, axis: int, dtype: jnp.dtype) -> Array:
@@ -288,7 +290,7 @@ def counted(where: Array | None, x: Array) -> Array:
 
 
 def _check(function, hidden, kernel, bias, labels, samples, where, classes_first) -> _Layer:
-    h, k, b, counts, _ = checks.linear(function, hidden, kernel, bias, where, None, classes_first)
+    h, k, b, counts, _ = layers.arguments(function, hidden, kernel, bias, where, None, classes_first)
     leading = h.shape[:-1]
     y = class_indices(function, labels, leading, k.shape[0 if classes_first else 1], counts)
     ids = checks.integers(function, "samples.ids", samples.ids)
@@ -298,11 +300,17 @@ def _check(function, hidden, kernel, bias, labels, samples, where, classes_first
         raise ValueError(f"{function}: samples.ids must have shape (samples,){either}; got {ids.shape}.")
     expected = checks.floating(function, "samples.log_expected_count", samples.log_expected_count)
     checks.same_shape(function, "samples.log_expected_count", expected, ids.shape, "the shape of samples.ids")
+    layers.check_values(function, k, b, classes_first)
+    values.not_nan(function, "samples.log_expected_count", expected, counts if ids.ndim > 1 else None)
+    kept = expected != jnp.inf
+    kept = kept if counts is None or ids.ndim == 1 else kept & counts[..., None]
+    values.indices(function, "samples.ids", ids, k.shape[0 if classes_first else 1], kept)
     return _Layer(h, k, b, y, ids, expected, counts)
 
 
 def _label_counts(function, expected, layer):
     x = checks.floating(function, "label_log_expected_count", expected)
+    values.not_nan(function, "label_log_expected_count", x, layer.where)
     return checks.same_shape(function, "label_log_expected_count", x, layer.labels.shape, "the shape of labels")
 
 
@@ -313,7 +321,7 @@ def _sampled_softmax(layer, label_expected, remove, classes_first):
     logits = jnp.concatenate([label[..., None], found.sampled - found.log_expected], axis=-1)
     exists = jnp.concatenate([jnp.ones_like(found.kept, shape=(*label.shape, 1)), found.kept], axis=-1)
     first = jnp.zeros_like(layer.labels, jnp.int32)
-    return _softmax.softmax_cross_entropy(logits, first, class_mask=exists, where=layer.where)
+    return values.unchecked(_softmax.softmax_cross_entropy)(logits, first, class_mask=exists, where=layer.where)
 
 
 @functools.partial(jax.jit, static_argnames=("remove", "classes_first"))
@@ -340,7 +348,7 @@ def _in_batch(queries, candidates, log_prob, ids, temperature, where):
     exists = jnp.ones((size, size), bool) if where is None else jnp.broadcast_to(where[None, :], (size, size))
     if ids is not None:
         exists &= (ids[:, None] != ids[None, :]) | jnp.eye(size, dtype=bool)
-    return _softmax.softmax_cross_entropy(logits, jnp.arange(size), class_mask=exists, where=where)
+    return values.unchecked(_softmax.softmax_cross_entropy)(logits, jnp.arange(size), class_mask=exists, where=where)
 
 
 def _binary(layer, label, sampled, kept):

@@ -1,49 +1,120 @@
 """Every error about an argument. Messages name the function, the argument, what is expected, what came, and the remedy.
 
-What concerns mesh axes is in `mesh`. What depends on values is checked only inside `xentjax.checked`, which sets the context below
-while it traces.
+Errors about mesh axes are in `mesh`. Errors about values, which only `xentjax.checked` raises, are in `values`.
 """
 
+import functools
 import math
 import numbers
+import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.experimental import checkify
 from jax.typing import ArrayLike
 
-from xentjax._core import mesh, numerics, rows
-
-# Part of the key of JAX's caches: a function traced with value checks is never used without, nor the other way round.
-checking_values = jax.make_user_context(False)
+from xentjax._core import mesh, numerics, rows, values
 
 
 def asarray(function: str, name: str, x: Any) -> Array:
-    """`x` as an array, of whatever dtype."""
+    """`x` as an array, of whatever dtype. Integers that no dtype of JAX holds become its last or first integer, which is no class.
+
+    `jnp.asarray` would truncate them, and 2³² + 1 would be class 1.
+    """
+    return _converted(function, name, _saturated(x))
+
+
+def integers(function: str, name: str, x: ArrayLike) -> Array:
+    """`x` as an array of indices, int32 or int64; TypeError unless its dtype is an integer one."""
+    return _integers(function, name, asarray(function, name, x))
+
+
+def identifiers(function: str, name: str, x: ArrayLike) -> Array:
+    """`x` as an array of integers that are equal where those of `x` are; they mean nothing else."""
+    whole = beyond(x)
+    if whole is not None:
+        x = np.unique(whole, return_inverse=True)[1].reshape(whole.shape).astype(np.int32)
+    return _integers(function, name, _converted(function, name, x))
+
+
+def floating(function: str, name: str, x: ArrayLike) -> Array:
+    """`x` as an array; TypeError unless its dtype is floating, and has infinities."""
+    array = asarray(function, name, x)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        remedy = "" if jnp.issubdtype(array.dtype, jnp.complexfloating) else f" Use {name}.astype(jnp.float32)."
+        raise TypeError(f"{function}: {name} must have a floating dtype; got {array.dtype}.{remedy}")
+    return _with_infinities(function, name, array)
+
+
+def real(function: str, name: str, x: ArrayLike) -> Array:
+    """`x` as an array of floating dtype; integers are converted, because counts and weights may be integers."""
+    array = quantities(function, name, x)
+    return array.astype(jnp.float32) if jnp.issubdtype(array.dtype, jnp.integer) else floating(function, name, array)
+
+
+def quantities(function: str, name: str, x: ArrayLike) -> Array:
+    """`x` as an array, integers kept; those that no dtype of JAX holds become floating."""
+    whole = beyond(x)
+    return _converted(function, name, x if whole is None else whole.astype(np.float64))
+
+
+def _integers(function, name, array):
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{function}: {name} must have an integer dtype; got {array.dtype}. Use {name}.astype(jnp.int32).")
+    return array.astype(numerics.index_dtype(array))
+
+
+def _converted(function, name, x):
     try:
         return jnp.asarray(x)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{function}: {name} must be an array or convertible to one; got {type(x).__name__}.") from error
 
 
-def integers(function: str, name: str, x: ArrayLike) -> Array:
-    """`x` as an array of indices, int32 or int64; TypeError unless its dtype is an integer one."""
-    array = asarray(function, name, x)
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{function}: {name} must have an integer dtype; got {array.dtype}. Use {name}.astype(jnp.int32).")
-    return array.astype(numerics.index_dtype(array))
+def _saturated(x: Any) -> Any:
+    """`x`; with integers that no dtype of JAX holds, a NumPy array in which the nearest that one does hold replaces them."""
+    whole = beyond(x)
+    if whole is None:
+        return x
+    low, high = ends()
+    above, below = whole > high, whole < low
+    return np.where(above, high, np.where(below, low, np.where(above | below, 0, whole).astype(np.int64))).astype(_widest())
 
 
-def floating(function: str, name: str, x: ArrayLike) -> Array:
-    """`x` as an array; TypeError unless its dtype is floating."""
-    array = asarray(function, name, x)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        remedy = "" if jnp.issubdtype(array.dtype, jnp.complexfloating) else f" Use {name}.astype(jnp.float32)."
-        raise TypeError(f"{function}: {name} must have a floating dtype; got {array.dtype}.{remedy}")
+def beyond(x: Any) -> np.ndarray | None:
+    """`x` as NumPy's integers if some of them are beyond those of JAX: int32, or int64 under `jax_enable_x64`."""
+    if isinstance(x, Array) or hasattr(x, "__jax_array__"):
+        return None
+    try:
+        whole = np.asarray(x)
+    except Exception:  # not an array, or made of traced ones: `jnp.asarray` decides
+        return None
+    wide = whole.dtype in (np.int64, np.uint64) or (whole.dtype == object and all(isinstance(i, int | np.integer) for i in whole.flat))
+    low, high = ends()
+    return whole if wide and whole.size and not (low <= whole.min() and whole.max() <= high) else None
+
+
+def _widest() -> np.dtype:
+    return np.dtype(jax.dtypes.canonicalize_dtype(np.int64))
+
+
+def ends() -> tuple[int, int]:
+    """The first and the last integer of JAX's widest dtype; no number of classes reaches them."""
+    info = np.iinfo(_widest())
+    return int(info.min), int(info.max)
+
+
+def _with_infinities(function, name, array):
+    if not _has_infinities(array.dtype):
+        raise TypeError(f"{function}: {name} must have a dtype with infinities; got {array.dtype}. Use {name}.astype(jnp.bfloat16).")
     return array
+
+
+@functools.cache
+def _has_infinities(dtype: np.dtype) -> bool:
+    return bool(np.isinf(np.asarray(np.inf, dtype)))
 
 
 def boolean(function: str, name: str, x: ArrayLike) -> Array:
@@ -77,15 +148,17 @@ def counted(function: str, where: ArrayLike | None, expected: tuple[int, ...], m
 def number(function: str, name: str, x: ArrayLike, low: float = 0.0, high: float = math.inf) -> ArrayLike | None:
     """A scalar hyper-parameter; None if it is the Python number 0, so that its term is left out of the program.
 
-    A Python number outside [low, high] raises ValueError; of an array only the shape can be known.
+    A Python number outside [low, high] raises ValueError; of an array, which may hold an integer, only the shape can be known.
     """
+    interval = f"at least {low:g}" if math.isinf(high) else f"at most {high:g}" if math.isinf(low) else f"in [{low:g}, {high:g}]"
     if isinstance(x, numbers.Real) or (isinstance(x, np.ndarray | np.generic) and x.ndim == 0):
         value = float(x)
         if not low <= value <= high or math.isinf(value):
-            interval = f"at least {low:g}" if math.isinf(high) else f"at most {high:g}" if math.isinf(low) else f"in [{low:g}, {high:g}]"
             raise ValueError(f"{function}: {name} must be a finite number {interval}; got {value:g}.")
         return None if value == 0 else value
-    return shape(function, name, floating(function, name, x), (), "a scalar", "Use jax.vmap to try several values.")
+    scalar = shape(function, name, real(function, name, x), (), "a scalar", "Use jax.vmap to try several values.")
+    values.number(function, name, scalar, low, high, interval)
+    return scalar
 
 
 def fraction(function: str, name: str, x: ArrayLike) -> ArrayLike:
@@ -99,6 +172,8 @@ def positive(function: str, name: str, x: ArrayLike) -> ArrayLike:
     checked = number(function, name, x)
     if checked is None:
         raise ValueError(f"{function}: {name} must be above 0; got 0.")
+    if isinstance(checked, Array):
+        values.check(function, name, checked, lambda v: v == 0, "is not above 0")
     return checked
 
 
@@ -116,8 +191,26 @@ def pos_weight(function: str, weight: ArrayLike | None, logits: Array) -> ArrayL
     if weight is None or np.ndim(weight) == 0:
         checked = None if weight is None else number(function, "pos_weight", weight)
         return 0.0 if weight is not None and checked is None else checked
-    w = floating(function, "pos_weight", weight)
+    w = real(function, "pos_weight", weight)
+    values.weights(function, "pos_weight", w)
     return shape(function, "pos_weight", w, logits.shape[-1:], "one weight per class along the last axis of logits")
+
+
+def class_axis(function: str, name: str, shape: tuple[int, ...], axis: int, remedy: str = "") -> int:
+    """The position of the class axis, from the front; `remedy` is for a scalar, which has none."""
+    if not shape:
+        raise ValueError(f"{function}: {name} must have a class axis; got a scalar.{remedy}")
+    try:
+        position = operator.index(axis)
+    except TypeError as error:
+        several = f" Use jnp.moveaxis and reshape, so that one axis of {name} holds all classes." if isinstance(axis, tuple | list) else ""
+        raise TypeError(f"{function}: axis must be an integer; got {axis!r}.{several}") from error
+    if not -len(shape) <= position < len(shape):
+        raise ValueError(f"{function}: axis must be in [{-len(shape)}, {len(shape)}) for {name} of shape {shape}; got {axis}.")
+    position %= len(shape)
+    if shape[position] == 0:
+        raise ValueError(f"{function}: {name} must have at least one class on axis {position}; got shape {shape}.")
+    return position
 
 
 def examples(
@@ -134,17 +227,9 @@ def examples(
 ) -> rows.Examples:
     """The arguments that every categorical loss shares, checked as far as dtypes and shapes go; `labels` is None if not `labelled`."""
     z = floating(function, inputs, logits)
-    if z.ndim == 0:
-        raise ValueError(f"{function}: {inputs} must have a class axis; got a scalar. For one logit per decision use the sigmoid losses.")
-    if not isinstance(axis, int | np.integer):
-        raise TypeError(f"{function}: axis must be an integer; got {axis!r}.")
-    if not -z.ndim <= axis < z.ndim:
-        raise ValueError(f"{function}: axis must be in [{-z.ndim}, {z.ndim}) for {inputs} of shape {z.shape}; got {axis}.")
-    axis = int(axis) % z.ndim
-    if z.shape[axis] == 0:
-        raise ValueError(f"{function}: {inputs} must have at least one class on axis {axis}; got shape {z.shape}.")
+    axis = class_axis(function, inputs, z.shape, axis, " For one logit per decision use the sigmoid losses.")
     leading = _without(z.shape, axis)
-    y = _labels(function, labels, z.shape, axis, inputs, mesh.names(axis_name)) if labelled else None
+    y = labels_like(function, labels, z.shape, axis, inputs, mesh.names(axis_name)) if labelled else None
     mask = None if class_mask is None else boolean(function, "class_mask", class_mask)
     if mask is not None and mask.shape not in ((z.shape[axis],), z.shape):
         raise ValueError(
@@ -156,8 +241,7 @@ def examples(
     mesh.split_classes(function, axis_name, {inputs: z}, {"labels": indices, "where": counts})
     mesh.classes_alone(function, inputs, z, axis, indices)
     checked = rows.Examples(z, y, mask, counts, axis, axis_name)
-    if checking_values.value:
-        _check_values(function, checked, inputs)
+    values.examples(function, checked, inputs)
     return checked
 
 
@@ -165,7 +249,8 @@ def class_weights(function: str, weights: ArrayLike | None, batch: rows.Examples
     """Weights per class [classes], or None."""
     if weights is None:
         return None
-    w = floating(function, "class_weights", weights)
+    w = real(function, "class_weights", weights)
+    values.weights(function, "class_weights", w)
     remedy = _as_the_logits("class_weights", mesh.names(batch.axis_name))
     return shape(function, "class_weights", w, (batch.logits.shape[batch.axis],), "one weight per class", remedy)
 
@@ -182,114 +267,26 @@ def top_k(function: str, ids: ArrayLike, probs: ArrayLike, batch: rows.Examples)
             f"got {i.shape}."
         )
     shape(function, "label_probs", p, i.shape, "the shape of label_ids")
-    if checking_values.value:
-        ignored = jnp.zeros((), bool) if batch.where is None else ~batch.where[..., None]
-        check_indices(function, "label_ids", i, batch.classes, ignored)
-        check(function, "label_probs", p, ~(p >= 0) & ~ignored, "is not a probability (it is negative or NaN)")
+    values.indices(function, "label_ids", i, batch.classes, batch.where)
+    values.probabilities(function, "label_probs", p, batch.where)
     return i, p
 
 
 def elements(function: str, logits: ArrayLike, labels: ArrayLike, where: ArrayLike | None) -> tuple[Array, Array, Array | None]:
     """The arguments that every loss per element shares."""
     z = floating(function, "logits", logits)
-    t = asarray(function, "labels", labels)
+    t = quantities(function, "labels", labels)
     if jnp.issubdtype(t.dtype, jnp.complexfloating):
         raise TypeError(f"{function}: labels must have a boolean, integer or floating dtype; got {t.dtype}.")
+    t = _with_infinities(function, "labels", t) if jnp.issubdtype(t.dtype, jnp.floating) else t
     shape(function, "labels", t, z.shape, "the shape of logits, one label per logit", _elements_remedy(t.shape, z.shape))
     counts = counted(function, where, z.shape, "the shape of logits")
-    if checking_values.value:
-        ignored = jnp.zeros(z.shape, bool) if counts is None else ~counts
-        check(function, "logits", z, jnp.isnan(z) & ~ignored, "is NaN")
-        if t.dtype != jnp.bool_:
-            check(function, "labels", t, ~((t >= 0) & (t <= 1)) & ~ignored, "is outside [0, 1]")
+    values.logits(function, "logits", z, counts)
+    values.bits(function, "labels", t, counts)
     return z, t, counts
 
 
-def linear(
-    function: str,
-    hidden: ArrayLike,
-    kernel: ArrayLike,
-    bias: ArrayLike | None,
-    where: ArrayLike | None,
-    weights: ArrayLike | None,
-    classes_first: bool,
-) -> tuple[Array, Array, Array | None, Array | None, Array | None]:
-    """The arguments that every loss of a linear layer shares."""
-    h, k = floating(function, "hidden", hidden), floating(function, "kernel", kernel)
-    classes = linear_shapes(function, h.shape, k.shape, classes_first)
-    b = None if bias is None else floating(function, "bias", bias)
-    meaning = "the shape of hidden without its feature axis"
-    counts = counted(function, where, h.shape[:-1], meaning)
-    w = None if weights is None else same_shape(function, "weights", floating(function, "weights", weights), h.shape[:-1], meaning)
-    if b is not None:
-        shape(function, "bias", b, (classes,), "one per class")
-    return h, k, b, counts, w
-
-
-def linear_shapes(function: str, hidden: tuple[int, ...], kernel: tuple[int, ...], classes_first: bool) -> int:
-    """The number of classes of a linear layer whose shapes fit each other."""
-    if not hidden:
-        raise ValueError(f"{function}: hidden must have a feature axis; got shape ().")
-    features = hidden[-1]
-    expected = f"(classes, {features})" if classes_first else f"({features}, classes)"
-    if len(kernel) != 2 or kernel[1 if classes_first else 0] != features:
-        turned = len(kernel) == 2 and kernel[0 if classes_first else 1] == features
-        remedy = f" Use classes_first={not classes_first}." if turned else ""
-        raise ValueError(f"{function}: kernel must have shape {expected} for hidden of shape {hidden}; got {kernel}.{remedy}")
-    classes = kernel[0 if classes_first else 1]
-    if classes == 0:
-        raise ValueError(f"{function}: kernel must have at least one class; got shape {kernel}.")
-    return classes
-
-
-def linear_labels(
-    function: str, labels: ArrayLike, leading: tuple[int, ...], classes: int, where: Array | None, axis_name: Any = None
-) -> Array:
-    """Labels of logits that do not exist: indices [*leading], or distributions [*leading, classes]; `classes` are those held here."""
-    y = _labels(function, labels, (*leading, classes), len(leading), "hidden", mesh.names(axis_name))
-    if checking_values.value:
-        ignored = jnp.zeros((), bool) if where is None else ~where
-        _check_label_values(function, y, classes * mesh.size(axis_name), ignored, len(leading))
-    return y
-
-
-def per_example(function: str, args: tuple, leading: tuple[int, ...]) -> tuple:
-    """Pytrees of arrays that have an example's axes first."""
-
-    def check(path, x):
-        name = f"args{jax.tree_util.keystr(path)}"
-        array = asarray(function, name, x)
-        if array.shape[: len(leading)] != leading:
-            expected = f"({''.join(f'{n}, ' for n in leading)}...)"
-            raise ValueError(
-                f"{function}: {name} must have shape {expected}, the leading axes of hidden first; got {array.shape}. "
-                "What is not one per example is closed over by loss_fn."
-            )
-        return array
-
-    return jax.tree_util.tree_map_with_path(check, args)
-
-
-def loss_per_example(result: Any, logits: Array, has_aux: bool) -> tuple[Array, Any]:
-    """What a user's loss returned for a chunk [examples, classes]: the losses in the dtype of the logits, and the rest."""
-    function, examples = "fuse_linear", logits.shape[:1]
-    if has_aux and not (isinstance(result, tuple) and len(result) == 2):
-        raise ValueError(f"{function}: with has_aux=True loss_fn must return a pair (loss, aux); got {type(result).__name__}.")
-    loss, aux = result if has_aux else (result, ())
-    loss = floating(function, "the result of loss_fn", loss)  # type: ignore[arg-type]  # anything may come
-    remedy = "Do not reduce inside: reduction='mean' does it." if loss.ndim == 0 else ""
-    shape(function, "the result of loss_fn", loss, examples, f"one value per example for logits of shape {logits.shape}", remedy)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(aux):
-        if jnp.shape(leaf)[:1] != examples:
-            name = f"aux{jax.tree_util.keystr(path)}"
-            raise ValueError(
-                f"{function}: {name} must have shape ({examples[0]}, ...), one entry per example for logits of shape {logits.shape}; "
-                f"got {jnp.shape(leaf)}."
-            )
-    return loss.astype(logits.dtype), jax.tree.map(jnp.asarray, aux)
-
-
-def _labels(function: str, labels: ArrayLike | None, full: tuple[int, ...], axis: int, like: str, split: tuple = ()) -> Array:
+def labels_like(function: str, labels: ArrayLike | None, full: tuple[int, ...], axis: int, like: str, split: tuple = ()) -> Array:
     """Labels of logits of the shape `full`; `like` names the argument that has their leading axes."""
     y = asarray(function, "labels", labels)
     leading = _without(full, axis)
@@ -304,6 +301,7 @@ def _labels(function: str, labels: ArrayLike | None, full: tuple[int, ...], axis
             f"{function}: labels must have an integer dtype (class indices) or a floating one (distributions over classes); "
             f"got {y.dtype}. Use labels.astype(jnp.int32) for class indices."
         )
+    y = _with_infinities(function, "labels", y)
     remedy = "For class indices use labels.astype(jnp.int32)." if y.shape == leading else _as_the_logits("labels", split)
     of = "logits" if like == "hidden" else like
     return shape(function, "labels", y, full, f"the shape of {of}, because they are a distribution over classes", remedy)
@@ -335,40 +333,3 @@ def _elements_remedy(got: tuple[int, ...], expected: tuple[int, ...]) -> str:
     if got == expected[:-1] or got == (*expected[:-1], 1):
         return "For one class of several per example use softmax_cross_entropy, or jax.nn.one_hot for one decision per class."
     return ""
-
-
-def _check_values(function: str, batch: rows.Examples, inputs: str) -> None:
-    z, y = batch.logits, batch.labels
-    ignored = jnp.zeros((), bool) if batch.where is None else ~batch.where
-    over_classes = jnp.expand_dims(ignored, batch.axis) if ignored.ndim else ignored
-    mask = rows.of(batch).class_mask
-    missing = jnp.zeros((), bool) if mask is None else ~jnp.moveaxis(mask, -1, batch.axis)
-    check(function, inputs, z, jnp.isnan(z) & ~over_classes & ~missing, "is NaN")
-    if y is not None:
-        _check_label_values(function, y, batch.classes, ignored, batch.axis)
-
-
-def _check_label_values(function: str, y: Array, classes: int, ignored: Array, axis: int) -> None:
-    if jnp.issubdtype(y.dtype, jnp.integer):
-        check_indices(function, "labels", y, classes, ignored)
-    else:
-        over_classes = jnp.expand_dims(ignored, axis) if ignored.ndim else ignored
-        check(function, "labels", y, ~(y >= 0) & ~over_classes, "is not a probability (it is negative or NaN)")
-
-
-def check_indices(function: str, name: str, index: Array, classes: int, ignored: Array) -> None:
-    wide = index.astype(numerics.index_dtype(index))
-    check(function, name, index, ((wide < 0) | (wide >= classes)) & ~ignored, f"is outside [0, {classes})")
-
-
-def check(function: str, name: str, x: Array, bad: Array, complaint: str) -> None:
-    """Raise through checkify with the first position at which `bad` holds, and the value there."""
-    flat = jnp.broadcast_to(bad, x.shape).reshape(-1)
-    if flat.size == 0:
-        return
-    first = jnp.argmax(flat)
-    position = jnp.unravel_index(first, x.shape)
-    places = ", ".join(f"{{p{i}}}" for i in range(x.ndim))
-    where = f"{name}[{places}]" if x.ndim else name
-    payload: dict[str, Any] = {f"p{i}": p for i, p in enumerate(position)}
-    checkify.check(~flat[first], f"{function}: {where} = {{value}} {complaint}.", value=x.reshape(-1)[first], **payload)

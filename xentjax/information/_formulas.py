@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics, rows, surprises
+from xentjax._core import checks, numerics, rows, surprises, values
 
 FAR = 2.0**60  # |log(p/q)| where one of them is 0; its square is a float32
 
@@ -62,21 +62,13 @@ def check_distributions(function: str, where: ArrayLike | None, axis: int | None
             raise ValueError(f"{function}: {first} must have shape (..., x, y) with at least one x and one y; got {shape}.")
         leading, without = shape[:-2], "without its last two axes"
     else:
-        axis = _check_axis(function, first, shape, axis)
+        axis = checks.class_axis(function, first, shape, axis)
         leading, without = shape[:axis] + shape[axis + 1 :], "without its class axis"
-    return *arrays, checks.counted(function, where, leading, f"the shape of {first} {without}"), axis
-
-
-def _check_axis(function, name, shape, axis):
-    if not shape:
-        raise ValueError(f"{function}: {name} must have a class axis; got a scalar.")
-    if not isinstance(axis, int):
-        raise TypeError(f"{function}: axis must be an integer; got {axis!r}.")
-    if not -len(shape) <= axis < len(shape):
-        raise ValueError(f"{function}: axis must be in [{-len(shape)}, {len(shape)}) for {name} of shape {shape}; got {axis}.")
-    if shape[axis] == 0:
-        raise ValueError(f"{function}: {name} must have at least one class on axis {axis % len(shape)}; got shape {shape}.")
-    return axis % len(shape)
+    counts = checks.counted(function, where, leading, f"the shape of {first} {without}")
+    for name, x in zip(given, arrays, strict=True):
+        check = values.logits if name.endswith("logits") else values.probabilities
+        check(function, name, x, counts, (-2, -1) if axis is None else axis)
+    return *arrays, counts, axis
 
 
 # Distributions -----------------------------------------------------------------------------------------------------------

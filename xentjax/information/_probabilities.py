@@ -5,7 +5,7 @@ import math
 from jax import Array
 from jax.typing import ArrayLike
 
-from xentjax._core import checks
+from xentjax._core import checks, values
 from xentjax.information import _formulas, _joint
 
 
@@ -38,6 +38,7 @@ def self_information(p: ArrayLike, *, base: ArrayLike = math.e, where: ArrayLike
     name = "self_information"
     x = checks.floating(name, "p", p)
     counts = checks.counted(name, where, x.shape, "the shape of p")
+    values.probabilities(name, "p", x, counts)
     return _formulas.self_information(x, _formulas.check_base(name, base), counts, -1, False)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics
+from xentjax._core import checks, numerics, values
 from xentjax._reduction import WeightedSum
 from xentjax.metrics import _counts
 
@@ -114,7 +114,10 @@ def confusion(
     predicted = _counts.classes(name, "predictions", predictions, "Use logits.argmax(-1), or logits > 0 for one logit per decision.")
     y = _counts.classes(name, "labels", labels, "Use labels.argmax(-1) for the likeliest class of a distribution.")
     checks.same_shape(name, "labels", y, predicted.shape, "the shape of predictions")
-    return _confusion(predicted, y, *_counts.per_example(name, weights, where, y.shape, "the shape of labels"), n)
+    w, counts = _counts.per_example(name, weights, where, y.shape, "the shape of labels")
+    for argument, x in (("labels", y), ("predictions", predicted)):
+        values.indices(name, argument, x, n, _counts.taking_part(w, counts))
+    return _confusion(predicted, y, w, counts, n)
 
 
 def _average(function: str, average: str | None) -> str | None:

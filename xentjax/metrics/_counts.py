@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics, rows
+from xentjax._core import checks, numerics, rows, values
 
 # Arguments --------------------------------------------------------------------------------------------------------------
 
@@ -44,7 +44,16 @@ def per_example(
 ) -> tuple[Array | None, Array | None]:
     """`weights` and `where` of the shape of the examples."""
     w = None if weights is None else checks.same_shape(function, "weights", checks.floating(function, "weights", weights), shape, meaning)
-    return w, checks.counted(function, where, shape, meaning)
+    counts = checks.counted(function, where, shape, meaning)
+    if w is not None:
+        values.weights(function, "weights", w, counts)
+    return w, counts
+
+
+def taking_part(weights: Array | None, where: Array | None) -> Array | None:
+    """Which examples may not be invalid: those that count and have another weight than 0; None for all."""
+    weighs = None if weights is None else weights != 0
+    return weighs if where is None else where if weighs is None else where & weighs
 
 
 # Rows -------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics, rows, surprises
+from xentjax._core import checks, numerics, rows, surprises, values
 from xentjax._reduction import WeightedSum
 from xentjax._softmax import softmax_cross_entropy
 from xentjax.metrics import _counts
@@ -184,7 +184,8 @@ def negative_log_likelihood(
         Bishop, Pattern Recognition and Machine Learning, 2006, section 4.3.4.
     """
     checks.examples("negative_log_likelihood", logits, labels, axis, axis_name, class_mask, where)  # errors carry this name
-    return softmax_cross_entropy(logits, labels, axis=axis, axis_name=axis_name, class_mask=class_mask, where=where)
+    loss = values.unchecked(softmax_cross_entropy)
+    return loss(logits, labels, axis=axis, axis_name=axis_name, class_mask=class_mask, where=where)
 
 
 def perplexity(losses: WeightedSum) -> Array:

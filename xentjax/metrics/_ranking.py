@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics
+from xentjax._core import checks, numerics, values
 from xentjax._reduction import WeightedSum
 from xentjax.metrics import _counts
 
@@ -152,7 +152,11 @@ def _check(function, scores, labels, weights, where):
     s = checks.floating(function, "scores", scores)
     y = _counts.classes(function, "labels", labels, "Use labels > 0.5 for bits.")
     checks.same_shape(function, "labels", y, s.shape, "the shape of scores")
-    return s, y, *_counts.per_example(function, weights, where, s.shape, "the shape of scores")
+    w, counts = _counts.per_example(function, weights, where, s.shape, "the shape of scores")
+    present = _counts.taking_part(w, counts)
+    values.not_nan(function, "scores", s, present)
+    values.check(function, "labels", y, lambda y: (y != 0) & (y != 1), "is neither 0 nor 1", present)
+    return s, y, w, counts
 
 
 def _amounts(scores, labels, weights, where):

@@ -1,0 +1,101 @@
+"""Errors about the arguments of a linear layer, whose logits do not exist, and about what a loss function makes of a chunk of them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from xentjax._core import checks, mesh, values
+
+
+def arguments(
+    function: str,
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    bias: ArrayLike | None,
+    where: ArrayLike | None,
+    weights: ArrayLike | None,
+    classes_first: bool,
+) -> tuple[Array, Array, Array | None, Array | None, Array | None]:
+    """The arguments that every loss of a linear layer shares."""
+    h, k = checks.floating(function, "hidden", hidden), checks.floating(function, "kernel", kernel)
+    width = classes(function, h.shape, k.shape, classes_first)
+    b = None if bias is None else checks.floating(function, "bias", bias)
+    meaning = "the shape of hidden without its feature axis"
+    counts = checks.counted(function, where, h.shape[:-1], meaning)
+    w = None if weights is None else checks.floating(function, "weights", weights)
+    if b is not None:
+        checks.shape(function, "bias", b, (width,), "one per class")
+    values.finite(function, "hidden", h, counts)
+    if w is not None:
+        checks.same_shape(function, "weights", w, h.shape[:-1], meaning)
+        values.weights(function, "weights", w, counts)
+    return h, k, b, counts, w
+
+
+def check_values(function: str, kernel: Array, bias: Array | None, classes_first: bool, class_mask: Array | None = None) -> None:
+    """Kernel and bias of the classes that exist; of a fused loss only its `loss_fn` knows which do."""
+    values.finite(function, "kernel", kernel, class_mask, 1 if classes_first else 0)
+    if bias is not None:
+        values.logits(function, "bias", bias, class_mask)
+
+
+def classes(function: str, hidden: tuple[int, ...], kernel: tuple[int, ...], classes_first: bool) -> int:
+    """The number of classes of a linear layer whose shapes fit each other."""
+    if not hidden:
+        raise ValueError(f"{function}: hidden must have a feature axis; got shape ().")
+    features = hidden[-1]
+    expected = f"(classes, {features})" if classes_first else f"({features}, classes)"
+    if len(kernel) != 2 or kernel[1 if classes_first else 0] != features:
+        turned = len(kernel) == 2 and kernel[0 if classes_first else 1] == features
+        remedy = f" Use classes_first={not classes_first}." if turned else ""
+        raise ValueError(f"{function}: kernel must have shape {expected} for hidden of shape {hidden}; got {kernel}.{remedy}")
+    classes = kernel[0 if classes_first else 1]
+    if classes == 0:
+        raise ValueError(f"{function}: kernel must have at least one class; got shape {kernel}.")
+    return classes
+
+
+def labels(function: str, labels: ArrayLike, leading: tuple[int, ...], classes: int, where: Array | None, axis_name: Any = None) -> Array:
+    """Labels of logits that do not exist: indices [*leading], or distributions [*leading, classes]; `classes` are those held here."""
+    y = checks.labels_like(function, labels, (*leading, classes), len(leading), "hidden", mesh.names(axis_name))
+    values.labels(function, y, classes * mesh.size(axis_name), where, len(leading))
+    return y
+
+
+def per_example(function: str, args: tuple, leading: tuple[int, ...]) -> tuple:
+    """Pytrees of arrays that have an example's axes first."""
+
+    def check(path, x):
+        name = f"args{jax.tree_util.keystr(path)}"
+        array = checks.asarray(function, name, x)
+        if array.shape[: len(leading)] != leading:
+            expected = f"({''.join(f'{n}, ' for n in leading)}...)"
+            raise ValueError(
+                f"{function}: {name} must have shape {expected}, the leading axes of hidden first; got {array.shape}. "
+                "What is not one per example is closed over by loss_fn."
+            )
+        return array
+
+    return jax.tree_util.tree_map_with_path(check, args)
+
+
+def loss_per_example(result: Any, logits: Array, has_aux: bool) -> tuple[Array, Any]:
+    """What a user's loss returned for a chunk [examples, classes]: the losses in the dtype of the logits, and the rest."""
+    function, examples = "fuse_linear", logits.shape[:1]
+    if has_aux and not (isinstance(result, tuple) and len(result) == 2):
+        raise ValueError(f"{function}: with has_aux=True loss_fn must return a pair (loss, aux); got {type(result).__name__}.")
+    loss, aux = result if has_aux else (result, ())
+    loss = checks.floating(function, "the result of loss_fn", loss)  # type: ignore[arg-type]  # anything may come
+    remedy = "Do not reduce inside: reduction='mean' does it." if loss.ndim == 0 else ""
+    checks.shape(function, "the result of loss_fn", loss, examples, f"one value per example for logits of shape {logits.shape}", remedy)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(aux):
+        if jnp.shape(leaf)[:1] != examples:
+            name = f"aux{jax.tree_util.keystr(path)}"
+            raise ValueError(
+                f"{function}: {name} must have shape ({examples[0]}, ...), one entry per example for logits of shape {logits.shape}; "
+                f"got {jnp.shape(leaf)}."
+            )
+    return loss.astype(logits.dtype), jax.tree.map(jnp.asarray, aux)
