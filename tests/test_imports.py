@@ -37,7 +37,7 @@ ROOMS = {
     "_hierarchical": 7,
     "metrics": 7,
 }
-CORE = {"mesh": 0, "numerics": 1, "products": 2, "differences": 2, "rows": 2, "chunks": 3, "odds": 3, "checks": 3}
+CORE = {"mesh": 0, "numerics": 1, "sums": 2, "products": 2, "differences": 2, "rows": 2, "chunks": 3, "odds": 3, "checks": 3}
 WITHIN = {"_formulas": 1, "_counts": 1, "_joint": 2}  # a package's own modules; the package itself comes last
 
 
