@@ -1,8 +1,15 @@
-"""Rows of the metrics that have one value per example, with their definitions in float64 NumPy."""
+"""Rows of the metrics that have one value per example, with their definitions in float64 NumPy; and all sums that add over batches."""
 
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 from functions import Row
 
+import xentjax
 from xentjax import metrics
 
 CLASSES = 7
@@ -68,4 +75,61 @@ ROWS: tuple[Row, ...] = (
     Row("metrics.brier_score", metrics.brier_score, draw_distributions, brier, (0, 1), brier_gradient, label="distributions"),
     Row("metrics.negative_log_likelihood", metrics.negative_log_likelihood, draw, nll, gradient=nll_gradient),
     Row("metrics.negative_log_likelihood", metrics.negative_log_likelihood, draw_distributions, nll, (0, 1), nll_gradient, label="soft"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Accumulator:
+    """A sum that users add over batches: a part of it, and the figures that follow."""
+
+    label: str
+    part: Callable  # () → the sum of a small batch
+    figures: Callable  # (sum) → its figures
+
+    def __str__(self) -> str:
+        return self.label
+
+
+LOGITS, LABELS = jnp.array([[2.0, 0.0, 1.0], [0.3, 0.2, 0.1], [0.0, 3.0, 1.0]]), jnp.array([0, 1, 1])
+WEIGHTS = jnp.array([0.3, 1.7, 2.3])
+
+
+def confusion(**keywords):
+    return metrics.confusion(LOGITS.argmax(-1), LABELS, classes=3, **keywords)
+
+
+def calibration(**keywords):
+    return metrics.calibration(LOGITS, LABELS, bins=3, **keywords)
+
+
+def ranking(**keywords):
+    return metrics.ranking(LOGITS[:, 0], LABELS == 0, low=0.0, high=2.0, points=5, **keywords)
+
+
+def of_confusion(found):
+    return [found.accuracy(), found.balanced_accuracy(), found.precision(), found.recall("macro"), found.f1("weighted")]
+
+
+def of_calibration(found):
+    return [found.accuracy(), found.confidence(), found.expected_calibration_error(), found.maximum_calibration_error()]
+
+
+def of_ranking(found):
+    return [found.auroc(), found.auroc_error()]
+
+
+# Every public class that adds has rows here.
+ACCUMULATORS = (
+    Accumulator("WeightedSum", lambda: xentjax.weighted_sum(jnp.array([2.3, 0.7]), jnp.array([1.1, 0.3])), lambda found: [found.mean()]),
+    Accumulator(
+        "WeightedSum-pytree",
+        lambda: xentjax.WeightedSum({"w": jnp.array([0.1, -2.3]), "b": jnp.array(1e-3)}, jnp.array(3.0)),
+        lambda found: jax.tree.leaves(found.mean()),
+    ),
+    Accumulator("Confusion", confusion, of_confusion),
+    Accumulator("Confusion-weights", functools.partial(confusion, weights=WEIGHTS), of_confusion),
+    Accumulator("Calibration", calibration, of_calibration),
+    Accumulator("Calibration-weights", functools.partial(calibration, weights=WEIGHTS), of_calibration),
+    Accumulator("Ranking", ranking, of_ranking),
+    Accumulator("Ranking-weights", functools.partial(ranking, weights=WEIGHTS), of_ranking),
 )

@@ -37,7 +37,12 @@ ROOMS = {
     "_hierarchical": 9,
     "metrics": 9,
 }
-CORE = {"mesh": 0, "numerics": 1, "products": 2, "differences": 2, "rows": 2, "chunks": 3, "odds": 3, "values": 3, "checks": 4, "layers": 5}
+CORE = {
+    **{"mesh": 0, "numerics": 1},
+    **dict.fromkeys(("sums", "products", "differences", "rows"), 2),
+    **dict.fromkeys(("surprises", "chunks", "values"), 3),
+    **{"odds": 4, "checks": 4, "layers": 5},
+}
 LOSSES = 5
 WITHIN = {"_formulas": 1, "_counts": 1, "_joint": 2}  # a package's own modules; the package itself comes last
 

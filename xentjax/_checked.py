@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:
-    """`function` with checks on the values that its losses get: labels in range, no NaN logits, no negative probability.
+    """`function` with checks on the values that its losses get: labels in range, no NaN logits, no negative probability or weight.
 
     The result has the shapes and values [...] of `function` = a loss, or anything that calls losses, jitted or not: a
     training step, its gradient. After the call the first violation is raised, under the name of the function that you called.

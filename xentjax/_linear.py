@@ -5,7 +5,8 @@ What every function here shares:
 - `hidden` [..., features], whose dtype is that of the matrix products; `kernel` [features, classes] (flax), or [classes, features]
   (torch, tied embeddings) with `classes_first=True`, never transposed in memory. A kernel in another dtype is converted once and
   its gradient comes back in its own: float32 master weights under bfloat16 activations get float32 gradients.
-- `bias` [classes]; `where` [...], which examples count (the others may hold NaN or any label); `weights` [...], one per example.
+- `bias` [classes]; `where` [...], which examples count (the others may hold NaN or any label); `weights` [...], one per example,
+  ≥ 0 for a mean.
 - `reduction`: "mean" is Σ w·loss / Σ w, "sum" is Σ w·loss, "none" gives w·loss per example [...]. Examples outside `where` cost
   exactly 0 and weigh 0; the mean of nothing is 0.
 - `chunk_size`: the most examples whose logits exist at a time; None lets `plan_linear` choose. Under `vmap` that many per instance.
@@ -102,6 +103,7 @@ def fuse_linear(
         """The loss of `hidden @ kernel + bias`; shapes and meaning as `xentjax.fuse_linear` says."""
         checked = layers.arguments(name, hidden, kernel, bias, where, weights, classes_first)
         mesh.whole_chunks(name, checked[0], checked[1], 0 if classes_first else 1)
+        check_weights(name, reduction, *checked[3:])
         return run(*checked, layers.per_example(name, args, checked[0].shape[:-1]))
 
     return fused
@@ -136,7 +138,7 @@ def linear_softmax_cross_entropy(
         labels: [...] class indices, or [..., classes] distributions.
         bias: [classes], added to the logits.
         where: [...], which examples count.
-        weights: [...], one weight per example.
+        weights: [...], one weight per example; w ≥ 0 for "mean".
         reduction: "mean", "sum" or "none".
         label_smoothing: ε in [0, 1], the share of the label spread evenly over the classes that exist.
         class_weights: [classes], w ≥ 0, multiplies each class's term.
@@ -170,6 +172,7 @@ def linear_softmax_cross_entropy(
     h, k, _, counts, _ = layer
     mesh.whole_chunks(name, h, k, 0 if classes_first else 1)
     mesh.split_classes(name, axis_name, {"kernel": k}, {"where": counts, "weights": layer[-1]})
+    check_weights(name, reduction, *layer[3:])
     classes = k.shape[0 if classes_first else 1]
     w = None if class_weights is None else checks.real(name, "class_weights", class_weights)
     mask = None if class_mask is None else checks.boolean(name, "class_mask", class_mask)
@@ -270,6 +273,12 @@ def check_fused(function: str, loss_fn: Callable, reduction: str, chunk_size: in
     if not callable(loss_fn):
         raise TypeError(f"{function}: loss_fn must be a function of (logits, *args); got {type(loss_fn).__name__}.")
     _check_options(function, reduction, chunk_size)
+
+
+def check_weights(function: str, reduction: str, where: Array | None, weights: Array | None) -> None:
+    """Inside `xentjax.checked`, an error unless the weights of a mean are ≥ 0; sums take signed ones."""
+    if weights is not None and reduction == "mean":
+        values.weights(function, "weights", weights, where)
 
 
 def _check_options(function: str, reduction: str, chunk_size: int | None) -> None:

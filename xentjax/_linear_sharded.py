@@ -100,6 +100,7 @@ def fuse_linear_sharded(
     ) -> Any:
         """The loss of `hidden @ kernel + bias`; shapes and meaning as `xentjax.fuse_linear_sharded` says."""
         layer = layers.arguments(_NAME, hidden, kernel, bias, where, weights, classes_first)
+        _linear.check_weights(_NAME, reduction, *layer[3:])
         split = _split(layer[0], layer[1], mesh, tokens, axis_name, classes_first)
         if split.classes:
             _takes_axis_name(loss_fn)

@@ -5,21 +5,36 @@ as a value of its own, `WeightedSum`, that adds, is summed over devices, and is 
 """
 
 import functools
+import numbers
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+import numpy as np
+from jax import Array
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics
+from xentjax._core import checks, numerics, sums
+from xentjax._core.values import weights as check_weights
 
 
-class WeightedSum(NamedTuple):
+class _Pair(NamedTuple):
+    total: Any
+    """Σ w·v, an array or a pytree of arrays."""
+    weight: Array
+    """Σ w."""
+
+
+@sums.running
+class WeightedSum(_Pair):
     """Σ w·v and Σ w; a pytree that adds (over microbatches) and sums over devices before it divides once.
 
     For two parts A and B: mean(A ∪ B) = (A + B).mean(), whatever their weights. `total` may itself be a pytree, of gradients of
-    Σ w·loss for instance; `weight` has the shape [] that `weighted_sum` leaves, or what is left of [...] after `axis`.
+    Σ w·loss for instance; `weight` has the shape [] that `weighted_sum` leaves, or what is left of [...] after `axis`. Both may be plain
+    numbers. Weights are ≥ 0.
+
+    Sums do not drift: the mean is within 4 eps of the exact quotient after 2⁴⁰ parts. What `total` and `weight` round off is kept in
+    the attribute `rest`, two more arrays for each of theirs, so a running sum of gradients takes three times their memory.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -29,14 +44,21 @@ class WeightedSum(NamedTuple):
         4.0
     """
 
-    total: Any
-    """Σ w·v, an array or a pytree of arrays."""
-    weight: Array
-    """Σ w."""
+    rest: Any = None
+
+    def __new__(cls, total: Any, weight: Any) -> "WeightedSum":
+        """Sums of arrays or plain numbers; integers become floating and keep every bit."""
+        leaves = jax.tree.leaves((total, weight))
+        pair = super().__new__(cls, total, weight)
+        if all(isinstance(x, Array) and jnp.issubdtype(x.dtype, jnp.floating) for x in leaves):
+            return pair
+        if not all(isinstance(x, Array | np.ndarray | np.generic | numbers.Number) for x in leaves):
+            return pair  # specifications of arrays, not arrays
+        return sums.join(pair, _as_parts(leaves))
 
     def __add__(self, other: "WeightedSum") -> "WeightedSum":  # type: ignore[override]  # a sum, not a concatenation of tuples
         """The sum over both parts."""
-        return jax.tree.map(jnp.add, self, other)
+        return sums.add(self, other) if isinstance(other, WeightedSum) else NotImplemented
 
     def __radd__(self, other: int) -> "WeightedSum":
         """So that the built-in `sum` can start from 0."""
@@ -44,20 +66,37 @@ class WeightedSum(NamedTuple):
 
     def psum(self, axis_name: str | tuple[str, ...]) -> "WeightedSum":
         """The sum over the devices of a mesh axis, inside `jax.shard_map` or `jax.vmap(axis_name=…)`."""
-        return lax.psum(self, axis_name)
+        return sums.psum(self, axis_name)
 
     def mean(self) -> Any:
         """Σ w·v / Σ w; exactly 0 with gradient 0 where Σ w = 0."""
-        empty = self.weight == 0
+        return _mean(self)
 
-        def divide(total: Array) -> Array:
-            # in the wider of both dtypes: neither may overflow the other's
-            dtype = numerics.accumulation_dtype(total.dtype, self.weight.dtype)
-            weight = jnp.where(empty, jnp.ones_like(self.weight), self.weight).astype(dtype)
-            mean = jnp.where(empty, jnp.zeros_like(total), total).astype(dtype) / weight
-            return mean.astype(total.dtype) if jnp.issubdtype(total.dtype, jnp.floating) else mean
 
-        return jax.tree.map(divide, self.total)
+def _as_parts(leaves):
+    """Arrays or numbers as sums; integers and Python numbers take the floating dtype of the arrays among them."""
+    own = [getattr(x, "dtype", None) for x in leaves]
+    own = [None if d is None or not jnp.issubdtype(d, jnp.floating) else jax.dtypes.canonicalize_dtype(d) for d in own]
+    given = [d for d in own if d is not None]
+    dtype = numerics.accumulation_dtype(*given) if given else jnp.result_type(float)
+    return [sums.parts_of(x, dtype if d is None else d) for x, d in zip(leaves, own, strict=True)]
+
+
+@jax.jit
+def _mean(pair):
+    *totals, weight = sums.split(pair)
+    weight = sums.value(weight)
+    empty = weight == 0
+
+    def divide(parts):
+        # in the wider of both dtypes: neither may overflow the other's
+        total = sums.value(parts)
+        dtype = numerics.accumulation_dtype(total.dtype, weight.dtype)
+        divisor = jnp.where(empty, jnp.ones_like(weight), weight).astype(dtype)
+        mean = jnp.where(empty, jnp.zeros_like(total), total).astype(dtype) / divisor
+        return mean.astype(parts[0].dtype) if jnp.issubdtype(parts[0].dtype, jnp.floating) else mean
+
+    return jax.tree.unflatten(jax.tree.structure(pair.total), map(divide, totals))
 
 
 def weighted_sum(
@@ -70,11 +109,14 @@ def weighted_sum(
     """The pair (Σ w·v, Σ w) over `axis`, to be added to others and divided once; both [] or the shape left by `axis`.
 
     total = Σ w·v, weight = Σ w over the elements in `where`.
+
+    Weights of both signs, advantages of reinforcement learning for instance, have a sum Σ w near 0, and a mean that divides by it means
+    nothing. Use `total` and divide by the number of examples, as the example shows.
     Gradient: ∂total/∂v = w, ∂total/∂w = v, ∂weight/∂w = 1; 0 outside `where`.
 
     Args:
         values: [...], per-example losses or anything else.
-        weights: [...], the shape of `values`; None weighs each 1.
+        weights: [...], the shape of `values`, w ≥ 0 unless `total` alone is used; None weighs each 1.
         where: [...], which elements count; the others may hold NaN.
         axis: what to sum over; None is everything.
 
@@ -89,6 +131,9 @@ def weighted_sum(
         >>> import jax.numpy as jnp, xentjax
         >>> xentjax.weighted_sum(jnp.array([1.0, 3.0]), jnp.array([1.0, 0.5])).mean().tolist()
         1.66666...
+        >>> log_probs, advantages = jnp.array([-1.0, -2.0]), jnp.array([0.5, -0.5])
+        >>> float(-xentjax.weighted_sum(log_probs, advantages).total / advantages.size)  # the loss of a policy gradient
+        -0.25
 
     Reference:
         Why the pair and not the mean: transformers issues 34191 and 34242 (gradient accumulation), 2024.
@@ -111,7 +156,7 @@ def weighted_mean(
 
     Args:
         values: [...], per-example losses or anything else.
-        weights: [...], the shape of `values`; None weighs each 1.
+        weights: [...], the shape of `values`, w ≥ 0 (for signed ones see `weighted_sum`); None weighs each 1.
         where: [...], which elements count; the others may hold NaN.
         axis: what to average over; None is everything.
         axis_name: mesh axis whose devices hold parts of the batch: both sums are taken over it before dividing.
@@ -132,8 +177,11 @@ def weighted_mean(
     Reference:
         Why both sums cross devices before the division: transformers issues 34191 and 34242, 2024.
     """
-    sums = _sum(*_check("weighted_mean", values, weights, where), axis)
-    return (sums if axis_name is None else sums.psum(axis_name)).mean()
+    checked = _check("weighted_mean", values, weights, where)
+    if checked[1] is not None:
+        check_weights("weighted_mean", "weights", *checked[1:])
+    pair = _sum(*checked, axis)
+    return (pair if axis_name is None else pair.psum(axis_name)).mean()
 
 
 def _check(function, values, weights, where):

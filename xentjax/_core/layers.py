@@ -25,13 +25,14 @@ def arguments(
     b = None if bias is None else checks.floating(function, "bias", bias)
     meaning = "the shape of hidden without its feature axis"
     counts = checks.counted(function, where, h.shape[:-1], meaning)
-    w = None if weights is None else checks.floating(function, "weights", weights)
+    w = (
+        None
+        if weights is None
+        else checks.same_shape(function, "weights", checks.floating(function, "weights", weights), h.shape[:-1], meaning)
+    )
     if b is not None:
         checks.shape(function, "bias", b, (width,), "one per class")
     values.finite(function, "hidden", h, counts)
-    if w is not None:
-        checks.same_shape(function, "weights", w, h.shape[:-1], meaning)
-        values.weights(function, "weights", w, counts)
     return h, k, b, counts, w
 
 

@@ -16,7 +16,9 @@ What every function here shares:
   NaN. Sums count such an example in no class but in the field `invalid`, and as long as that is not 0 all figures are NaN. An
   example of weight 0 is never invalid.
 - Nothing to divide by is 0: means of no examples, precision of a class that was never predicted, AUROC without positives.
-- Counts are int32, exact to 2³¹ − 1 examples; with `weights` they are sums in float32 (float64 for float64 weights).
+- Counts are int32; with `weights` they are sums in float32 (float64 for float64 weights). Weights are ≥ 0.
+- Sums do not drift. `+` and `psum` keep what a field cannot hold in the attribute `rest`, two more arrays per field: what a float32
+  rounds off, and by how much a count exceeds 2³¹ − 1, where its field stays. Figures use both, and are right after 2⁴⁰ batches.
 - `brier_score`, `negative_log_likelihood` and `perplexity` are smooth, with every derivative. The others have the derivative 0 by logits
   and scores: decisions and ranks are steps, confidences and the temperature are behind `stop_gradient`. By `weights` all are smooth
   but the temperature.

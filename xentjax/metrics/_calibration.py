@@ -1,19 +1,31 @@
 """Whether confidence is what it says, in bins; the conventions stand in `xentjax.metrics`."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics, rows
+from xentjax._core import checks, numerics, rows, sums
 from xentjax._reduction import WeightedSum
 from xentjax.metrics import _counts
 
 
-class Calibration(NamedTuple):
+class _Fields(NamedTuple):
+    counts: Array
+    """[..., bins], examples or their weights; int32, or floating with weights."""
+    hits: Array
+    """[..., bins], the same of those whose label was predicted."""
+    confidences: Array
+    """[..., bins], Σ w·confidence; floating."""
+    invalid: Array
+    """[...], how many examples had a label out of range, a NaN logit, or no possible class; int32."""
+
+
+@sums.running
+class Calibration(_Fields):
     """Sums of a reliability diagram per bin of confidence, each [..., bins]; adds over batches, sums over devices, has methods for figures.
 
     Bin b of B holds the examples with confidence in (b/B, (b + 1)/B]. The data of the diagram are `confidence()`, `accuracy()` and
@@ -30,18 +42,11 @@ class Calibration(NamedTuple):
         0.42289...
     """
 
-    counts: Array
-    """[..., bins], examples or their weights; int32, or floating with weights."""
-    hits: Array
-    """[..., bins], the same of those whose label was predicted."""
-    confidences: Array
-    """[..., bins], Σ w·confidence; floating."""
-    invalid: Array
-    """[...], how many examples had a label out of range, a NaN logit, or no possible class; int32."""
+    rest: Any = None  # what the fields round off or cannot hold, see `xentjax.metrics`
 
     def __add__(self, other: "Calibration") -> "Calibration":  # type: ignore[override]  # a sum, not a concatenation of tuples
         """The sums of both parts."""
-        return jax.tree.map(jnp.add, self, other)
+        return sums.add(self, other) if isinstance(other, Calibration) else NotImplemented
 
     def __radd__(self, other: int) -> "Calibration":
         """So that the built-in `sum` can start from 0."""
@@ -49,24 +54,23 @@ class Calibration(NamedTuple):
 
     def psum(self, axis_name: str | tuple[str, ...]) -> "Calibration":
         """The sum over the devices of a mesh axis, inside `jax.shard_map` or `jax.vmap(axis_name=…)`."""
-        return lax.psum(self, axis_name)
+        return sums.psum(self, axis_name)
 
     def accuracy(self) -> Array:
         """hits_b / counts_b, [..., bins]; 0 in an empty bin."""
-        return _counts.figure(WeightedSum(self.hits, self.counts).mean(), self.invalid)
+        return _figures(self)[0]
 
     def confidence(self) -> Array:
         """confidences_b / counts_b, [..., bins]; 0 in an empty bin."""
-        return _counts.figure(WeightedSum(self.confidences, self.counts).mean(), self.invalid)
+        return _figures(self)[1]
 
     def expected_calibration_error(self) -> Array:
         """Σ_b counts_b |accuracy_b − confidence_b| / Σ_b counts_b, [...]."""
-        gaps = jnp.abs(self.hits.astype(self.confidences.dtype) - self.confidences)
-        return _counts.figure(WeightedSum(gaps.sum(-1), self.counts.sum(-1)).mean(), self.invalid)
+        return _figures(self)[2]
 
     def maximum_calibration_error(self) -> Array:
         """max_b |accuracy_b − confidence_b|, [...]."""
-        return jnp.abs(self.accuracy() - self.confidence()).max(-1)
+        return _figures(self)[3]
 
 
 def calibration(
@@ -117,7 +121,7 @@ def calibration(
     name = "calibration"
     batch = _counts.indexed(name, logits, labels, axis, axis_name, class_mask, where)
     assert batch.labels is not None
-    w, _ = _counts.per_example(name, weights, None, batch.labels.shape, "the shape of logits without its class axis")
+    w, _ = _counts.per_example(name, weights, batch.where, batch.labels.shape, "the shape of logits without its class axis")
     return _calibration(batch, w, checks.count(name, "bins", bins))
 
 
@@ -132,10 +136,19 @@ def _calibration(batch, weights, bins):
     index = jnp.clip(jnp.ceil(confidence * bins) - 1, 0, bins - 1).astype(jnp.int32)
     share = numerics.where(amount != 0, confidence, 0) * amount.astype(confidence.dtype)
     in_bin = index.reshape(1, -1) == lax.broadcasted_iota(jnp.int32, (bins, index.size), 0)
-    return Calibration(
-        counts=_counts.tally(amount, (bins,), index),
-        hits=_counts.tally(numerics.where(hit == 1, amount, jnp.zeros_like(amount)), (bins,), index),
-        # a reduction, not a scatter: that adds one by one, and a float32 beyond 2²⁴ no longer changes by 1
-        confidences=jnp.sum(jnp.where(in_bin, share.reshape(1, -1), 0), axis=-1),
-        invalid=invalid,
-    )
+    counts = _counts.tally(amount, (bins,), index)
+    hits = _counts.tally(numerics.where(hit == 1, amount, jnp.zeros_like(amount)), (bins,), index)
+    # a reduction, not a scatter: that adds one by one, and a float32 beyond 2²⁴ no longer changes by 1
+    confidences = jnp.sum(jnp.where(in_bin, share.reshape(1, -1), 0), axis=-1)
+    return sums.collect(Calibration, counts, hits, sums.parts_of(confidences), sums.parts_of(invalid))
+
+
+@jax.jit
+def _figures(found):
+    counts, hits, confidences, _ = sums.split(found)
+    # the difference of the sums, not of their rounded quotients, because both are nearly equal in a calibrated model
+    gaps = jnp.abs(sums.value(sums.add_parts(hits, sums.scaled(confidences, -1.0))))
+    each = [WeightedSum(x, sums.value(counts)).mean() for x in (sums.value(hits), sums.value(confidences), gaps)]
+    expected = WeightedSum(gaps.sum(-1), sums.value(sums.total(counts, -1))).mean()
+    figures = (each[0], each[1], expected, each[2].max(-1))
+    return tuple(_counts.figure(x, found.invalid) for x in figures)

@@ -1,21 +1,29 @@
 """The confusion matrix and what follows from it; the conventions stand in `xentjax.metrics`."""
 
 import functools
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics, values
+from xentjax._core import checks, sums, values
 from xentjax._reduction import WeightedSum
 from xentjax.metrics import _counts
 
 Average = Literal["micro", "macro", "weighted"]
 
 
-class Confusion(NamedTuple):
+class _Fields(NamedTuple):
+    counts: Array
+    """[..., classes, classes], row true, column predicted; int32, or floating sums of weights."""
+    invalid: Array
+    """[...], how many examples had a label or a prediction out of range; int32."""
+
+
+@sums.running
+class Confusion(_Fields):
     """Counts of (true class, predicted class) [..., classes, classes]; adds over batches, sums over devices, has methods for figures.
 
     With n the counts, true_k = Σ_j n_kj and predicted_k = Σ_j n_jk. `precision`, `recall` and `f1` give one figure per class, or
@@ -35,14 +43,11 @@ class Confusion(NamedTuple):
         ([[1, 1], [1, 1]], [0.5, 0.5], 0.5)
     """
 
-    counts: Array
-    """[..., classes, classes], row true, column predicted; int32, or floating sums of weights."""
-    invalid: Array
-    """[...], how many examples had a label or a prediction out of range; int32."""
+    rest: Any = None  # what the fields round off or cannot hold, see `xentjax.metrics`
 
     def __add__(self, other: "Confusion") -> "Confusion":  # type: ignore[override]  # a sum, not a concatenation of tuples
         """The counts of both parts."""
-        return jax.tree.map(jnp.add, self, other)
+        return sums.add(self, other) if isinstance(other, Confusion) else NotImplemented
 
     def __radd__(self, other: int) -> "Confusion":
         """So that the built-in `sum` can start from 0."""
@@ -50,7 +55,7 @@ class Confusion(NamedTuple):
 
     def psum(self, axis_name: str | tuple[str, ...]) -> "Confusion":
         """The sum over the devices of a mesh axis, inside `jax.shard_map` or `jax.vmap(axis_name=…)`."""
-        return lax.psum(self, axis_name)
+        return sums.psum(self, axis_name)
 
     def accuracy(self) -> Array:
         """Σ_k n_kk / Σ_kj n_kj, [...]."""
@@ -130,24 +135,23 @@ def _average(function: str, average: str | None) -> str | None:
 def _confusion(predictions, labels, weights, where, classes):
     valid = (labels >= 0) & (labels < classes) & (predictions >= 0) & (predictions < classes)
     amount, invalid = _counts.amounts(weights, where, valid)
-    return Confusion(_counts.tally(amount, (classes, classes), labels, predictions), invalid)
+    return sums.collect(Confusion, _counts.tally(amount, (classes, classes), labels, predictions), sums.parts_of(invalid))
 
 
 @functools.partial(jax.jit, static_argnames=("figure", "average"))
 def _figure(confusion, figure, average):
-    counts = confusion.counts
-    dtype = numerics.accumulation_dtype(counts.dtype)
-    true, predicted = counts.sum(-1), counts.sum(-2)
-    hits = jnp.diagonal(counts, axis1=-2, axis2=-1)
-    if average == "micro":
-        true, predicted, hits = (x.sum(-1, keepdims=True) for x in (true, predicted, hits))
-    true, predicted, hits = (x.astype(dtype) for x in (true, predicted, hits))
+    counts = sums.split(confusion)[0]
+    hits = tuple(jnp.diagonal(x, axis1=-2, axis2=-1) for x in counts)
+    margins = zip(sums.total(counts, -1), sums.total(counts, -2), hits, strict=True)
+    first, second, third = (jnp.stack(x) for x in margins)
+    stacked = first, second, third
+    true, predicted, hits = sums.value(sums.total(stacked, -1, keepdims=True) if average == "micro" else stacked)
     doubled = 2 if figure == "f1" else 1
     denominator = {"precision": predicted, "recall": true, "f1": true + predicted}[figure]
     value = WeightedSum(doubled * hits, denominator).mean()
     if average == "micro":
         value = value[..., 0]
     elif average is not None:
-        weight = {"macro": true + predicted > 0, "balanced": true > 0, "weighted": true}[average].astype(dtype)
+        weight = {"macro": true + predicted > 0, "balanced": true > 0, "weighted": true}[average].astype(true.dtype)
         value = WeightedSum((weight * value).sum(-1), weight.sum(-1)).mean()
     return _counts.figure(value, confusion.invalid)

@@ -3,19 +3,29 @@
 import functools
 import math
 import numbers
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics, values
+from xentjax._core import checks, numerics, sums, values
 from xentjax._reduction import WeightedSum
 from xentjax.metrics import _counts
 
 
-class Ranking(NamedTuple):
+class _Fields(NamedTuple):
+    positives: Array
+    """[..., points], how many examples with label 1 are at a point of the grid; int32, or floating sums of weights."""
+    negatives: Array
+    """[..., points], the same for label 0."""
+    invalid: Array
+    """[...], how many examples had a label other than 0 and 1 or a NaN score; int32."""
+
+
+@sums.running
+class Ranking(_Fields):
     """Counts of positives and negatives on a grid of scores, each [..., points]; adds over batches, sums over devices.
 
     With p_g and n_g the shares of positives and of negatives at grid point g,
@@ -34,16 +44,11 @@ class Ranking(NamedTuple):
         0.75
     """
 
-    positives: Array
-    """[..., points], how many examples with label 1 are at a point of the grid; int32, or floating sums of weights."""
-    negatives: Array
-    """[..., points], the same for label 0."""
-    invalid: Array
-    """[...], how many examples had a label other than 0 and 1 or a NaN score; int32."""
+    rest: Any = None  # what the fields round off or cannot hold, see `xentjax.metrics`
 
     def __add__(self, other: "Ranking") -> "Ranking":  # type: ignore[override]  # a sum, not a concatenation of tuples
         """The counts of both parts."""
-        return jax.tree.map(jnp.add, self, other)
+        return sums.add(self, other) if isinstance(other, Ranking) else NotImplemented
 
     def __radd__(self, other: int) -> "Ranking":
         """So that the built-in `sum` can start from 0."""
@@ -51,7 +56,7 @@ class Ranking(NamedTuple):
 
     def psum(self, axis_name: str | tuple[str, ...]) -> "Ranking":
         """The sum over the devices of a mesh axis, inside `jax.shard_map` or `jax.vmap(axis_name=…)`."""
-        return lax.psum(self, axis_name)
+        return sums.psum(self, axis_name)
 
     def auroc(self) -> Array:
         """The area under the ROC curve of the scores on the grid, [...]."""
@@ -173,21 +178,23 @@ def _ranking(scores, labels, weights, where, low, high, points):
     s = scores.astype(numerics.accumulation_dtype(scores.dtype))
     s = jnp.where(positive + negative != 0, jnp.clip(s, low, high), low)
     index = jnp.round((s - low) * ((points - 1) / (high - low)))
-    return Ranking(_counts.tally(positive, (points,), index), _counts.tally(negative, (points,), index), invalid)
+    counts = [_counts.tally(x, (points,), index) for x in (positive, negative)]
+    return sums.collect(Ranking, *counts, sums.parts_of(invalid))
 
 
 @jax.jit
 def _figures(ranking):
-    dtype = numerics.accumulation_dtype(ranking.positives.dtype)
-    below = jnp.cumsum(ranking.negatives, -1, dtype=ranking.negatives.dtype) - ranking.negatives
-    p, n, below = (x.astype(dtype) for x in (ranking.positives, ranking.negatives, below))
-    all_p, all_n = (x.sum(-1).astype(dtype) for x in (ranking.positives, ranking.negatives))
+    positives, negatives, _ = sums.split(ranking)
+    half = sums.scaled(negatives, 0.5)
+    below_and_half = sums.value(sums.add_parts(sums.cumulative(negatives), sums.scaled(half, -1.0)))
+    p, half = sums.value(positives), sums.value(half)
+    all_p, all_n = (sums.value(sums.total(x, -1)) for x in (positives, negatives))
 
     def over_pairs(x):
         each = WeightedSum(x, jnp.broadcast_to(all_n[..., None], x.shape)).mean()
         return _counts.figure(WeightedSum((p * each).sum(-1), all_p).mean(), ranking.invalid)
 
-    return over_pairs(below + n / 2), over_pairs(n / 2)
+    return over_pairs(below_and_half), over_pairs(half)
 
 
 @jax.jit

@@ -67,7 +67,7 @@ def fit_temperature(
     name = "fit_temperature"
     batch = _counts.indexed(name, logits, labels, axis, axis_name, class_mask, where)
     assert batch.labels is not None
-    w, _ = _counts.per_example(name, weights, None, batch.labels.shape, "the shape of logits without its class axis")
+    w, _ = _counts.per_example(name, weights, batch.where, batch.labels.shape, "the shape of logits without its class axis")
     return _fit(*lax.stop_gradient((batch, w)), checks.count(name, "steps", steps), batch_axis_name)
 
 

@@ -1,0 +1,323 @@
+"""Sums that do not drift: what a running sum cannot hold stays beside it, in two more numbers.
+
+A running float32 sum stops growing at 2²⁴ times the size of its parts, and loses bits of every part long before. An int32 overflows at
+2³¹. So a running sum consists of three numbers, its `Parts`:
+
+    floating    V = x + r₁ + r₂                |r₁| ≤ ulp(x)/2, |r₂| ≤ ulp(r₁)/2, to rounding
+    integer     V = x + r₁ + 2³¹·r₂           x stays at 2³¹ − 1 once it is reached; all numbers are ≥ 0
+
+x alone is V, rounded, so it is what users read. Three numbers and not two: 2⁴⁰ parts need 40 bits more than one part has, and an
+error of u² per addition (u = 2⁻²⁴) would add up to 2⁴⁰·u² = 2⁻⁸. With three the error is u³ per addition, 2⁻³² in all.
+
+Derivatives: ∂V/∂x = ∂V/∂r₁ = ∂V/∂r₂ = 1 for every number that enters. Of what leaves, x carries the derivative; r₁ and r₂ have none,
+so nothing is counted twice. Every rule below says this with one plain sum of tangents.
+"""
+
+import functools
+import numbers
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from xentjax._core import mesh, numerics
+
+Parts = tuple[Array, Array, Array]
+_MOST = 2**31 - 1
+_BASE = 2.0**31
+T = TypeVar("T", bound=tuple)
+
+
+def parts_of(x: Any, dtype: Any = None) -> Parts:
+    """An array or a number as a running sum of itself, in `dtype`; integers and NumPy's 64 bits keep what a floating dtype cannot hold."""
+    if not isinstance(x, Array):
+        return _parts_of_numbers(np.asarray(x), dtype)
+    dtype = x.dtype if dtype is None else dtype
+    if not jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.floating):
+        x = x.astype(dtype)
+        return x, zeros_like(x), zeros_like(x)
+    whole = x.astype(jnp.int32) if x.dtype.itemsize < 4 else x
+    coarse = whole >> 12 << 12
+    x, rest = _two_sum(coarse.astype(dtype), (whole - coarse).astype(dtype))
+    return x, rest, zeros_like(x)
+
+
+def _parts_of_numbers(x, dtype):
+    """Of NumPy's arrays: what a shorter dtype does not hold goes to r₁ and r₂."""
+    dtype = jax.dtypes.canonicalize_dtype(x.dtype) if dtype is None else dtype
+    wide = numerics.accumulation_dtype(dtype)
+    x = x.astype(np.int64) if x.dtype.kind in "bu" else x  # differences may be negative
+    found = []
+    for narrow in (dtype, wide, wide):
+        held = x.astype(narrow)
+        found.append(jnp.asarray(held))
+        finite = np.isfinite(held)
+        x = np.where(finite, x, 0) - np.where(finite, held, 0).astype(x.dtype)
+    leading, first, second = found
+    return leading, first, second
+
+
+def zeros_like(x: Array) -> Array:
+    """What a sum of one part leaves over: 0 in the dtype in which it is added, which varies over a mesh as `x` does."""
+    wide = numerics.accumulation_dtype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
+    return mesh.vary(jnp.zeros_like(x, wide), mesh.axes_of(x))
+
+
+def value(parts: Parts) -> Array:
+    """V, rounded, in the accumulation dtype."""
+    x, first, second = parts
+    if _is_floating(parts):
+        return x.astype(first.dtype) + (first + second)
+    # 12 bits apart: without r₁ and r₂ there is one rounding, with them two
+    coarse, fine = ((x >> 12) + (first >> 12)).astype(jnp.float32), ((x & 4095) + (first & 4095)).astype(jnp.float32)
+    return (second.astype(jnp.float32) * _BASE + coarse * 4096.0) + fine
+
+
+# Named tuples of sums ---------------------------------------------------------------------------------------------------
+
+
+def running(cls: type[T]) -> type[T]:
+    """Registers a subclass of a named tuple as a pytree of its fields and `rest`, which has r₁ and r₂ of every array in the fields.
+
+    `rest` is an attribute and no field, so that users may build, unpack and replace the fields alone: it is None then, which is zeros.
+    """
+
+    def flatten(sums):
+        structure = jax.tree.structure(tuple(sums))
+        _, *rest = _columns(split(sums))
+        return (*sums, tuple(structure.unflatten(r) for r in rest)), None
+
+    def flatten_with_keys(sums):
+        children, _ = flatten(sums)
+        return [(jax.tree_util.GetAttrKey(k), x) for k, x in zip((*cls._fields, "rest"), children, strict=True)], None  # type: ignore
+
+    def unflatten(_, children):
+        *fields, rest = children
+        return _made(cls, fields, rest)
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
+
+
+def split(sums: Any) -> list[Parts]:
+    """The parts of every array in the fields."""
+    leaves, structure = jax.tree.flatten(tuple(sums))
+    if sums.rest is None:
+        return [_nothing_left(x) for x in leaves]
+    first, second = map(structure.flatten_up_to, sums.rest)
+    return list(zip(leaves, first, second, strict=True))
+
+
+def join(like: T, parts: list[Parts]) -> T:
+    """The inverse: sums of the type and structure of `like`."""
+    structure = jax.tree.structure(tuple(like))
+    fields, *rest = map(structure.unflatten, _columns(parts))
+    return _made(type(like), fields, rest)
+
+
+def collect(cls: type[T], *parts: Parts) -> T:
+    """Sums whose fields are single arrays."""
+    fields, *rest = _columns(parts)
+    return _made(cls, fields, rest)
+
+
+def _made(cls, fields, rest):
+    sums = tuple.__new__(cls, fields)
+    sums.rest = tuple(rest)
+    return sums
+
+
+def _columns(parts):
+    return zip(*parts, strict=True) if parts else ((), (), ())
+
+
+def _nothing_left(x):
+    if isinstance(x, Array | np.ndarray | np.generic | numbers.Number):
+        x = jnp.asarray(x)
+        return x, zeros_like(x), zeros_like(x)
+    return x, x, x  # it says something of an array, as a PartitionSpec does, and the same of what the array rounds off
+
+
+@jax.jit
+def add(a: T, b: T) -> T:
+    """The sums of both."""
+    if jax.tree.structure(tuple(a)) != jax.tree.structure(tuple(b)):
+        got = " and ".join(str(jax.tree.structure(tuple(x))) for x in (a, b))
+        raise ValueError(f"{type(a).__name__}: both sums must have the same pytree structure to be added; got {got}.")
+    return join(a, [add_parts(x, y) for x, y in zip(split(a), split(b), strict=True)])
+
+
+@functools.partial(jax.jit, static_argnames="axis_name")
+def psum(sums: T, axis_name: str | tuple[str, ...]) -> T:
+    """The sums over the devices of a mesh axis, of integers over at most 2¹⁴ devices."""
+
+    def add_up(x):
+        return lax.psum(x, axis_name)
+
+    def largest(x):
+        return lax.pmax(x, axis_name)
+
+    return join(sums, [_summed(parts, add_up, largest, mesh.size(axis_name)) for parts in split(sums)])
+
+
+# Arrays -----------------------------------------------------------------------------------------------------------------
+
+
+def add_parts(a: Parts, b: Parts) -> Parts:
+    """The sum of both."""
+    if _is_floating(a) or _is_floating(b):
+        return _add_floating(_floating(a), _floating(b))
+    return _add_integers(a, b)
+
+
+def scaled(parts: Parts, factor: Array | float) -> Parts:
+    """A sum in floating point times a power of two or its negative, exactly."""
+    x, first, second = (factor * p for p in _floating(parts))
+    return x, first, second
+
+
+def total(parts: Parts, axis: int, keepdims: bool = False) -> Parts:
+    """The sum over an axis, of integers at most 2¹⁴."""
+    add_up = functools.partial(jnp.sum, axis=axis, keepdims=keepdims)
+    return _summed(parts, lambda x: add_up(x, dtype=x.dtype), functools.partial(jnp.max, axis=axis, keepdims=True), parts[0].shape[axis])
+
+
+def cumulative(parts: Parts) -> Parts:
+    """The sums up to each place of the last axis."""
+
+    def add_up(x):
+        return jnp.cumsum(x, axis=-1, dtype=x.dtype)
+
+    return _summed(parts, add_up, functools.partial(jnp.max, axis=-1, keepdims=True), parts[0].shape[-1])
+
+
+def only_leading(parts: Parts, tangent: Array) -> tuple[Parts, Parts]:
+    """A result and its tangent, which x carries alone."""
+    x, first, second = parts
+    return parts, (tangent.astype(x.dtype), jnp.zeros_like(first), jnp.zeros_like(second))
+
+
+def _is_floating(parts: Parts) -> bool:
+    return jnp.issubdtype(parts[0].dtype, jnp.floating)
+
+
+def _summed(parts: Parts, add_up: Callable, largest: Callable, count: int) -> Parts:
+    """What `add_up` makes of sums, `count` of which meet at most; `largest` is the maximum over the same."""
+    if parts[0].size == 0:
+        return parts_of(add_up(parts[0]))
+    return _summed_floating(parts, add_up, largest, count) if _is_floating(parts) else _summed_integers(parts, add_up)
+
+
+def _floating(parts: Parts) -> Parts:
+    """The same number as a floating sum; an integer one becomes float32."""
+    if _is_floating(parts):
+        return parts
+    x, first, second = (parts_of(p, jnp.float32) for p in parts)
+    return _add_floating(_add_floating(scaled(second, _BASE), first), x)
+
+
+def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """The rounded sum, and what rounding it lost, exactly (Knuth, The Art of Computer Programming, volume 2, section 4.2.2).
+
+    XLA does not reassociate additions. A product that it contracts into one of them changes the result by an error of the product, not
+    of the sum.
+    """
+    s = a + b
+    of_b = s - a
+    return s, (a - (s - of_b)) + (b - of_b)
+
+
+def _leading_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """The same where the sum may be infinite or NaN: it has then lost nothing, and ∞ does not become NaN."""
+    s, lost = _two_sum(a, b)
+    return s, numerics.where(jnp.isfinite(s), lost, 0)
+
+
+def _normal(x: Array, first: Array, second: Array, dtype: Any) -> Parts:
+    """The sum of three as `Parts`: x is the rounded sum in `dtype`, r₁ what it lacks, r₂ what r₁ lacks."""
+    x, first = _leading_sum(x, first)
+    if x.dtype != dtype:  # half precision: r₁ and r₂ in float32 take over what it lacks
+        info = jnp.finfo(dtype)
+        # a cast and its inverse would not do: XLA may leave both out
+        narrow = lax.reduce_precision(x, info.nexp, info.nmant)
+        first, lost = _two_sum(numerics.where(jnp.isfinite(narrow), x - narrow, 0), first)
+        x, second = narrow.astype(dtype), second + lost
+    return x, *_two_sum(first, second)
+
+
+def _wide(parts: Parts, dtype: Any) -> Parts:
+    x, first, second = (p.astype(numerics.accumulation_dtype(dtype)) for p in parts)
+    return x, first, second
+
+
+@jax.custom_jvp
+def _add_floating(a: Parts, b: Parts) -> Parts:
+    dtype = jnp.result_type(a[0], b[0])
+    (x, x1, x2), (y, y1, y2) = _wide(a, dtype), _wide(b, dtype)
+    leading, lost = _leading_sum(x, y)
+    first, lost1 = _two_sum(x1, y1)
+    first, lost2 = _two_sum(first, lost)
+    return _normal(leading, first, x2 + y2 + lost1 + lost2, dtype)
+
+
+@_add_floating.defjvp
+def _(primals, tangents):
+    dtype = jnp.result_type(primals[0][0], primals[1][0])
+    (x, x1, x2), (y, y1, y2) = (_wide(t, dtype) for t in tangents)
+    return only_leading(_add_floating(*primals), (x + y) + (x1 + y1 + x2 + y2))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _summed_floating(parts: Parts, add_up: Callable, largest: Callable, count: int) -> Parts:
+    """The multiples of a common unit in each x add up exactly; what they leave, and all r₁ and r₂, is small enough for plain sums.
+
+    With a power of two σ ≥ count·max|x|, (σ + x) − σ is x rounded to a multiple of uσ, and no sum of these exceeds σ (Rump, Ogita,
+    Oishi, Accurate floating-point summation, 2008, algorithm 3.2). The rest is below count·u of the largest x.
+    """
+    x, first, second = _wide(parts, parts[0].dtype)
+    size = lax.stop_gradient(largest(lax.stop_gradient(jnp.abs(x))))
+    # σ: the nearest power of two is at least 2/3 of the size; where it overflows, x stays whole
+    sigma = lax.reduce_precision(size, jnp.finfo(x.dtype).nexp, 0) * 2.0 ** (count.bit_length() + 1)
+    coarse = jnp.where(jnp.isfinite(sigma) & jnp.isfinite(x), (sigma + x) - sigma, x)
+    fine, finer = _two_sum(numerics.where(jnp.isfinite(x), x - coarse, 0), first)
+    return _normal(add_up(coarse), add_up(fine), add_up(finer + second), parts[0].dtype)
+
+
+@_summed_floating.defjvp
+def _(add_up, largest, count, primals, tangents):
+    x, first, second = _wide(tangents[0], primals[0][0].dtype)
+    return only_leading(_summed_floating(*primals, add_up, largest, count), add_up(x + (first + second)))
+
+
+def _carried(a: Array, b: Array) -> tuple[Array, Array]:
+    """The sum of numbers ≥ 0 modulo 2³¹, and how often it passed 2³¹."""
+    s = a + b  # an int32 wraps to below 0, and its sign bit is the carry
+    return s & _MOST, lax.shift_right_logical(s, lax.full_like(s, 31))
+
+
+def _saturated(low: Array, high: Array) -> Parts:
+    """The number low + 2³¹·high."""
+    full = high > 0
+    rest, carry = _carried(low, jnp.ones_like(low))  # more than 2³¹ − 1
+    nothing = jnp.zeros_like(low)
+    return numerics.where(full, _MOST, low), jnp.where(full, rest, nothing), jnp.where(full, high - 1 + carry, nothing)
+
+
+def _add_integers(a: Parts, b: Parts) -> Parts:
+    x, rest, high = _saturated(*_carried(a[0], b[0]))
+    for low, more in (a[1:], b[1:]):
+        rest, carry = _carried(rest, low)
+        high = high + more + carry
+    return x, rest, high
+
+
+def _summed_integers(parts: Parts, add_up: Callable) -> Parts:
+    """Halves of 16 bits, 2¹⁵ of which add up in 31 bits: those of x and of r₁ from 2¹⁴ sums."""
+    x, first, second = parts
+    low, high = add_up((x & 0xFFFF) + (first & 0xFFFF)), add_up((x >> 16) + (first >> 16))
+    low, carry = _carried(low, (high & 0x7FFF) << 16)
+    x, first, more = _saturated(low, (high >> 15) + carry)
+    return x, first, more + add_up(second)
