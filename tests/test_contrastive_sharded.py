@@ -140,3 +140,22 @@ def test_gradients_inside_the_mapped_function(name, rng, x64):
     expected = jax.jit(jax.grad(lambda *a: jnp.sum(LOSSES[name](*a, LABELS, where)), (0, 1, 2)))(*arguments)
     for mine, other in zip(slopes, expected, strict=True):
         np.testing.assert_allclose(mine, other, rtol=TOLERANCE, atol=TOLERANCE * np.abs(other).max())
+
+
+@names
+def test_gradients_inside_an_axis_without_types(name, rng, x64):
+    """There a gradient is that of the sum over devices, without a psum: JAX transposes the gathering of the embeddings into such a sum."""
+    x, y, value = draw(rng)
+
+    def slopes(x, y, value, labels, **more):
+        return jax.grad(lambda *a: jnp.sum(LOSSES[name](*a, labels, None, **more)), (0, 1, 2))(x, y, value)
+
+    @jax.jit
+    def both():
+        shares = (a.reshape(4, BATCH // 4, *a.shape[1:]) for a in (x, y, LABELS))
+        of_x, of_y, of_value = jax.vmap(lambda x, y, labels: slopes(x, y, value, labels, axis_name="data"), axis_name="data")(*shares)
+        # what all devices share gets the part of each
+        return (of_x.reshape(x.shape), of_y.reshape(y.shape), of_value.sum()), slopes(x, y, value, LABELS)
+
+    for mine, expected in zip(*both(), strict=True):
+        np.testing.assert_allclose(mine, expected, rtol=TOLERANCE, atol=TOLERANCE * np.abs(expected).max())

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics
+from xentjax._core import checks, mesh, numerics
 
 
 class WeightedSum(NamedTuple):
@@ -44,7 +44,7 @@ class WeightedSum(NamedTuple):
 
     def psum(self, axis_name: str | tuple[str, ...]) -> "WeightedSum":
         """The sum over the devices of a mesh axis, inside `jax.shard_map` or `jax.vmap(axis_name=…)`."""
-        return lax.psum(self, axis_name)
+        return mesh.psum(self, mesh.names(axis_name))
 
     def mean(self) -> Any:
         """Σ w·v / Σ w; exactly 0 with gradient 0 where Σ w = 0."""
