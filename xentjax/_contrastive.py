@@ -273,7 +273,7 @@ def supervised_contrastive_loss(
     """
     name = "supervised_contrastive_loss"
     x, counts = _pairs.embeddings(name, "embeddings", embeddings, where)
-    y = _pairs.labels(name, labels, len(x))
+    y = _pairs.labels(name, labels, x.shape[0])
     tau = checks.positive(name, "temperature", temperature)
     return _supervised(x, y, counts, tau, _pairs.options(name, normalize, chunk_size, axis_name))
 
@@ -288,7 +288,7 @@ def _info_nce(queries, keys, negatives, where, temperature, options):
     q, k, more = _pairs.prepare((queries, keys, negatives), (where, where, None), options)
     k, counts = _pairs.gather(k, options), _gathered(where, options)
     everything = jnp.concatenate([k, more.astype(k.dtype)])
-    counts = None if counts is None else jnp.concatenate([counts, jnp.ones(len(more), bool)])
+    counts = None if counts is None else jnp.concatenate([counts, jnp.ones(more.shape[:1], bool)])
 
     def loss(s, own):
         return _softmax.softmax_cross_entropy(s / jnp.asarray(temperature, s.dtype), own, class_mask=counts)
@@ -302,7 +302,7 @@ def _nt_xent(first, second, where, temperature, options):
     everyone = jnp.concatenate([_pairs.gather(v, options) for v in views])
     counts = None if where is None else jnp.tile(_pairs.gather(where, options), 2)
     own = _pairs.positions(views[0], options)
-    own = jnp.stack([own, own + len(everyone) // 2])
+    own = jnp.stack([own, own + everyone.shape[0] // 2])
 
     def loss(s, own, partner):
         return _softmax.softmax_cross_entropy(s / jnp.asarray(temperature, s.dtype), partner, class_mask=_others(s, own, counts))

@@ -9,6 +9,8 @@ What every function here shares:
 - `reduction`: "mean" is Σ w·loss / Σ w, "sum" is Σ w·loss, "none" gives w·loss per example [...]. Examples outside `where` cost
   exactly 0 and weigh 0; the mean of nothing is 0.
 - `chunk_size`: the most examples whose logits exist at a time; None lets `plan_linear` choose. Under `vmap` that many per instance.
+- Symbolic numbers of examples (`jax.export`): None takes four chunks, and `chunk_size` at least three, whatever the number turns out to be.
+  Leading axes become one. Up to one example per chunk is padding. Only `chunk_size` bounds the memory of logits then.
 - Raises: TypeError for dtypes; ValueError for shapes and for Python numbers out of range.
 """
 
@@ -254,12 +256,18 @@ def plan_linear(hidden: Any, kernel: Any, *, chunk_size: int | None = None, clas
 
 
 def _layout(hidden, kernel, chunk_size, classes_first) -> chunks.Layout:
+    leading, classes = hidden.shape[:-1], kernel.shape[0 if classes_first else 1]
+    if chunks.is_symbolic(*leading):
+        return chunks.symbolic_layout(leading, chunk_size)
     if chunk_size is None:
         examples = hidden.size // max(1, hidden.shape[-1])
-        row = kernel.shape[0 if classes_first else 1] * numerics.accumulation_dtype(hidden.dtype).itemsize
-        small = examples * row <= _SMALL_BYTES
-        chunk_size = examples if small else min(max(-(-examples // 4), _FEW_EXAMPLES), _LARGE_BYTES // row)
-    return chunks.layout(hidden.shape[:-1], max(1, chunk_size))
+        row = classes * numerics.accumulation_dtype(hidden.dtype).itemsize
+        quarter = max(-(-examples // 4), _FEW_EXAMPLES)
+        if chunks.is_symbolic(classes):
+            chunk_size = quarter
+        else:
+            chunk_size = examples if examples * row <= _SMALL_BYTES else min(quarter, _LARGE_BYTES // row)
+    return chunks.layout(leading, max(1, chunk_size))
 
 
 def check_fused(function: str, loss_fn: Callable, reduction: str, chunk_size: int | None) -> None:
@@ -305,6 +313,8 @@ def reduced(
     w = _ones(hidden, dtype) if weights is None else weights.astype(dtype)
     w = w if where is None else jnp.where(where, w, jnp.zeros_like(w))
     layer, cut = chunks.Layer(kernel, bias), _layout(hidden, kernel, options.chunk_size, options.classes_first)
+    if where is None and chunks.is_symbolic(cut.padding):
+        where = jnp.ones(hidden.shape[:-1], bool)  # padding does not count
 
     def losses(logits, *args):
         return checks.loss_per_example(loss_fn(logits, *args), logits, options.has_aux)
