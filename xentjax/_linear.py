@@ -24,7 +24,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from xentjax import _softmax
-from xentjax._core import checks, chunks, mesh, numerics
+from xentjax._core import checks, chunks, mesh, numerics, programs
 from xentjax._reduction import WeightedSum
 
 
@@ -60,6 +60,10 @@ def fuse_linear(
     floating arrays `loss_fn` closes over (a temperature, class weights, a teacher's kernel). For "mean" and "sum" it is made in the
     forward sweep, three matrix products in all; "none" makes the logits twice. What nobody differentiates costs nothing.
 
+    Compilation: the programs of a function are kept while the function lives. So `fuse_linear(loss_fn)` may be called anew in a loop, and
+    so may that of a `functools.partial` of it with numbers and strings. A new function in every step, such as a lambda, is compiled in
+    every step, unless the step is under `jax.jit`. What `loss_fn` reads beside its arguments must not change.
+
     Args:
         loss_fn: `loss_fn(logits [chunk, classes], *args_of_the_chunk)` → one loss per example [chunk]; any loss of this library or a
             pure function of your own. The logits are float32 (float64 for float64 hidden).
@@ -91,7 +95,7 @@ def fuse_linear(
     """
     name = "fuse_linear"
     check_fused(name, loss_fn, reduction, chunk_size)
-    run = jax.jit(functools.partial(reduced, loss_fn, Options(reduction, chunk_size, has_aux, classes_first)))
+    run = programs.compiled(reduced, loss_fn, Options(reduction, chunk_size, has_aux, classes_first))
 
     def fused(
         hidden: ArrayLike,
