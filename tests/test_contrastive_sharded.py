@@ -26,6 +26,12 @@ LOSSES = {
     "nt_xent": of_pairs(contrastive.nt_xent, "temperature"),
     "clip_loss": of_pairs(contrastive.clip_loss, "logit_scale"),
     "siglip_loss": of_pairs(contrastive.siglip_loss, "logit_bias"),
+    "clip_loss-labels": lambda x, y, value, labels, where, **more: contrastive.clip_loss(
+        x, y, labels=labels, logit_scale=value, where=where, **more
+    ),
+    "siglip_loss-labels": lambda x, y, value, labels, where, **more: contrastive.siglip_loss(
+        x, y, labels=labels, logit_bias=value, where=where, **more
+    ),
     "supervised": lambda x, y, value, labels, where, **more: contrastive.supervised_contrastive_loss(
         x + y, labels, temperature=value, where=where, **more
     ),
