@@ -106,7 +106,21 @@ def weighted_pair(values):
     return xentjax.weighted_sum(values).psum("model").mean()
 
 
-@pytest.mark.parametrize("mean", [weighted, weighted_pair])
+def confused(values):
+    nothing = jnp.zeros(values.shape, jnp.int32)
+    return xentjax.metrics.confusion(nothing, nothing, classes=2, weights=values).psum("model").counts.sum() / 8
+
+
+def calibrated(values):
+    logits, labels = jnp.zeros((*values.shape, 2)), jnp.zeros(values.shape, jnp.int32)
+    return xentjax.metrics.calibration(logits, labels, weights=values).psum("model").counts.sum() / 8
+
+
+def ranked(values):
+    return xentjax.metrics.ranking(jnp.ones_like(values), jnp.ones(values.shape, bool), weights=values).psum("model").positives.sum() / 8
+
+
+@pytest.mark.parametrize("mean", [weighted, weighted_pair, confused, calibrated, ranked])
 def test_means_over_devices(mean):
     values = jnp.arange(8.0)
     for run in (

@@ -80,8 +80,12 @@ def psum(tree: Any, axes: Iterable[Hashable]) -> Any:
     axes = tuple(axes)
     if not axes:
         return tree
-    untyped = tuple(axis for axis in axes if not typed(axis))
-    return jax.tree.map(lambda x: _one_way.bind(x, axes=untyped) if untyped else x, lax.psum(tree, axes))
+    untyped = tuple(axis for axis in axes if axis not in axes_of(tree) and not typed(axis))
+
+    def of_leaf(x):  # one at a time: JAX 0.8 cannot transpose a sum of which a part has no derivative
+        return _one_way.bind(lax.psum(x, axes), axes=untyped) if untyped else lax.psum(x, axes)
+
+    return jax.tree.map(of_leaf, tree)
 
 
 def split_classes(function: str, axis_name: Any, split: dict[str, Array], same: dict[str, Array | None]) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics, rows
+from xentjax._core import checks, mesh, numerics, rows
 from xentjax._reduction import WeightedSum
 from xentjax.metrics import _counts
 
@@ -49,7 +49,7 @@ class Calibration(NamedTuple):
 
     def psum(self, axis_name: str | tuple[str, ...]) -> "Calibration":
         """The sum over the devices of a mesh axis, inside `jax.shard_map` or `jax.vmap(axis_name=…)`."""
-        return lax.psum(self, axis_name)
+        return mesh.psum(self, mesh.names(axis_name))
 
     def accuracy(self) -> Array:
         """hits_b / counts_b, [..., bins]; 0 in an empty bin."""

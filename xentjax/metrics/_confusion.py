@@ -5,10 +5,10 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics
+from xentjax._core import checks, mesh, numerics
 from xentjax._reduction import WeightedSum
 from xentjax.metrics import _counts
 
@@ -50,7 +50,7 @@ class Confusion(NamedTuple):
 
     def psum(self, axis_name: str | tuple[str, ...]) -> "Confusion":
         """The sum over the devices of a mesh axis, inside `jax.shard_map` or `jax.vmap(axis_name=…)`."""
-        return lax.psum(self, axis_name)
+        return mesh.psum(self, mesh.names(axis_name))
 
     def accuracy(self) -> Array:
         """Σ_k n_kk / Σ_kj n_kj, [...]."""

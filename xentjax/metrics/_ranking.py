@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics
+from xentjax._core import checks, mesh, numerics
 from xentjax._reduction import WeightedSum
 from xentjax.metrics import _counts
 
@@ -51,7 +51,7 @@ class Ranking(NamedTuple):
 
     def psum(self, axis_name: str | tuple[str, ...]) -> "Ranking":
         """The sum over the devices of a mesh axis, inside `jax.shard_map` or `jax.vmap(axis_name=…)`."""
-        return lax.psum(self, axis_name)
+        return mesh.psum(self, mesh.names(axis_name))
 
     def auroc(self) -> Array:
         """The area under the ROC curve of the scores on the grid, [...]."""
