@@ -34,7 +34,7 @@ class Row:
         return "-".join(filter(None, [self.name, self.label]))
 
     def __call__(self, *arguments, **more):
-        return self.function(*arguments, **self.keywords, **more)
+        return self.function(*arguments, **{**self.keywords, **more})
 
     def arguments(self, rng, leading=(5,), dtype=jnp.float32) -> tuple:
         """JAX's arrays in `dtype`, integers as int32."""

@@ -90,6 +90,33 @@ def siglip_gradient(x, y, t, b):
     return t * of_unit(x, g @ unit(y)), t * of_unit(y, g.T @ unit(x)), np.sum(g * s), np.sum(g)
 
 
+def same_label(labels):
+    """Which pairs have the same label, each pair itself among them."""
+    return (labels[:, None] == labels).astype(float)
+
+
+def clip_labels(x, y, labels, t):
+    s, share = unit(x) @ unit(y).T, same_label(labels) / same_label(labels).sum(-1, keepdims=True)
+    return -np.sum(share * (np.log(softmax(t * s)) + np.log(softmax(t * s.T))), -1) / 2
+
+
+def clip_labels_gradient(x, y, labels, t):
+    s, share = unit(x) @ unit(y).T, same_label(labels) / same_label(labels).sum(-1, keepdims=True)
+    g = (softmax(t * s) - share + (softmax(t * s.T) - share).T) / 2
+    return t * of_unit(x, g @ unit(y)), t * of_unit(y, g.T @ unit(x)), np.sum(g * s)
+
+
+def siglip_labels(x, y, labels, t, b):
+    z = t * unit(x) @ unit(y).T + b
+    return np.sum(np.log1p(np.exp(-(2 * same_label(labels) - 1) * z)), -1)
+
+
+def siglip_labels_gradient(x, y, labels, t, b):
+    s = unit(x) @ unit(y).T
+    g = 1 / (1 + np.exp(-(t * s + b))) - same_label(labels)
+    return t * of_unit(x, g @ unit(y)), t * of_unit(y, g.T @ unit(x)), np.sum(g * s), np.sum(g)
+
+
 def positives(labels):
     """1/|P_i| at the positives of i."""
     same = (labels[:, None] == labels) & others(len(labels))
@@ -161,6 +188,21 @@ SUPERVISED = dataclasses.replace(
 )
 LOSSES = INFO_NCE, NT_XENT, CLIP, SIGLIP, SUPERVISED
 
+
+def labelled(row, **more):
+    """A loss of pairs of which several have one label; the labels are its third argument."""
+
+    def function(x, y, labels, *numbers, **keywords):
+        return row.function(x, y, *numbers, labels=labels, **keywords)
+
+    def draw(rng, leading):
+        x, y, *numbers = row.draw(rng, leading)
+        return x, y, np.resize([3, -7, 3, 9, 3], leading), *numbers
+
+    smooth = (0, 1, *range(3, len(row.smooth) + 1))
+    return dataclasses.replace(row, label="labels", function=function, draw=draw, smooth=smooth, **more)
+
+
 ROWS: tuple[Row, ...] = (
     *LOSSES,
     dataclasses.replace(
@@ -174,6 +216,8 @@ ROWS: tuple[Row, ...] = (
         gradient=with_negatives_gradient,
         smooth=(0, 1, 2, 3),
     ),
+    labelled(CLIP, value=clip_labels, gradient=clip_labels_gradient, keywords={"chunk_size": 2}),
+    labelled(SIGLIP, value=siglip_labels, gradient=siglip_labels_gradient),
     dataclasses.replace(NT_XENT, label="chunks", keywords={"chunk_size": 3}),
     dataclasses.replace(SUPERVISED, label="chunks", keywords={"chunk_size": 2}),
 )

@@ -185,10 +185,11 @@ ROWS = (
     ),
     Row(
         "in_batch_softmax_cross_entropy",
-        functools.partial(in_batch_call, ids=ITEMS),
+        in_batch_call,
         pairs,
         functools.partial(in_batch, ids=ITEMS),
         (0, 1, 2, 3),
+        keywords={"ids": ITEMS},
         independent=False,
     ),
     Row(

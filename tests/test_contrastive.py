@@ -95,6 +95,16 @@ def test_a_supervised_loss_with_one_positive_each_is_that_of_two_views(rng, x64)
     close((each[:n] + each[n:]) / 2, contrastive.nt_xent(x, y), 1e-13)
 
 
+@pytest.mark.parametrize("loss", [contrastive.clip_loss, contrastive.siglip_loss], ids=lambda f: f.__name__)
+def test_a_label_for_each_pair_is_the_loss_without_labels(loss, rng, x64):
+    x, y = draw(rng)
+    np.testing.assert_allclose(loss(x, y, labels=jnp.arange(12) - 5), loss(x, y), rtol=1e-12)
+    with pytest.raises(ValueError, match=rf"^{loss.__name__}: labels must have shape \(12,\).*got \(11,\)"):
+        loss(x, y, labels=jnp.arange(11))
+    with pytest.raises(TypeError, match=f"^{loss.__name__}: labels must have an integer dtype"):
+        loss(x, y, labels=jnp.ones(12))
+
+
 def test_labels_of_supervised_losses_have_any_range_and_width(rng):
     x, _ = draw(rng)
     expected = contrastive.supervised_contrastive_loss(x, LABELS)

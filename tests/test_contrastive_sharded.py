@@ -26,6 +26,12 @@ LOSSES = {
     "nt_xent": of_pairs(contrastive.nt_xent, "temperature"),
     "clip_loss": of_pairs(contrastive.clip_loss, "logit_scale"),
     "siglip_loss": of_pairs(contrastive.siglip_loss, "logit_bias"),
+    "clip_loss-labels": lambda x, y, value, labels, where, **more: contrastive.clip_loss(
+        x, y, labels=labels, logit_scale=value, where=where, **more
+    ),
+    "siglip_loss-labels": lambda x, y, value, labels, where, **more: contrastive.siglip_loss(
+        x, y, labels=labels, logit_bias=value, where=where, **more
+    ),
     "supervised": lambda x, y, value, labels, where, **more: contrastive.supervised_contrastive_loss(
         x + y, labels, temperature=value, where=where, **more
     ),
@@ -140,3 +146,22 @@ def test_gradients_inside_the_mapped_function(name, rng, x64):
     expected = jax.jit(jax.grad(lambda *a: jnp.sum(LOSSES[name](*a, LABELS, where)), (0, 1, 2)))(*arguments)
     for mine, other in zip(slopes, expected, strict=True):
         np.testing.assert_allclose(mine, other, rtol=TOLERANCE, atol=TOLERANCE * np.abs(other).max())
+
+
+@names
+def test_gradients_inside_an_axis_without_types(name, rng, x64):
+    """There a gradient is that of the sum over devices, without a psum: JAX transposes the gathering of the embeddings into such a sum."""
+    x, y, value = draw(rng)
+
+    def slopes(x, y, value, labels, **more):
+        return jax.grad(lambda *a: jnp.sum(LOSSES[name](*a, labels, None, **more)), (0, 1, 2))(x, y, value)
+
+    @jax.jit
+    def both():
+        shares = (a.reshape(4, BATCH // 4, *a.shape[1:]) for a in (x, y, LABELS))
+        of_x, of_y, of_value = jax.vmap(lambda x, y, labels: slopes(x, y, value, labels, axis_name="data"), axis_name="data")(*shares)
+        # what all devices share gets the part of each
+        return (of_x.reshape(x.shape), of_y.reshape(y.shape), of_value.sum()), slopes(x, y, value, LABELS)
+
+    for mine, expected in zip(*both(), strict=True):
+        np.testing.assert_allclose(mine, expected, rtol=TOLERANCE, atol=TOLERANCE * np.abs(expected).max())

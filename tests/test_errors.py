@@ -216,6 +216,10 @@ def test_other_arguments_of_bits():
         ValueError, f"{bits.__name__}: pos_weight must have shape (10,), one weight per class along the last axis of logits; got (3,)."
     ):
         bits(BITS, BITS, pos_weight=jnp.ones(3))
+    expected = f"{bits.__name__}: pos_weight must have shape (10,), one weight per class along the last axis of logits; got"
+    for wrong, remedy in (((64,), "Use pos_weight.reshape(64, 1) for axis 0."), ((64, 3), "")):
+        with raises(ValueError, f"{expected} {wrong}. {remedy}".rstrip()):
+            bits(BITS, BITS, pos_weight=jnp.ones(wrong))
     with pytest.raises(TypeError, match=r"^sigmoid_cross_entropy: pos_weight must have a floating dtype; got bool"):
         bits(BITS, BITS, pos_weight=np.ones(10, np.bool_))
 

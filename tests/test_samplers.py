@@ -111,6 +111,19 @@ def test_expected_counts_of_rare_classes_do_not_cancel():
     np.testing.assert_allclose(got, np.log(-np.expm1(7 * np.log1p(-1e-7))), rtol=4 * EPS)
 
 
+def test_as_many_classes_as_ids():
+    classes = 2**31 - 1
+    sampler = samplers.uniform_sampler(classes)
+    ids = np.asarray(sampler.sample(jax.random.key(0), (100_000,)))
+    assert ids.min() >= 0
+    # the share of each tenth of the classes: binomial, within five standard deviations
+    shares = np.histogram(ids / classes, bins=10, range=(0, 1))[0] / len(ids)
+    np.testing.assert_allclose(shares, 0.1, atol=5 * np.sqrt(0.1 * 0.9 / len(ids)))
+    assert (ids % 2 == 1).mean() > 0.49  # as float32 would hold none of them
+    np.testing.assert_allclose(sampler.log_prob(jnp.array([0, classes - 1])), -np.log(classes), rtol=EPS)
+    assert np.isnan(sampler.log_prob(jnp.array([-1, classes]))).all()
+
+
 @pytest.mark.parametrize("unique", [False, True])
 def test_drawn_samples_carry_their_expected_counts(unique):
     sampler = samplers.log_uniform_sampler(4)
@@ -163,6 +176,8 @@ def test_errors():
         samplers.uniform_sampler(0)
     with raises(ValueError, "log_uniform_sampler: classes must be at most 16777216; got 16777217."):
         samplers.log_uniform_sampler(2**24 + 1)
+    with raises(ValueError, "uniform_sampler: classes must be at most 2147483647; got 2147483648."):
+        samplers.uniform_sampler(2**31)
     with raises(TypeError, "log_uniform_sampler: classes must be an integer, known before tracing; got float."):
         samplers.log_uniform_sampler(5.0)
     for weights, error, message in (

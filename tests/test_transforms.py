@@ -155,3 +155,20 @@ def test_weak_and_strong_scalars_agree(rng):
     for x in (0.1, np.float32(0.1), np.array(0.1), jnp.float32(0.1), jnp.bfloat16(0.1)):
         expected = ref.cross_entropy(ref.Double, np.asarray(z, np.float64), ref.targets(ref.Double, y, 7, float(x)))
         np.testing.assert_allclose(smooth(label_smoothing=x), expected, rtol=RTOL)
+
+
+def test_nested_tangents_are_cumulants(rng):
+    """Along a line z + t·v the derivatives of the loss are −v_y plus those of log Σ e^(z + t·v): mean, variance, third cumulant of v."""
+    z, v = (rng.normal(size=7) for _ in range(2))
+    p = np.exp(z) / np.exp(z).sum()
+    mean = p @ v
+    cumulants = mean - v[2], p @ (v - mean) ** 2, p @ (v - mean) ** 3
+    start, direction = jnp.asarray(z, jnp.float32), jnp.asarray(v, jnp.float32)
+
+    def derivative(f):
+        return lambda t: jax.jvp(f, (t,), (jnp.ones_like(t),))[1]
+
+    first = derivative(lambda t: xentjax.softmax_cross_entropy(start + t * direction, jnp.int32(2)))
+    second = derivative(first)
+    found = jax.jit(lambda t: (first(t), second(t), derivative(second)(t)))(jnp.float32(0))
+    np.testing.assert_allclose(found, cumulants, rtol=RTOL, atol=RTOL)

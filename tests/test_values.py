@@ -160,3 +160,23 @@ def test_top_k_ids_may_repeat_and_probabilities_need_not_sum_to_one():
     result = xentjax.softmax_cross_entropy_with_top_k_labels(z, jnp.array([2, 2, 0]), jnp.array([0.5, 0.25, 1.0]))
     u = -np.log(np.exp([1.0, 2, 3]) / np.exp([1.0, 2, 3]).sum())
     np.testing.assert_allclose(result, 0.75 * u[2] + u[0], rtol=8 * EPS)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1), (1, 4, 1), (3, 1, 5), (3, 4, 5)])
+def test_pos_weight_along_other_axes(shape, rng):
+    z, labels = rng.normal(size=(3, 4, 5)), rng.integers(0, 2, (3, 4, 5))
+    w, where = rng.uniform(0.5, 3, shape), rng.uniform(size=(3, 4, 5)) < 0.7
+    spoilt = np.where(where, w, np.nan) if w.shape == z.shape else w
+    arguments = [jnp.asarray(x, jnp.float32) for x in (z, spoilt)]
+
+    def loss(z, w):
+        return xentjax.sigmoid_cross_entropy(z, jnp.asarray(labels), pos_weight=w, where=jnp.asarray(where))
+
+    value, pull = jax.vjp(loss, *arguments)
+    of_z, of_w = pull(jnp.ones_like(value))
+    z, w = (np.asarray(x, np.float32).astype(np.float64) for x in (z, w))
+    np.testing.assert_allclose(value, where * ref.bit_cross_entropy(ref.Double, z, labels, w), rtol=RTOL)
+    np.testing.assert_allclose(of_z, where * ref.bit_cross_entropy_gradient(ref.Double, z, labels, w), rtol=RTOL, atol=RTOL)
+    positive = where * labels * np.log1p(np.exp(-z))
+    over = tuple(axis for axis, n in enumerate(w.shape) if n == 1)
+    np.testing.assert_allclose(of_w, positive.sum(over, keepdims=True), rtol=RTOL)

@@ -133,6 +133,7 @@ def clip_loss(
     images: ArrayLike,
     texts: ArrayLike,
     *,
+    labels: ArrayLike | None = None,
     logit_scale: ArrayLike = 1 / 0.07,
     normalize: bool = True,
     chunk_size: int | None = None,
@@ -145,9 +146,13 @@ def clip_loss(
     Gradient of Σ_i loss_i: with p_ij and q_ij the softmax of t·s over texts j and over images i, ∂/∂s_ij = t·((p_ij + q_ij)/2 − [i = j]),
     ∂/∂t = Σ_ij s_ij·((p_ij + q_ij)/2 − [i = j]).
 
+    With `labels`, pairs of the same label are positives of each other: loss_i is the mean over P_i = {k: labels_k = labels_i} of
+    ½·(−log(e^(t·s_ik) / Σ_j e^(t·s_ij)) − log(e^(t·s_ki) / Σ_j e^(t·s_ji))), and [i = j] becomes [j ∈ P_i]/|P_i| in the gradient.
+
     Args:
         images: [batch, features], one embedding per pair.
         texts: [batch, features], likewise.
+        labels: [batch], integers of any range, such as the class or the image that a caption belongs to; None: each pair has its own.
         logit_scale: t > 0, the inverse of a temperature; the paper learns log t and keeps t at most 100.
         normalize: whether similarities are cosines.
         chunk_size: the most images, or texts, whose similarities exist at a time; None: planned.
@@ -170,18 +175,21 @@ def clip_loss(
         [0.55144..., -0.42388...]
 
     Reference:
-        Radford et al., Learning Transferable Visual Models From Natural Language Supervision, 2021, arXiv 2103.00020.
+        Radford et al., Learning Transferable Visual Models From Natural Language Supervision, 2021, arXiv 2103.00020; `labels`: Yang et
+        al., Unified Contrastive Learning in Image-Text-Label Space, 2022, arXiv 2204.03610 (there without the factor ½).
     """
     name = "clip_loss"
     pairs = _pairs.pairs(name, "images", images, "texts", texts, where)
+    y = None if labels is None else _pairs.labels(name, labels, pairs[0].shape[0])
     scale = checks.positive(name, "logit_scale", logit_scale)
-    return _clip(*pairs, scale, _pairs.options(name, normalize, chunk_size, axis_name))
+    return _clip(*pairs, y, scale, _pairs.options(name, normalize, chunk_size, axis_name))
 
 
 def siglip_loss(
     images: ArrayLike,
     texts: ArrayLike,
     *,
+    labels: ArrayLike | None = None,
     logit_scale: ArrayLike = 10.0,
     logit_bias: ArrayLike = -10.0,
     normalize: bool = True,
@@ -194,11 +202,13 @@ def siglip_loss(
     loss_i = Σ_j −log σ(y_ij·z_ij),  z_ij = t·s_ij + b,  y_ij = 1 for j = i and −1 for the others.
     Gradient: ∂loss_i/∂z_ij = σ(z_ij) − [j = i], so ∂loss_i/∂t = Σ_j s_ij·(σ(z_ij) − [j = i]), ∂loss_i/∂b = Σ_j (σ(z_ij) − [j = i]).
 
-    The mean over the batch is the paper's loss.
+    The mean over the batch is the paper's loss. With `labels`, all texts of the same label as the image belong to it: then
+    y_ij = 1 where labels_j = labels_i, and [j = i] in the gradient becomes [labels_j = labels_i].
 
     Args:
         images: [batch, features], one embedding per pair.
         texts: [batch, features], likewise.
+        labels: [batch], integers of any range, such as the class or the image that a caption belongs to; None: each pair has its own.
         logit_scale: t > 0; the paper learns log t from log 10.
         logit_bias: b, any number; the paper learns it from −10, because most pairs do not belong together.
         normalize: whether similarities are cosines.
@@ -224,8 +234,9 @@ def siglip_loss(
     """
     name = "siglip_loss"
     pairs = _pairs.pairs(name, "images", images, "texts", texts, where)
+    y = None if labels is None else _pairs.labels(name, labels, pairs[0].shape[0])
     scale, bias = checks.positive(name, "logit_scale", logit_scale), checks.number(name, "logit_bias", logit_bias, low=-math.inf)
-    return _siglip(*pairs, scale, 0.0 if bias is None else bias, _pairs.options(name, normalize, chunk_size, axis_name))
+    return _siglip(*pairs, y, scale, 0.0 if bias is None else bias, _pairs.options(name, normalize, chunk_size, axis_name))
 
 
 def supervised_contrastive_loss(
@@ -273,7 +284,7 @@ def supervised_contrastive_loss(
     """
     name = "supervised_contrastive_loss"
     x, counts = _pairs.embeddings(name, "embeddings", embeddings, where)
-    y = _pairs.labels(name, labels, len(x))
+    y = _pairs.labels(name, labels, x.shape[0])
     tau = checks.positive(name, "temperature", temperature)
     return _supervised(x, y, counts, tau, _pairs.options(name, normalize, chunk_size, axis_name))
 
@@ -289,7 +300,7 @@ def _info_nce(queries, keys, negatives, where, temperature, options):
     q, k, more = _pairs.prepare((queries, keys, negatives), (where, where, None), options)
     k, counts = _pairs.gather(k, options), _gathered(where, options)
     everything = jnp.concatenate([k, more.astype(k.dtype)])
-    counts = None if counts is None else jnp.concatenate([counts, jnp.ones(len(more), bool)])
+    counts = None if counts is None else jnp.concatenate([counts, jnp.ones(more.shape[:1], bool)])
 
     def loss(s, own):
         return _cross_entropy(s / jnp.asarray(temperature, s.dtype), own, class_mask=counts)
@@ -303,7 +314,7 @@ def _nt_xent(first, second, where, temperature, options):
     everyone = jnp.concatenate([_pairs.gather(v, options) for v in views])
     counts = None if where is None else jnp.tile(_pairs.gather(where, options), 2)
     own = _pairs.positions(views[0], options)
-    own = jnp.stack([own, own + len(everyone) // 2])
+    own = jnp.stack([own, own + everyone.shape[0] // 2])
 
     def loss(s, own, partner):
         return _cross_entropy(s / jnp.asarray(temperature, s.dtype), partner, class_mask=_others(s, own, counts))
@@ -313,28 +324,33 @@ def _nt_xent(first, second, where, temperature, options):
 
 
 @_compiled
-def _clip(images, texts, where, logit_scale, options):
+def _clip(images, texts, where, labels, logit_scale, options):
     x, y = _pairs.prepare((images, texts), (where, where), options)
     counts, own = _gathered(where, options), _pairs.positions(x, options)
+    all_labels = None if labels is None else _pairs.gather(labels, options)
 
-    def loss(s, own):
-        return _cross_entropy(s * jnp.asarray(logit_scale, s.dtype), own, class_mask=counts)
+    def loss(s, own):  # its position, or its label
+        target = own if all_labels is None else _shares(_same(own, all_labels, counts), s.dtype)
+        return _cross_entropy(s * jnp.asarray(logit_scale, s.dtype), target, class_mask=counts)
 
-    of_images, of_texts = (_over_chunks(loss, q, _pairs.gather(k, options), (own,), where, options) for q, k in ((x, y), (y, x)))
+    of_images, of_texts = (
+        _over_chunks(loss, q, _pairs.gather(k, options), (own if labels is None else labels,), where, options) for q, k in ((x, y), (y, x))
+    )
     return (of_images + of_texts) / 2
 
 
 @_compiled
-def _siglip(images, texts, where, logit_scale, logit_bias, options):
+def _siglip(images, texts, where, labels, logit_scale, logit_bias, options):
     x, y = _pairs.prepare((images, texts), (where, where), options)
-    counts = _gathered(where, options)
+    counts, own = _gathered(where, options), _pairs.positions(x, options)
+    all_labels = None if labels is None else _pairs.gather(labels, options)
 
-    def loss(s, own):
+    def loss(s, own):  # its position, or its label
         z = s * jnp.asarray(logit_scale, s.dtype) + jnp.asarray(logit_bias, s.dtype)
-        each = numerics.softplus(jnp.where(_others(s, own), z, -z))
+        each = numerics.softplus(jnp.where(_others(s, own) if all_labels is None else ~_same(own, all_labels), z, -z))
         return jnp.sum(each if counts is None else jnp.where(counts[None], each, jnp.zeros_like(each)), axis=-1)
 
-    return _over_chunks(loss, x, _pairs.gather(y, options), (_pairs.positions(x, options),), where, options)
+    return _over_chunks(loss, x, _pairs.gather(y, options), (own if labels is None else labels,), where, options)
 
 
 @_compiled
@@ -344,8 +360,7 @@ def _supervised(embeddings, labels, where, temperature, options):
 
     def loss(s, label, own):
         others = _others(s, own, counts)
-        positive = (others & (label[:, None] == all_labels[None])).astype(s.dtype)
-        share = positive / jnp.maximum(jnp.sum(positive, axis=-1, keepdims=True), 1)  # all 0 without a positive, which costs 0
+        share = _shares(others & _same(label, all_labels), s.dtype)  # all 0 without a positive, which costs 0
         return _cross_entropy(s / jnp.asarray(temperature, s.dtype), share, class_mask=others)
 
     return _over_chunks(loss, x, _pairs.gather(x, options), (labels, _pairs.positions(x, options)), where, options)
@@ -368,3 +383,15 @@ def _others(s, own, counts=None):
     """Which keys are not the query itself, and count [chunk, keys]."""
     others = lax.broadcasted_iota(jnp.int32, s.shape, 1) != own[:, None]
     return others if counts is None else others & counts[None]
+
+
+def _same(labels, all_labels, counts=None):
+    """Which keys have the label of the query, and count [chunk, keys]."""
+    same = labels[:, None] == all_labels[None]
+    return same if counts is None else same & counts[None]
+
+
+def _shares(positive, dtype):
+    """The distribution that gives all positives of a query the same share [chunk, keys]."""
+    positive = positive.astype(dtype)
+    return positive / jnp.maximum(jnp.sum(positive, axis=-1, keepdims=True), 1)

@@ -10,6 +10,8 @@ What every function here shares:
 - `reduction`: "mean" is Σ w·loss / Σ w, "sum" is Σ w·loss, "none" gives w·loss per example [...]. Examples outside `where` cost
   exactly 0 and weigh 0; the mean of nothing is 0.
 - `chunk_size`: the most examples whose logits exist at a time; None lets `plan_linear` choose. Under `vmap` that many per instance.
+- Symbolic numbers of examples (`jax.export`): None takes four chunks, and `chunk_size` at least three, whatever the number turns out to be.
+  Leading axes become one. Up to one example per chunk is padding. Only `chunk_size` bounds the memory of logits then.
 - Raises: TypeError for dtypes; ValueError for shapes and for Python numbers out of range.
 """
 
@@ -23,7 +25,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from xentjax import _softmax
-from xentjax._core import checks, chunks, layers, mesh, numerics, values
+from xentjax._core import checks, chunks, layers, mesh, numerics, programs, values
 from xentjax._reduction import WeightedSum
 
 
@@ -59,6 +61,10 @@ def fuse_linear(
     floating arrays `loss_fn` closes over (a temperature, class weights, a teacher's kernel). For "mean" and "sum" it is made in the
     forward sweep, three matrix products in all; "none" makes the logits twice. What nobody differentiates costs nothing.
 
+    Compilation: the programs of a function are kept while the function lives. So `fuse_linear(loss_fn)` may be called anew in a loop, and
+    so may that of a `functools.partial` of it with numbers and strings. A new function in every step, such as a lambda, is compiled in
+    every step, unless the step is under `jax.jit`. What `loss_fn` reads beside its arguments must not change.
+
     Args:
         loss_fn: `loss_fn(logits [chunk, classes], *args_of_the_chunk)` → one loss per example [chunk]; any loss of this library or a
             pure function of your own. The logits are float32 (float64 for float64 hidden).
@@ -90,7 +96,7 @@ def fuse_linear(
     """
     name = "fuse_linear"
     check_fused(name, loss_fn, reduction, chunk_size)
-    run = jax.jit(functools.partial(reduced, loss_fn, Options(reduction, chunk_size, has_aux, classes_first)))
+    run = programs.compiled(reduced, loss_fn, Options(reduction, chunk_size, has_aux, classes_first))
 
     def fused(
         hidden: ArrayLike,
@@ -260,12 +266,18 @@ def plan_linear(hidden: Any, kernel: Any, *, chunk_size: int | None = None, clas
 
 
 def _layout(hidden, kernel, chunk_size, classes_first) -> chunks.Layout:
+    leading, classes = hidden.shape[:-1], kernel.shape[0 if classes_first else 1]
+    if chunks.is_symbolic(*leading):
+        return chunks.symbolic_layout(leading, chunk_size)
     if chunk_size is None:
         examples = hidden.size // max(1, hidden.shape[-1])
-        row = kernel.shape[0 if classes_first else 1] * numerics.accumulation_dtype(hidden.dtype).itemsize
-        small = examples * row <= _SMALL_BYTES
-        chunk_size = examples if small else min(max(-(-examples // 4), _FEW_EXAMPLES), _LARGE_BYTES // row)
-    return chunks.layout(hidden.shape[:-1], max(1, chunk_size))
+        row = classes * numerics.accumulation_dtype(hidden.dtype).itemsize
+        quarter = max(-(-examples // 4), _FEW_EXAMPLES)
+        if chunks.is_symbolic(classes):
+            chunk_size = quarter
+        else:
+            chunk_size = examples if examples * row <= _SMALL_BYTES else min(quarter, _LARGE_BYTES // row)
+    return chunks.layout(leading, max(1, chunk_size))
 
 
 def check_fused(function: str, loss_fn: Callable, reduction: str, chunk_size: int | None) -> None:
@@ -317,6 +329,8 @@ def reduced(
     w = _ones(hidden, dtype) if weights is None else weights.astype(dtype)
     w = w if where is None else jnp.where(where, w, jnp.zeros_like(w))
     layer, cut = chunks.Layer(kernel, bias), _layout(hidden, kernel, options.chunk_size, options.classes_first)
+    if where is None and chunks.is_symbolic(cut.padding):
+        where = jnp.ones(hidden.shape[:-1], bool)  # padding does not count
 
     def losses(logits, *args):
         return layers.loss_per_example(loss_fn(logits, *args), logits, options.has_aux)

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jax.typing import ArrayLike
 
 from xentjax import _linear
-from xentjax._core import checks, layers
+from xentjax._core import checks, layers, programs
 from xentjax._core import mesh as axes
 
 _NAME = "fuse_linear_sharded"
@@ -87,7 +87,7 @@ def fuse_linear_sharded(
         Shoeybi et al., Megatron-LM, 2019, arXiv 1909.08053 (section 3: cross-entropy of a vocabulary split over devices).
     """
     _linear.check_fused(_NAME, loss_fn, reduction, chunk_size)
-    run = jax.jit(functools.partial(_run, loss_fn), static_argnames=("split", "options"))
+    run = programs.compiled(_run, loss_fn, static=("split", "options"))
 
     def fused(
         hidden: ArrayLike,

@@ -94,5 +94,5 @@ def gather(x: Array, options: Options) -> Array:
 
 def positions(x: Array, options: Options) -> Array:
     """The index of each row of this device among those of all devices [batch]."""
-    first = 0 if options.axis_name is None else lax.axis_index(options.axis_name) * len(x)
-    return jnp.arange(len(x), dtype=jnp.int32) + first
+    first = 0 if options.axis_name is None else lax.axis_index(options.axis_name) * x.shape[0]
+    return jnp.arange(x.shape[0], dtype=jnp.int32) + first

@@ -21,7 +21,8 @@ from jax.typing import ArrayLike
 
 from xentjax._core import checks, numerics
 
-_MOST_CLASSES = 2**24  # float32 holds no larger odd number
+_MOST_CLASSES = 2**31 - 1  # ids are int32
+_MOST_ORDERED_CLASSES = 2**24  # float32, in which a log-uniform id is made, holds no larger odd number
 
 
 class UniformSampler(NamedTuple):
@@ -90,7 +91,7 @@ def uniform_sampler(classes: int) -> UniformSampler:
 
     Raises:
         TypeError: `classes` is not a Python integer.
-        ValueError: `classes` < 1 or above 2²⁴.
+        ValueError: `classes` < 1 or above 2³¹ − 1.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -100,7 +101,7 @@ def uniform_sampler(classes: int) -> UniformSampler:
     Reference:
         Jean et al., On Using Very Large Target Vocabulary for Neural Machine Translation, 2014, arXiv 1412.2007.
     """
-    return UniformSampler(_classes("uniform_sampler", classes))
+    return UniformSampler(_classes("uniform_sampler", classes, _MOST_CLASSES))
 
 
 def log_uniform_sampler(classes: int) -> LogUniformSampler:
@@ -129,7 +130,7 @@ def log_uniform_sampler(classes: int) -> LogUniformSampler:
     Reference:
         Zipf, Human Behavior and the Principle of Least Effort, 1949.
     """
-    return LogUniformSampler(_classes("log_uniform_sampler", classes))
+    return LogUniformSampler(_classes("log_uniform_sampler", classes, _MOST_ORDERED_CLASSES))
 
 
 def alias_sampler(weights: ArrayLike) -> AliasSampler:
@@ -366,9 +367,9 @@ def probabilities(function: str, name: str, weights: ArrayLike) -> np.ndarray:
     return w / w.sum()
 
 
-def _classes(function: str, classes: int) -> Array:
-    if checks.count(function, "classes", classes) > _MOST_CLASSES:
-        raise ValueError(f"{function}: classes must be at most {_MOST_CLASSES}; got {classes}.")
+def _classes(function: str, classes: int, most: int) -> Array:
+    if checks.count(function, "classes", classes) > most:
+        raise ValueError(f"{function}: classes must be at most {most}; got {classes}.")
     return jnp.asarray(classes, jnp.int32)
 
 

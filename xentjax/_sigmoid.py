@@ -37,7 +37,8 @@ def sigmoid_cross_entropy(
         logits: [...], log-odds in nats.
         labels: [...], 0 or 1 (boolean, integer), or probabilities in [0, 1].
         label_smoothing: ε in [0, 1]; t = (1 − ε)·labels + ε/2.
-        pos_weight: scalar, or [classes] along the last axis; w ≥ 0 multiplies the positive term.
+        pos_weight: w ≥ 0 multiplies the positive term: a scalar, [classes] along the last axis, or an array with the axes of `logits`,
+            each of their size or of size 1 (`pos_weight[:, None, None]` for classes on the first of three axes).
         where: [...], which elements count.
 
     Returns:

@@ -187,13 +187,18 @@ def count(function: str, name: str, x: int) -> int:
 
 
 def pos_weight(function: str, weight: ArrayLike | None, logits: Array) -> ArrayLike | None:
-    """A weight of positive terms: a scalar, or one per class along the last axis."""
+    """A weight of positive terms: a scalar, one per class along the last axis, or an array with the axes of the logits."""
     if weight is None or np.ndim(weight) == 0:
         checked = None if weight is None else number(function, "pos_weight", weight)
         return 0.0 if weight is not None and checked is None else checked
     w = real(function, "pos_weight", weight)
     values.weights(function, "pos_weight", w)
-    return shape(function, "pos_weight", w, logits.shape[-1:], "one weight per class along the last axis of logits")
+    if w.ndim == logits.ndim and all(n in (1, m) for n, m in zip(w.shape, logits.shape, strict=True)):
+        return w
+    along = [i for i, n in enumerate(logits.shape) if (n,) == w.shape]
+    target = tuple(n if i == along[0] else 1 for i, n in enumerate(logits.shape)) if along else ()
+    remedy = f"Use pos_weight.reshape{target} for axis {along[0]}." if along else ""
+    return shape(function, "pos_weight", w, logits.shape[-1:], "one weight per class along the last axis of logits", remedy)
 
 
 def class_axis(function: str, name: str, shape: tuple[int, ...], axis: int, remedy: str = "") -> int:

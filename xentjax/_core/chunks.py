@@ -24,6 +24,7 @@ if that is another, and the accumulators, of which the first chunk makes the fir
 import dataclasses
 import functools
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,6 +34,8 @@ from jax import Array, core, lax
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from xentjax._core import mesh, numerics, products
+
+_SYMBOLIC_CHUNKS = 4  # of a number of examples that is not known: the planner's quarter
 
 
 class Batch(NamedTuple):
@@ -68,7 +71,10 @@ class _Each(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How examples are cut into chunks: each of `outer` sequences along its `inner` examples, the ragged chunk first."""
+    """How examples are cut into chunks: each of `outer` sequences along its `inner` examples, the ragged chunk first.
+
+    The numbers may be symbols of `jax.export`.
+    """
 
     leading: tuple[int, ...]
     outer: int
@@ -78,16 +84,30 @@ class Layout:
     others: int
 
     @property
+    def padding(self) -> int:
+        """The number of examples that each sequence lacks to fill its chunks; 0 unless sizes are symbolic."""
+        return self.first + self.others * self.chunk - self.inner
+
+    @property
     def examples(self) -> int:
         """The number of examples in the largest chunk."""
-        return self.outer * max(self.first, self.chunk if self.others else 0)
+        return self.outer * (core.max_dim(self.first, self.chunk) if self.loops else self.first)
+
+    @property
+    def loops(self) -> bool:
+        """Whether there may be others than the first chunk."""
+        return is_symbolic(self.others) or self.others > 0
 
     def split(self, x: Array) -> tuple[Array, Array | None]:
-        """`x` [*leading, ...] as the first chunk [examples, ...] and the others [others, examples, ...]."""
+        """`x` [*leading, ...] as the first chunk [examples, ...] and the others [others, examples, ...]; padding is zeros."""
         trailing = x.shape[len(self.leading) :]
+        if is_symbolic(self.padding):
+            x = jnp.concatenate([x.reshape(self.inner, *trailing), jnp.zeros((self.padding, *trailing), x.dtype)])
+            x = x.reshape(self.others + 1, self.chunk, *trailing)
+            return x[0], x[1:]
         x = x.reshape(self.outer, self.inner, *trailing)
         first = x[:, : self.first].reshape(self.outer * self.first, *trailing)
-        if not self.others:
+        if not self.loops:
             return first, None
         rest = x[:, self.first :].reshape(self.outer, self.others, self.chunk, *trailing)
         return first, jnp.moveaxis(rest, 1, 0).reshape(self.others, self.outer * self.chunk, *trailing)
@@ -95,11 +115,31 @@ class Layout:
     def join(self, first: Array, rest: Array | None = None) -> Array:
         """The inverse of `split`."""
         trailing = first.shape[1:]
+        if is_symbolic(self.padding):
+            assert rest is not None
+            x = jnp.concatenate([first[None], rest]).reshape((self.others + 1) * self.chunk, *trailing)
+            return x[: self.inner].reshape(*self.leading, *trailing)
         x = first.reshape(self.outer, self.first, *trailing)
         if rest is not None:
             rest = jnp.moveaxis(rest.reshape(self.others, self.outer, self.chunk, *trailing), 0, 1)
             x = jnp.concatenate([x, rest.reshape(self.outer, self.others * self.chunk, *trailing)], axis=1)
         return x.reshape(*self.leading, *trailing)
+
+
+def is_symbolic(*sizes: Any) -> bool:
+    """Whether one of these sizes is known only when a program of `jax.export` is called."""
+    return not all(isinstance(size, numbers.Integral) for size in sizes)
+
+
+def symbolic_layout(leading: tuple[int, ...], chunk_size: int | None) -> Layout:
+    """Chunks of a number of examples n ≥ 1 that `jax.export` does not know yet: k equal ones, k = 4, or as many as `chunk_size` asks for.
+
+    JAX must see that no chunk and no loop is empty. So k ≥ 3, each chunk has ⌈n/k⌉ examples, and up to k − 1 examples are padding.
+    """
+    examples = math.prod(leading)
+    chunks = _SYMBOLIC_CHUNKS if chunk_size is None else core.max_dim((examples - 1) // chunk_size + 1, 3)
+    chunk = (examples - 1) // chunks + 1
+    return Layout(leading, 1, examples, chunk, chunk, chunks - 1)
 
 
 def layout(leading: tuple[int, ...], chunk_size: int) -> Layout:
@@ -301,7 +341,7 @@ def _split(batch, cut):
     """The first chunk, and the others stacked (None if there are none)."""
     leaves, structure = jax.tree.flatten(batch)
     first, rest = zip(*map(cut.split, leaves), strict=True)
-    return jax.tree.unflatten(structure, first), jax.tree.unflatten(structure, rest) if cut.others else None
+    return jax.tree.unflatten(structure, first), jax.tree.unflatten(structure, rest) if cut.loops else None
 
 
 def _sizes(batch, cut):

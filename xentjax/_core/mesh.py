@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 from jax import Array, core, lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, reshard
 
 
@@ -68,10 +70,22 @@ def axes_used(effects: Iterable[Any]) -> frozenset[Hashable]:
     return frozenset(effect.name for effect in effects if hasattr(effect, "name"))
 
 
-def psum(x: Array, axes: Iterable[Hashable]) -> Array:
-    """The sum over devices; over no axes, `x`."""
+def psum(tree: Any, axes: Iterable[Hashable]) -> Any:
+    """The sum over devices of every array of a pytree; over no axes, the pytree itself.
+
+    The value and the forward derivative are right everywhere. Reverse mode raises a ValueError where an axis has no types. There JAX
+    transposes a sum over devices into another one. The gradient of a number that all devices share, taken inside, would be counted once
+    for each of them. JAX cannot tell that from a gradient taken outside, which would be right, so it is an error too.
+    """
     axes = tuple(axes)
-    return lax.psum(x, axes) if axes else x
+    if not axes:
+        return tree
+    untyped = tuple(axis for axis in axes if axis not in axes_of(tree) and not typed(axis))
+
+    def of_leaf(x):  # one at a time: JAX 0.8 cannot transpose a sum of which a part has no derivative
+        return _one_way.bind(lax.psum(x, axes), axes=untyped) if untyped else lax.psum(x, axes)
+
+    return jax.tree.map(of_leaf, tree)
 
 
 def split_classes(function: str, axis_name: Any, split: dict[str, Array], same: dict[str, Array | None]) -> None:
@@ -163,3 +177,28 @@ def _vary(x, axes):
 def _varying(x):
     aval = x if isinstance(x, core.ShapedArray) else jax.typeof(x)
     return aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma  # type: ignore  # before JAX 0.10
+
+
+# The identity after a sum over axes without types. It has no transpose. It disappears where `jax.vmap` makes its axis one of an array.
+_one_way = Primitive("sum_over_untyped_devices")
+_one_way.def_impl(lambda x, *, axes: x)
+_one_way.def_abstract_eval(lambda x, *, axes: x)
+mlir.register_lowering(_one_way, lambda _, x, *, axes: [x])
+
+
+def _transpose(_, x, *, axes):
+    named = ", ".join(map(repr, axes))
+    raise ValueError(
+        f"xentjax: reverse-mode differentiation of a sum over axis {named} needs jax.shard_map with check_vma=True, its default; got "
+        "check_vma=False, jax.pmap or jax.vmap(axis_name=...). There the gradient of a loss that devices share would be summed over "
+        "them. Use check_vma=True. Forward mode (jax.jvp) works as it is, and so does jax.grad of the whole jax.vmap."
+    )
+
+
+def _batch(axis_data, arrays, dims, *, axes):
+    axes = tuple(axis for axis in axes if axis != axis_data.name)
+    return _one_way.bind(*arrays, axes=axes) if axes else arrays[0], dims[0]
+
+
+ad.deflinear2(_one_way, _transpose)
+batching.fancy_primitive_batchers[_one_way] = _batch

@@ -155,7 +155,7 @@ def psum(sums: T, axis_name: str | tuple[str, ...]) -> T:
     """The sums over the devices of a mesh axis, of integers over at most 2¹⁴ devices."""
 
     def add_up(x):
-        return lax.psum(x, axis_name)
+        return mesh.psum(x, mesh.names(axis_name))
 
     def largest(x):
         return lax.pmax(x, axis_name)

@@ -204,7 +204,7 @@ def _auroc(scores, labels, weights, where):
     ranked = lax.sort((lax.stop_gradient(scores).reshape(-1), positive.reshape(-1), negative.reshape(-1)), num_keys=1)
     s, positive, negative = ranked
     place, differs = lax.iota(jnp.int32, s.size), s[1:] != s[:-1]
-    edge = jnp.ones(min(s.size, 1), bool)
+    edge = jnp.ones_like(s[:1], bool)
     # the places of the first of an example's ties, and of the first after them
     first = lax.cummax(jnp.where(jnp.concatenate([edge, differs]), place, 0))
     after = lax.cummin(jnp.where(jnp.concatenate([differs, edge]), place + 1, s.size), reverse=True)
