@@ -6,6 +6,7 @@ battery of tests by adding rows here.
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,13 @@ class Case:
         arrays = {"class_weights", "pos_weight"}
         given = {**self.target, **self.formula}
         return {k: jnp.asarray(v, jnp.float32) if k in arrays and np.ndim(v) else v for k, v in given.items()}
+
+    @property
+    def steepness(self) -> float:
+        """How fast the logits of the formula change with the input: the scale of cosines, else 1. Gradients have terms of this size."""
+        if self.inputs != "cosines":
+            return 1.0
+        return self.formula.get("scale", inspect.signature(self.function).parameters["scale"].default)
 
     def of_classes(self, classes: int, first: int | None = None) -> dict[str, np.ndarray]:
         """The keywords that hold something for each class, or those of the first classes only."""

@@ -1,11 +1,10 @@
 """The identities of information theory, over drawn distributions with zeros, tiny entries and peaks."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import given, settings
+from drawing import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from xentjax import information
@@ -29,7 +28,7 @@ def drawn(entries, *shape):
 
 
 anything, full, joint = drawn(entry, CLASSES), drawn(positive, CLASSES), drawn(entry, 3, 4)
-run = functools.partial(settings, max_examples=40, deadline=None, derandomize=True)()
+run = examples(40)
 
 
 def close(got, expected, scale=1.0):

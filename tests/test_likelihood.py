@@ -11,6 +11,7 @@ import mpmath
 import numpy as np
 import pytest
 import scipy.stats
+from drawing import examples
 
 import xentjax
 from xentjax._likelihood import gaussian_nll, laplace_nll, mixture_of_logistics_nll, poisson_nll
@@ -123,7 +124,7 @@ def test_every_derivative_at_any_width():
             assert np.isfinite([value, *slope, *curve]).all()
 
 
-@hypothesis.settings(max_examples=50, deadline=None)
+@examples(50)
 @hypothesis.given(st.floats(-30, 30), st.lists(st.floats(-20, 20), min_size=4, max_size=4, unique=True))
 def test_ordered_classes_sum_to_one(score, thresholds):
     theta = np.sort(np.float32(thresholds))
