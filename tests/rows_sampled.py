@@ -96,7 +96,7 @@ def in_batch(q, c, log_prob, tau, ids):
 
 
 def pairs(rng, leading):
-    return *rng.normal(size=(2, 5, FEATURES)), rng.normal(size=5), np.array(0.7)
+    return *rng.normal(size=(2, 5, FEATURES)), rng.normal(size=5), np.array(0.7), ITEMS
 
 
 def adaptive_log_probs(h, head, first_projection, second_projection, first, second):
@@ -185,17 +185,17 @@ ROWS = (
     ),
     Row(
         "in_batch_softmax_cross_entropy",
-        functools.partial(in_batch_call, ids=ITEMS),
+        in_batch_call,
         pairs,
-        functools.partial(in_batch, ids=ITEMS),
+        in_batch,
         (0, 1, 2, 3),
         independent=False,
     ),
     Row(
         "in_batch_softmax_cross_entropy",
         in_batch_call,
-        pairs,
-        functools.partial(in_batch, ids=np.arange(5, dtype=np.int32)),
+        lambda rng, leading: pairs(rng, leading)[:4],
+        lambda q, c, log_prob, tau: in_batch(q, c, log_prob, tau, np.arange(len(q))),
         (0, 1, 2, 3),
         independent=False,
         label="no ids",

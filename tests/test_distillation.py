@@ -112,7 +112,7 @@ def test_inequalities(z, temperature):
     assert found["tv"] <= slack and found["js"] <= np.log(2) * slack
     for first, second in (("tv", "tv"), ("js", "js"), ("forward", "reverse")):
         np.testing.assert_allclose(found[first], swapped[second], rtol=RTOL * 10, atol=1e-37)  # surprises up to 240
-    assert 2 * found["tv"] ** 2 <= min(found["forward"], found["reverse"]) * slack  # Pinsker
+    assert 2 * found["tv"] ** 2 <= min(found["forward"], found["reverse"]) * slack + np.finfo(np.float32).tiny  # Pinsker; squares underflow
     assert found["js"] <= np.log(2) * found["tv"] * slack + 1e-37  # Lin 1991
 
 

@@ -134,9 +134,8 @@ def _forward(batch, noise_matrix):
         return numerics.where(found.dead, -numerics.INFINITE, found.reference + found.log_sum)
 
     def loss_of_index(r):
-        inside = rows.in_range(r) | (False if r.where is None else ~r.where)
         loss = odds.surprise(log_sum(r, to_label) - log_sum(r, to_others))
-        return numerics.nan_unless(inside, loss)  # a maximum over devices may lose a NaN
+        return numerics.nan_unless(rows.in_range(r), loss)  # a maximum over devices may lose a NaN
 
     found = rows.statistics(r._replace(labels=None))
     loss = odds.by_label(r, loss_of_index)

@@ -62,7 +62,7 @@ class Rows(NamedTuple):
 
     raw: Array  # [..., classes], the caller's dtype
     values: Array  # [..., classes], the accumulation dtype; derivatives come here, and are cast to the caller's dtype once
-    labels: Array | None  # indices [...], or a distribution [..., classes] in the accumulation dtype
+    labels: Array | None  # indices [...], or a distribution [..., classes] in the accumulation dtype; 0 in hidden examples
     class_mask: Array | None  # [..., classes]
     where: Array | None  # [...]
     axis_name: str | tuple[str, ...] | None
@@ -97,6 +97,8 @@ def of(examples: Examples) -> Rows:
     if labels is not None:
         if jnp.issubdtype(labels.dtype, jnp.integer):
             labels = labels.astype(numerics.index_dtype(labels))
+            if examples.where is not None:  # a hidden label becomes a class, so that nothing further looks one up that does not exist
+                labels = numerics.where(examples.where, labels, 0)
         else:
             labels = masked(last(labels).astype(dtype), examples.where)
     if mask is not None:
@@ -149,9 +151,8 @@ def surprise(rows: Rows, found: Statistics) -> Array:
 
 def surprise_at(rows: Rows, found: Statistics, index: Array) -> Array:
     """−log p at several classes of a row, `index` [..., k]; NaN where an index is out of range, INFINITE where it does not exist."""
-    index = index.astype(numerics.index_dtype(index))
+    index = masked(index.astype(numerics.index_dtype(index)), rows.where)
     local, inside = _local(rows, index)
-    inside = inside if rows.where is None else inside | ~rows.where[..., None]
     z = numerics.take_last(finite_values(rows), local)
     if rows.class_mask is not None:
         z = numerics.where(numerics.take_last(rows.class_mask, local), z, -numerics.INFINITE)
