@@ -334,7 +334,7 @@ def _reference(top, rows):
     """m: the maximum; 0 where there is none to subtract or the example does not count; NaN for a logit of +∞."""
     m = top.astype(rows.values.dtype)
     usable = m != -jnp.inf
-    m = numerics.where(m == jnp.inf, jnp.nan, m)
+    m -= numerics.where(m == jnp.inf, m, jnp.zeros_like(m))
     return numerics.where(usable if rows.where is None else usable & rows.where, m, jnp.zeros_like(m))
 
 
@@ -346,7 +346,7 @@ def _gap(rows, m):
         z = numerics.where(numerics.take_last(rows.class_mask, local[..., None]).squeeze(-1), z, -jnp.inf)
     if (here := _here(rows, rows.labels)) is not None:
         z = over_devices(rows, numerics.where(here, numerics.finite(z), 0))
-    d = numerics.where(inside, numerics.finite(z) - m, jnp.nan)
+    d = numerics.nan_unless(inside, numerics.finite(z) - m)
     return d if rows.where is None else numerics.where(rows.where, d, jnp.zeros_like(d))
 
 
