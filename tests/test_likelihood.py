@@ -181,6 +181,19 @@ def test_levels_far_from_every_component(size):
         np.testing.assert_array_equal(run(targets=jnp.array(round((x + 1) * 64))), run(targets=jnp.float32(x)))
 
 
+def test_values_beyond_the_ends_belong_to_the_end_levels():
+    """All levels lie on one side of the end levels' inner borders, so their losses are −log σ."""
+    run = functools.partial(mixture_of_logistics_nll, jnp.zeros(1), means=jnp.zeros(1), log_scales=jnp.full(1, -2.0), levels=5)
+    slope = jax.jit(jax.value_and_grad(lambda x: run(targets=x)))
+    expected = np.log1p(np.exp(0.75 * np.exp(2.0)))  # the border is half a step of 1/2 inside
+    for x in (1.0, 1.25, 2.0, 1e30, np.inf):
+        for sign in (-1, 1):
+            value, derivative = slope(jnp.float32(sign * x))
+            np.testing.assert_allclose(value, expected, rtol=8 * EPS)
+            assert x == 1 or derivative == 0
+    assert np.isnan(run(targets=jnp.float32(np.nan)))
+
+
 def test_a_certain_level_keeps_its_surprise():
     """The true level's own tails: 1 − p is 1e-12, where log Σ π p rounds to 0."""
     loss = mixture_of_logistics_nll(
