@@ -6,6 +6,7 @@ battery of tests by adding rows here.
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import reference as ref
 import reference_families as families
+from jax.typing import ArrayLike
 
 import xentjax
 
+COMMON = ("axis", "axis_name", "class_mask", "where")  # the tail of every loss
 WEIGHTS = (0.5, 2.0, 1.0, 3.0, 0.25, 1.5, 0.0)  # one per class of the default problem
+# Keywords whose default is None, for a number of classes: a loss with another such keyword adds it here.
+OPTIONAL = {"class_weights": lambda n: np.resize(WEIGHTS, n), "pos_weight": lambda n: 3.0, "alpha": lambda n: 0.25}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashable by identity, so that a program is compiled once for a case
@@ -49,10 +54,26 @@ class Case:
         given = {**self.target, **self.formula}
         return {k: jnp.asarray(v, jnp.float32) if k in arrays and np.ndim(v) else v for k, v in given.items()}
 
+    @property
+    def steepness(self) -> float:
+        """How fast the logits of the formula change with the input: the scale of cosines, else 1. Gradients have terms of this size."""
+        if self.inputs != "cosines":
+            return 1.0
+        return self.formula.get("scale", inspect.signature(self.function).parameters["scale"].default)
+
     def of_classes(self, classes: int, first: int | None = None) -> dict[str, np.ndarray]:
         """The keywords that hold something for each class, or those of the first classes only."""
         made = {name: np.asarray(draw(classes), np.float32) for name, draw in self.arrays.items()}
         return {name: x[:first] if x.ndim == 1 else x[:first, :first] for name, x in made.items()}
+
+    def parameters(self, classes: int) -> dict[str, jax.Array]:
+        """Every keyword that may be traced, as an array: its setting here, or its default, or for None one from `OPTIONAL`."""
+        given = {**self.keywords, **self.of_classes(classes)}
+        for name, parameter in inspect.signature(self.function).parameters.items():
+            if parameter.annotation in (ArrayLike, ArrayLike | None) and parameter.kind is parameter.KEYWORD_ONLY and name not in COMMON:
+                default = OPTIONAL[name](classes) if parameter.default is None else parameter.default
+                given.setdefault(name, default)
+        return {name: jnp.asarray(x, jnp.float32) for name, x in given.items() if not isinstance(x, bool | int)}
 
     def __call__(self, logits, labels, **more):
         labels = (labels,) if self.family != "top_k" else labels

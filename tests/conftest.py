@@ -4,6 +4,8 @@ import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
+import drawing
+import hypothesis
 import jax
 import numpy as np
 import pytest
@@ -11,6 +13,18 @@ import pytest
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--randomize", type=int, metavar="N", help="let each hypothesis test draw N new examples; without it every run draws the same ones"
+    )
+
+
+def pytest_configure(config):
+    drawing.number = config.getoption("--randomize")
+    hypothesis.settings.register_profile("xentjax", deadline=None, derandomize=drawing.number is None)  # a new shape compiles a program
+    hypothesis.settings.load_profile("xentjax")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -35,7 +35,7 @@ def sigmoid(x):
 def mixture(logits, targets, means, log_scales, levels=256):
     """Naive: float64 has the digits that the difference of two sigmoids loses."""
     step = 2 / (levels - 1)
-    x = np.asarray(targets if targets.dtype.kind == "f" else -1 + step * targets)[..., None]
+    x = np.clip(targets if targets.dtype.kind == "f" else -1 + step * targets, -1, 1)[..., None]
     above = np.where(x > 1 - step / 2, 1, sigmoid((x + step / 2 - means) * np.exp(-log_scales)))
     below = np.where(x < -1 + step / 2, 0, sigmoid((x - step / 2 - means) * np.exp(-log_scales)))
     return -np.log(np.sum(scipy.special.softmax(logits, -1) * (above - below), -1)) if x.size else np.zeros(x.shape[:-1])
@@ -75,9 +75,9 @@ def draw_whole_counts(rng, leading):
 
 
 def draw_mixture(rng, leading, levels=None):
-    """Whole levels, the two ends among them, or values between the ends."""
+    """Whole levels, the two ends among them, or values between the ends and beyond them."""
     shape = (*leading, 3)
-    targets = rng.uniform(-0.9, 0.9, leading) if levels is None else rng.choice([0, 1, levels // 2, levels - 1], leading)
+    targets = rng.uniform(-2, 2, leading) if levels is None else rng.choice([0, 1, levels // 2, levels - 1], leading)
     return rng.normal(size=shape), targets, rng.normal(size=shape) / 2, rng.normal(size=shape) / 2 - 1.5
 
 

@@ -11,6 +11,7 @@ import mpmath
 import numpy as np
 import pytest
 import scipy.special
+from drawing import examples
 from hypothesis.extra import numpy as hnp
 
 from xentjax._distillation import DIVERGENCES, distillation_loss
@@ -100,7 +101,7 @@ def test_second_derivatives_at_equal_predictions(kind, rng, x64):
     np.testing.assert_allclose(product, curvature, rtol=1e-12, atol=1e-14)
 
 
-@hypothesis.settings(max_examples=40, deadline=None)
+@examples(40)
 @hypothesis.given(hnp.arrays(np.float32, (2, 5), elements=st.floats(-60, 60, width=32)), st.sampled_from([0.5, 1.0, 3.0]))
 def test_inequalities(z, temperature):
     student, teacher = z
@@ -111,7 +112,7 @@ def test_inequalities(z, temperature):
     assert found["tv"] <= slack and found["js"] <= np.log(2) * slack
     for first, second in (("tv", "tv"), ("js", "js"), ("forward", "reverse")):
         np.testing.assert_allclose(found[first], swapped[second], rtol=RTOL * 10, atol=1e-37)  # surprises up to 240
-    assert 2 * found["tv"] ** 2 <= min(found["forward"], found["reverse"]) * slack  # Pinsker
+    assert 2 * found["tv"] ** 2 <= min(found["forward"], found["reverse"]) * slack + np.finfo(np.float32).tiny  # Pinsker; squares underflow
     assert found["js"] <= np.log(2) * found["tv"] * slack + 1e-37  # Lin 1991
 
 

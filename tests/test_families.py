@@ -214,6 +214,28 @@ def test_margins_at_the_ends_of_the_cosine(cosine, m2):
         np.testing.assert_allclose(near, -4 / (1 + np.exp(4 * (np.sign(cosine) * (1 - 1e-4) - 0.1))), rtol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("m1", [1.0, 1.5])
+def test_margins_bound_the_sine_by_the_dtype_of_the_cosines(dtype, m1):
+    # c = 1 and the last three numbers before it, with the formula's derivative where sin² θ is no less than eps
+    eps = float(jnp.finfo(dtype).eps)
+    c = np.array([1.0, 1 - eps / 2, 1 - eps, 1 - 3 * eps / 2])
+    other, scale, m2 = 0.5, 8.0, 0.5
+    slope = jax.grad(
+        lambda c: xentjax.margin_cross_entropy(
+            jnp.stack([c, jnp.full_like(c, other)], -1), jnp.zeros(4, jnp.int32), scale=scale, m1=m1, m2=m2
+        ).sum()
+    )(jnp.asarray(c, dtype))
+    angle = m1 * np.arccos(c) + m2
+    missing = 1 / (1 + np.exp(scale * (np.cos(angle) - other)))
+    sine = np.sqrt(np.maximum((1 - c) * (1 + c), eps))
+    # sin(θ + m2)/sin θ is cos m2 + sin m2·cos θ/sin θ
+    turn = np.cos(m2) + np.sin(m2) * c / sine if m1 == 1 else m1 * np.sin(angle) / sine
+    exact = -scale * missing * turn
+    # one rounding to the dtype; in float32 an angle near 0 has an error of some eps/θ, and eps/θ ≤ √eps
+    np.testing.assert_allclose(np.asarray(slope, np.float64), exact, rtol=max(eps, 4 * EPS**0.5))
+
+
 def test_margins_compose_with_a_fused_layer(rng):
     hidden, kernel = rng.normal(size=(50, 8)), rng.normal(size=(8, 33))
     hidden, kernel = (jnp.asarray(x / np.linalg.norm(x, axis=a, keepdims=True), jnp.float32) for x, a in ((hidden, 1), (kernel, 0)))

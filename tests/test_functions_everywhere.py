@@ -12,6 +12,7 @@ from test_functions import ROWS, RTOL, SMOOTH, close, each_row
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 INDEPENDENT = pytest.mark.parametrize("row", [r for r in ROWS if r.independent], ids=str)
+POISON = (jnp.nan, -100), (jnp.inf, 2**31 - 1), (-jnp.inf, -1), (1e30, 7)  # for numbers and for indices
 MASKED = pytest.mark.parametrize("row", [r for r in ROWS if r.masked], ids=str)
 
 
@@ -74,26 +75,26 @@ def masked_derivatives(row, arguments, where):
 @MASKED
 def test_where_hides_everything(row, rng):
     arguments = row.arguments(rng)
-    result = row(*arguments)
-    where = jnp.broadcast_to(jnp.arange(5).reshape(5, *[1] * (result.ndim - 1)) % 2 == 0, result.shape)
+    each = [x.shape[:1] == (5,) for x in arguments]
+    counted = tuple(x[::2] if own else x for x, own in zip(arguments, each, strict=True))
+    result = row.exact(counted)
+    expected = row.exact_gradient(counted) if row.smooth else ()
+    where = jnp.broadcast_to(jnp.arange(5).reshape(5, *[1] * (result.ndim - 1)) % 2 == 0, (5, *result.shape[1:]))
+    for number, index in POISON:
 
-    def poisoned(x):
-        if x.shape[:1] != (5,):
-            return x
-        hidden = (jnp.arange(5) % 2 == 1).reshape(5, *[1] * (x.ndim - 1))
-        return jnp.where(hidden, jnp.asarray(jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else -100, x.dtype), x)
+        def poisoned(x, number=number, index=index):
+            hidden = (jnp.arange(5) % 2 == 1).reshape(5, *[1] * (x.ndim - 1))
+            return jnp.where(hidden, jnp.asarray(number if jnp.issubdtype(x.dtype, jnp.floating) else index, x.dtype), x)
 
-    spoilt = tuple(map(poisoned, arguments))
-    masked, slopes, products = masked_derivatives(row, spoilt, where)
-    assert not masked[1::2].any()
-    if row.independent:
-        close(masked[::2], result[::2], RTOL)
+        spoilt = tuple(poisoned(x) if own else x for x, own in zip(arguments, each, strict=True))
+        masked, slopes, products = masked_derivatives(row, spoilt, where)
+        assert not masked[1::2].any()
+        close(masked[::2], result, RTOL)
+        for i, slope, formula, product in zip(row.smooth, slopes, expected, products, strict=True):
+            close(slope[::2] if each[i] else slope, formula, 10 * RTOL)
+            assert not each[i] or not slope[1::2].any()
+            assert np.isfinite(product).all()
     assert not masked_derivatives(row, spoilt, jnp.zeros_like(where))[0].any()
-    for i, slope, product in zip(row.smooth, slopes, products, strict=True):
-        assert np.isfinite(slope).all()
-        if spoilt[i].shape[:1] == (5,):
-            assert not slope[1::2].any()
-        assert np.isfinite(product).all()
 
 
 @each_row

@@ -1,11 +1,10 @@
 """The identities of information theory, over drawn distributions with zeros, tiny entries and peaks."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import given, settings
+from drawing import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from xentjax import information
@@ -29,7 +28,7 @@ def drawn(entries, *shape):
 
 
 anything, full, joint = drawn(entry, CLASSES), drawn(positive, CLASSES), drawn(entry, 3, 4)
-run = functools.partial(settings, max_examples=40, deadline=None, derandomize=True)()
+run = examples(40)
 
 
 def close(got, expected, scale=1.0):
@@ -80,7 +79,9 @@ def test_renyi_grows_with_its_order_and_is_kl_at_1(p, q):
     np.testing.assert_allclose(orders[4], divergence, rtol=10 * EPS)
     turned = renyi_orders(q, p)
     # D_α(p‖q)/α = D_(1−α)(q‖p)/(1 − α)
-    np.testing.assert_allclose(orders[0] / 0.01, turned[3] / 0.99, rtol=100 * EPS)
+    # with sums that differ by δ, which their rounding leaves, to (δ²/2)/(α(1 − α))
+    apart = (np.asarray(p, np.float64).sum() - np.asarray(q, np.float64).sum()) ** 2 / 2 / (0.01 * 0.99)
+    np.testing.assert_allclose(orders[0] / 0.01, turned[3] / 0.99, rtol=100 * EPS, atol=1.01 * apart)
     np.testing.assert_allclose(orders[2], turned[2], rtol=100 * EPS)
 
 

@@ -11,6 +11,7 @@ import mpmath
 import numpy as np
 import pytest
 import scipy.stats
+from drawing import examples
 
 import xentjax
 from xentjax._likelihood import gaussian_nll, laplace_nll, mixture_of_logistics_nll, poisson_nll
@@ -123,7 +124,7 @@ def test_every_derivative_at_any_width():
             assert np.isfinite([value, *slope, *curve]).all()
 
 
-@hypothesis.settings(max_examples=50, deadline=None)
+@examples(50)
 @hypothesis.given(st.floats(-30, 30), st.lists(st.floats(-20, 20), min_size=4, max_size=4, unique=True))
 def test_ordered_classes_sum_to_one(score, thresholds):
     theta = np.sort(np.float32(thresholds))
@@ -178,6 +179,19 @@ def test_levels_far_from_every_component(size):
         # arguments of e are rounded, and what is left of 1 − p is relative to itself
         np.testing.assert_allclose(float(run(targets=jnp.float32(x))), exact, rtol=40 * EPS)
         np.testing.assert_array_equal(run(targets=jnp.array(round((x + 1) * 64))), run(targets=jnp.float32(x)))
+
+
+def test_values_beyond_the_ends_belong_to_the_end_levels():
+    """All levels lie on one side of the end levels' inner borders, so their losses are −log σ."""
+    run = functools.partial(mixture_of_logistics_nll, jnp.zeros(1), means=jnp.zeros(1), log_scales=jnp.full(1, -2.0), levels=5)
+    slope = jax.jit(jax.value_and_grad(lambda x: run(targets=x)))
+    expected = np.log1p(np.exp(0.75 * np.exp(2.0)))  # the border is half a step of 1/2 inside
+    for x in (1.0, 1.25, 2.0, 1e30, np.inf):
+        for sign in (-1, 1):
+            value, derivative = slope(jnp.float32(sign * x))
+            np.testing.assert_allclose(value, expected, rtol=8 * EPS)
+            assert x == 1 or derivative == 0
+    assert np.isnan(run(targets=jnp.float32(np.nan)))
 
 
 def test_a_certain_level_keeps_its_surprise():

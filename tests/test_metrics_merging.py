@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawing import examples
 from jax import export
 from jax.sharding import PartitionSpec as P
 
@@ -61,7 +62,7 @@ def same(got, expected):
 
 @EACH
 @pytest.mark.parametrize("weighted", [False, True])
-@hypothesis.settings(max_examples=15, deadline=None)
+@examples(15)
 @hypothesis.given(data=st.data())
 def test_batches_in_any_order_make_the_whole(function, weighted, data):
     logits, labels, where, weights = draw(np.random.default_rng(data.draw(st.integers(0, 1000))))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sklearn.metrics
+from drawing import examples
 
 from xentjax import metrics
 
@@ -86,7 +87,7 @@ def test_scores_on_the_grid_are_exact(weighted, points, rng):
     np.testing.assert_allclose(found.auroc(), expected, rtol=WEIGHTED if weighted else RTOL)
 
 
-@hypothesis.settings(max_examples=30, deadline=None)
+@examples(30)
 @hypothesis.given(st.integers(0, 2**32 - 1), st.sampled_from([2, 5, 50]), st.floats(-2, 0.5), st.floats(0.75, 3))
 def test_the_bound_holds(seed, points, low, high):
     """Scores between the points and outside the grid as well."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference as ref
+from drawing import examples
 from jax.sharding import PartitionSpec as P
 
 import xentjax
@@ -127,7 +128,7 @@ pairs = st.lists(st.tuples(numbers, st.floats(0, 10, width=32, allow_subnormal=F
 
 
 @hypothesis.given(a=pairs, b=pairs, c=pairs)
-@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@examples(60)
 def test_addition_is_associative_to_rounding(a, b, c):
     parts = [xentjax.weighted_sum(*(np.array(x, np.float32) for x in zip(*part, strict=True))) for part in (a, b, c)]
     left, right = (parts[0] + parts[1]) + parts[2], parts[0] + (parts[1] + parts[2])

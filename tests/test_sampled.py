@@ -52,6 +52,30 @@ def on_tuples(loss, logits, labels, ids, log_expected, **keywords):
     return loss(jnp.ones((*y.shape, 1)), logits[None], y, samples=each, **keywords)
 
 
+def test_an_expected_count_of_0_is_the_limit_of_small_ones():
+    """Class 0 is the label, 1 and 2 are sampled; all logits are 0, so that the loss is softplus(log Q_y − log Q_1) without class 2."""
+
+    def run(logits, q):
+        samples = Samples(jnp.array([1, 2]), jnp.stack([q[1], jnp.float32(jnp.inf)]))
+        kernel, more = logits[None], {"samples": samples, "label_log_expected_count": q[0]}
+        return sampled.sampled_softmax_cross_entropy(jnp.ones(1), kernel, jnp.array(0), **more)
+
+    both = jax.jit(jax.value_and_grad(run))
+    for q, value, slope in (
+        ((0.0, -np.inf), np.inf, (-1, 1, 0)),
+        ((-np.inf, 0.0), 0, (0, 0, 0)),
+        ((-np.inf, -np.inf), np.log(2), (-0.5, 0.5, 0)),
+    ):
+        found = both(jnp.zeros(3), jnp.float32(q))
+        np.testing.assert_allclose(found[0], value, rtol=4 * EPS)
+        np.testing.assert_allclose(found[1], slope, rtol=4 * EPS)
+
+
+def test_a_candidate_of_probability_0_is_the_limit_of_small_ones():
+    q, log_prob = jnp.zeros((2, 1)), jnp.array([0.0, -jnp.inf])  # the second candidate wins for both queries
+    np.testing.assert_array_equal(sampled.in_batch_softmax_cross_entropy(q, q, candidate_log_prob=log_prob), [np.inf, 0])
+
+
 def test_every_class_once_is_the_full_softmax(rng):
     hidden, kernel, bias = (jnp.asarray(rng.normal(size=s) * 3, jnp.float32) for s in ((20, 6), (6, 50), (50,)))
     labels = jnp.asarray(rng.integers(0, 50, 20))

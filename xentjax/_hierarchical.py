@@ -354,11 +354,12 @@ def _hierarchical(hidden, kernel, bias, labels, nodes, signs, where, classes_fir
     dtype, h = numerics.accumulation_dtype(hidden.dtype), _sampled.counted(where, hidden)
     y = _sampled.counted(where, labels)
     path, sign = (jnp.take(x, y, axis=0, mode="clip") for x in (nodes, signs.astype(dtype)))
+    path = numerics.where(sign == 0, 0, path)  # nothing is looked up behind the end
     of_nodes = _sampled.taken(kernel, path.reshape(-1), 0 if classes_first else 1, dtype).astype(h.dtype).reshape(*path.shape, h.shape[-1])
     z = jnp.einsum("...f,...df->...d", h, of_nodes, preferred_element_type=dtype)
     if bias is not None:
         z += _sampled.taken(bias, path.reshape(-1), 0, dtype).reshape(z.shape)
-    decisions = numerics.nan_unless((sign == 0) | (path >= 0) & (path < len(nodes) - 1), numerics.softplus(-sign * z))
+    decisions = numerics.nan_unless((path >= 0) & (path < len(nodes) - 1), numerics.softplus(-sign * z))
     loss = jnp.sum(numerics.where(sign == 0, 0, decisions), axis=-1)
     return _sampled.counted(where, numerics.nan_unless((y >= 0) & (y < len(nodes)), loss))
 

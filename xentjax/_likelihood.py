@@ -265,6 +265,7 @@ def _mixture(batch, targets, means, log_scales, levels, low, high):
         x = low + step * index.astype(dtype)
     else:
         x = _selected(targets, r.where, dtype, 0)
+        x = jnp.where(x < low, low, jnp.where(x > high, high, x))
         first, last, valid = x < low + step / 2, x > high - step / 2, ~jnp.isnan(x)
     first, last, spread = (jnp.broadcast_to(v[..., None], means.shape) for v in (first, last, x))
     size = rows.masked(log_scales.astype(dtype), r.where)

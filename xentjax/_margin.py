@@ -27,7 +27,7 @@ def margin_cross_entropy(
     Gradient: with p of the logits that the formula shows, s·p_k for k ≠ y and s·(p_y − 1)·m1·sin(m1·θ_y + m2)/sin θ_y for the label.
 
     SphereFace is m1 > 1, ArcFace m2 > 0 (the default), CosFace m3 > 0; m1 = 1, m2 = m3 = 0 is normalised softmax. Where the angle of
-    the label is 0 or π the exact gradient may be infinite: sin² θ is there taken for no less than one eps of the dtype. Past
+    the label is 0 or π the exact gradient may be infinite: there sin² θ is at least one eps of the dtype of `cosines`. Past
     m1·θ + m2 = π the loss falls again, as in the papers. For millions of classes see the example.
 
     Args:
@@ -78,12 +78,15 @@ def _margin(batch, scale, margins):
     *m1, m2, m3 = (jnp.zeros((), dtype) if m is None else jnp.asarray(m, dtype) for m in margins)
     r = rows.adjusted(plain, scale)
     found = rows.statistics(r)
+    least = jnp.asarray(
+        jnp.finfo(plain.raw.dtype).eps, dtype
+    )  # that of sin² θ: what the cosines are rounded to, not what they are computed in
 
     def phi(log_odds, cosine):
         if m1:
-            moved = jnp.cos(m1[0] * _angle(cosine) + m2)
+            moved = jnp.cos(m1[0] * _angle(cosine, least) + m2)
         else:
-            moved = jnp.cos(m2) * cosine - jnp.sin(m2) * _sine(cosine)
+            moved = jnp.cos(m2) * cosine - jnp.sin(m2) * _sine(cosine, least)
         moved = scale * (moved - m3 - cosine)
         return odds.surprise(log_odds + numerics.where(numerics.is_infinite(-cosine), jnp.zeros_like(moved), moved))
 
@@ -97,7 +100,7 @@ def _margin(batch, scale, margins):
 
 
 @jax.custom_jvp
-def _angle(cosine: Array) -> Array:
+def _angle(cosine: Array, least: Array) -> Array:
     """The angle, with a finite derivative −1/sin at both ends."""
     return jnp.arccos(jnp.clip(cosine, -1, 1))
 
@@ -106,7 +109,7 @@ _angle.defjvp(lambda primals, tangents: (_angle(*primals), -tangents[0] / _bound
 
 
 @jax.custom_jvp
-def _sine(cosine: Array) -> Array:
+def _sine(cosine: Array, least: Array) -> Array:
     """√(1 − c²), with a finite derivative −c/sin at both ends."""
     inside = jnp.abs(cosine) < 1
     return numerics.where(inside, jnp.sqrt(numerics.where(inside, (1 - cosine) * (1 + cosine), jnp.ones_like(cosine))), 0)
@@ -115,5 +118,5 @@ def _sine(cosine: Array) -> Array:
 _sine.defjvp(lambda primals, tangents: (_sine(*primals), -primals[0] * tangents[0] / _bounded_sine(*primals)))
 
 
-def _bounded_sine(cosine: Array) -> Array:
-    return jnp.sqrt(jnp.maximum((1 - cosine) * (1 + cosine), jnp.finfo(cosine.dtype).eps))
+def _bounded_sine(cosine: Array, least: Array) -> Array:
+    return jnp.sqrt(jnp.maximum((1 - cosine) * (1 + cosine), least))

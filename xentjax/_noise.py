@@ -5,6 +5,8 @@ distributions; `axis`, `axis_name`, `class_mask`, `where`. `noise_matrix` [class
 row i holds the probabilities with which an example of true class i is labelled j, T_ij = P(label j | class i), and sums to 1.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -135,9 +137,8 @@ def _forward(batch, noise_matrix):
         return numerics.where(found.dead, -numerics.INFINITE, found.reference + found.log_sum)
 
     def loss_of_index(r):
-        inside = rows.in_range(r) | (False if r.where is None else ~r.where)
         loss = odds.surprise(log_sum(r, to_label) - log_sum(r, to_others))
-        return numerics.nan_unless(inside, loss)  # a maximum over devices may lose a NaN
+        return numerics.nan_unless(rows.in_range(r), loss)  # a maximum over devices may lose a NaN
 
     found = rows.statistics(r._replace(labels=None))
     loss = odds.by_label(r, loss_of_index)
@@ -165,8 +166,13 @@ def _backward(batch, noise_matrix):
 def _at_label(r: rows.Rows, table: Array) -> Array:
     """Row y of a table [labels, classes] for every example; NaN for a label out of range, 0 where an example does not count."""
     assert r.labels is not None
-    chosen = table.at[r.labels].get(mode="fill", fill_value=jnp.nan, out_sharding=mesh.split_of(r.values))
-    return rows.masked(jnp.where((r.labels < 0)[..., None], jnp.nan, chosen), r.where)
+    chosen = _rows(table, r.labels, out_sharding=mesh.split_of(r.values))
+    return rows.masked(numerics.nan_unless(rows.in_range(r)[..., None], chosen), r.where)
+
+
+@functools.partial(jax.jit, static_argnames="out_sharding")  # as in `numerics.take_last`
+def _rows(table, index, out_sharding):
+    return table.at[index].get(mode="clip", out_sharding=out_sharding)
 
 
 def _log(x: Array) -> Array:

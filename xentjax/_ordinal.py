@@ -98,7 +98,7 @@ def _cumulative_link(scores, labels, thresholds, where):
     """The surprise of an interval as `differences` has it; the first and the last class have one end."""
     dtype = numerics.accumulation_dtype(scores.dtype)
     s, theta = numerics.finite(scores.astype(dtype)), numerics.finite(thresholds.astype(dtype))
-    s = s if where is None else jnp.where(where, s, 0)
+    s, labels = (s, labels) if where is None else (jnp.where(where, s, 0), jnp.where(where, labels, 0))
     last = theta.size
     above, below = (jnp.take(theta, jnp.clip(labels - one, 0, last - 1), mode="clip") for one in (0, 1))
     first, final = labels <= 0, labels >= last
@@ -114,6 +114,7 @@ def _cumulative_link(scores, labels, thresholds, where):
 @jax.jit
 def _coral(logits, labels, where):
     z = rows.masked(numerics.finite(logits.astype(numerics.accumulation_dtype(logits.dtype))), where)
+    labels = labels if where is None else jnp.where(where, labels, 0)
     above = labels[..., None] > lax.broadcasted_iota(labels.dtype, z.shape, z.ndim - 1)
     loss = jnp.sum(numerics.softplus(numerics.where(above, -z, z)), axis=-1)
     return _close(loss, labels, z.shape[-1] + 1, where)
@@ -121,9 +122,7 @@ def _coral(logits, labels, where):
 
 def _close(loss, labels, classes, where):
     """+∞ restored, NaN for a label that is no class (a factor, so that the derivative is NaN too), 0 where an example does not count."""
-    inside = (labels >= 0) & (labels < classes)
-    inside = inside if where is None else inside | ~where
-    loss = numerics.nan_unless(inside, numerics.restore_infinity(loss))
+    loss = numerics.nan_unless((labels >= 0) & (labels < classes), numerics.restore_infinity(loss))
     return loss if where is None else jnp.where(where, loss, jnp.zeros_like(loss))
 
 

@@ -8,7 +8,8 @@ What the losses on samples share:
 - `labels` [...], integer. An index outside [0, classes) makes the value of its example and the gradient of its `hidden` NaN, and so does
   a sampled one for every example that it is sampled for.
 - `samples`: `draw_samples` makes them, [samples] for all examples or [..., samples] for each its own. With Q_k the expected count of
-  class k, `samples.log_expected_count` is log Q_k; +∞ leaves a sample out.
+  class k, `samples.log_expected_count` is log Q_k; +∞ leaves a sample out. An expected count of 0, log Q_k = −∞, gives
+  the limit of small counts: +∞ for a sample of that class, 0 for a label of that class.
 - `remove_accidental_hits`: whether samples that are the example's own label are left out.
 - `where` [...], which examples count. The others cost exactly 0 with gradient exactly 0, whatever they hold.
 - Results are float32, or float64 for float64 `hidden`; gradients come back in the dtype of their argument. That of `kernel` is added up in
@@ -317,8 +318,10 @@ def _label_counts(function, expected, layer):
 @functools.partial(jax.jit, static_argnames=("remove", "classes_first"))
 def _sampled_softmax(layer, label_expected, remove, classes_first):
     found = _scores(layer, remove, classes_first)
-    label = found.label if label_expected is None else found.label - counted(layer.where, label_expected.astype(found.label.dtype))
-    logits = jnp.concatenate([label[..., None], found.sampled - found.log_expected], axis=-1)
+    label = found.label
+    if label_expected is not None:
+        label -= counted(layer.where, numerics.finite(label_expected.astype(label.dtype)))
+    logits = jnp.concatenate([label[..., None], found.sampled - numerics.finite(found.log_expected)], axis=-1)
     exists = jnp.concatenate([jnp.ones_like(found.kept, shape=(*label.shape, 1)), found.kept], axis=-1)
     first = jnp.zeros_like(layer.labels, jnp.int32)
     return values.unchecked(_softmax.softmax_cross_entropy)(logits, first, class_mask=exists, where=layer.where)
@@ -344,7 +347,7 @@ def _in_batch(queries, candidates, log_prob, ids, temperature, where):
     q, c = (counted(where, x) for x in (queries, candidates.astype(queries.dtype)))
     logits = jnp.einsum("if,jf->ij", q, c, preferred_element_type=dtype) / jnp.asarray(temperature, dtype)
     if log_prob is not None:
-        logits -= jnp.broadcast_to(counted(where, log_prob.astype(dtype))[None, :], logits.shape)
+        logits -= jnp.broadcast_to(counted(where, numerics.finite(log_prob.astype(dtype)))[None, :], logits.shape)
     exists = jnp.ones((size, size), bool) if where is None else jnp.broadcast_to(where[None, :], (size, size))
     if ids is not None:
         exists &= (ids[:, None] != ids[None, :]) | jnp.eye(size, dtype=bool)

@@ -300,7 +300,7 @@ def _alias_log_prob(ids, log_probs):
 
 def _of_classes(ids, classes, log_probs):
     """`log_probs` of ids that are classes, NaN for others."""
-    return jnp.where((ids >= 0) & (ids < jnp.asarray(classes, ids.dtype)), log_probs, jnp.nan)
+    return numerics.nan_unless((ids >= 0) & (ids < jnp.asarray(classes, ids.dtype)), log_probs)
 
 
 @functools.partial(jax.jit, static_argnames=("count", "shape", "unique"))

@@ -190,12 +190,14 @@ def _shifted_focal(z, gamma, clip):
 
 
 def _prepare(logits, labels, where, smoothing):
-    """Finite logits and labels in the accumulation dtype, both 0 where an element does not count."""
+    """Finite logits and labels in the accumulation dtype, of 0 where an element does not count; the labels smoothed."""
     dtype = numerics.accumulation_dtype(logits.dtype)
     z, t = numerics.finite(logits.astype(dtype)), labels.astype(dtype)
+    if where is not None:  # before the smoothing, whose derivative is 1/2 − t
+        z, t = jnp.where(where, z, 0), jnp.where(where, t, 0)
     if smoothing is not None:
         t = (1 - jnp.asarray(smoothing, dtype)) * t + jnp.asarray(smoothing, dtype) / 2
-    return (z, t) if where is None else (jnp.where(where, z, 0), jnp.where(where, t, 0))
+    return z, t
 
 
 def _close(loss, where):

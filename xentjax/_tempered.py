@@ -84,7 +84,7 @@ def _bi_tempered(batch, t1, t2):
     def loss_of_index(r):
         label = rows.on_label(r)
         rest = rows.class_sum(r, numerics.where(label, 0, jnp.exp(-u)))  # 1 − p_y
-        own = rows.class_sum(r, numerics.where(label, u, 0))
+        own = rows.row_value(r, rows.class_sum(r, numerics.where(label, u, 0)))  # what does not count has u = INFINITE
         others = rows.class_sum(r, numerics.where(label, 0, power))
         return numerics.nan_unless(rows.in_range(r), _excess(own, rest, alpha) + others / (1 + alpha))
 

@@ -285,10 +285,11 @@ def _hoist(loss_fn, chunk, layer, classes_first):
     """`loss_fn` as a function of what it closes over as well, and those values."""
     closed, shapes = _trace(loss_fn, chunk, layer, classes_first)
     mesh.collectives("fuse_linear", closed.effects, mesh.axes_of(closed.out_avals[0]))
-    structure = jax.tree.structure(shapes)
+    # The function outlives this trace in the derivative rule. So it holds the program alone, and not the constants, which may be tracers.
+    program, structure = closed.jaxpr, jax.tree.structure(shapes)
 
     def function(logits, args, hoisted):
-        return jax.tree.unflatten(structure, core.eval_jaxpr(closed.jaxpr, hoisted, *jax.tree.leaves((logits, args))))
+        return jax.tree.unflatten(structure, core.eval_jaxpr(program, hoisted, *jax.tree.leaves((logits, args))))
 
     return function, tuple(closed.consts)
 

@@ -39,8 +39,14 @@ def where(condition: Array, x: ArrayLike, y: ArrayLike) -> Array:
 
 
 def nan_unless(inside: Array, x: Array) -> Array:
-    """`x` where `inside`, elsewhere NaN with a derivative of NaN: so a product, not a selection."""
-    return x * where(inside, jnp.ones_like(x), jnp.nan)
+    """`x` where `inside`, elsewhere NaN with a derivative of NaN: so a product, not a selection.
+
+    The NaN is ∞ − ∞ and no constant, which `jax_debug_nans` would report although nothing takes it. It is added too, because XLA
+    makes a selection of a product with a number that was a Boolean.
+    """
+    infinite = where(inside, jnp.zeros_like(x), jnp.inf)
+    nothing = infinite - infinite
+    return x * (1 + nothing) + nothing
 
 
 @jax.custom_jvp
@@ -182,8 +188,16 @@ def take_last(x: Array, index: Array) -> Array:
     if mesh.is_apart(x):
         return _take_by_comparison(x, index)
     bits = _bits(x) if x.dtype.itemsize == 2 else x
-    taken = jnp.take_along_axis(bits, index, axis=-1, mode="clip")
+    taken = _lookup(bits, index)
     return lax.bitcast_convert_type(taken, x.dtype) if x.dtype.itemsize == 2 else taken
+
+
+@jax.jit  # inside jax.checkpoint, checkify only accepts a lookup that is a function of its own
+def _lookup(x, index):
+    """As jnp.take_along_axis, with the rows among the indices: checkify cannot check the transpose of a lookup batched over rows."""
+    places = jnp.stack([*(lax.broadcasted_iota(index.dtype, index.shape, i) for i in range(x.ndim - 1)), index], axis=-1)
+    axes = tuple(range(x.ndim))
+    return lax.gather(x, places, lax.GatherDimensionNumbers((), axes, axes), (1,) * x.ndim, mode="clip")
 
 
 def _take_by_comparison(x, index):

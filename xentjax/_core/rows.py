@@ -64,7 +64,7 @@ class Rows(NamedTuple):
 
     raw: Array  # [..., classes], the caller's dtype
     values: Array  # [..., classes], the accumulation dtype; derivatives come here, and are cast to the caller's dtype once
-    labels: Array | None  # indices [...], or a distribution [..., classes] in the accumulation dtype
+    labels: Array | None  # indices [...], or a distribution [..., classes] in the accumulation dtype; 0 in hidden examples
     class_mask: Array | None  # [..., classes]
     where: Array | None  # [...]
     axis_name: str | tuple[str, ...] | None
@@ -104,6 +104,8 @@ def of(examples: Examples) -> Rows:
     if labels is not None:
         if jnp.issubdtype(labels.dtype, jnp.integer):
             labels = labels.astype(numerics.index_dtype(labels))
+            if examples.where is not None:  # a hidden label becomes a class, so that nothing further looks one up that does not exist
+                labels = numerics.where(examples.where, labels, 0)
         else:
             labels = masked(last(labels).astype(dtype), examples.where)
     if mask is not None:
@@ -403,7 +405,7 @@ def _reference(top, rows):
     """m: the maximum; 0 where there is none to subtract or the example does not count; NaN for a logit of +∞."""
     m = top.astype(rows.values.dtype)
     usable = m != -jnp.inf
-    m = numerics.where(m == jnp.inf, jnp.nan, m)
+    m -= numerics.where(m == jnp.inf, m, jnp.zeros_like(m))
     return numerics.where(usable if rows.where is None else usable & rows.where, m, jnp.zeros_like(m))
 
 
@@ -415,7 +417,7 @@ def _gap(rows, m):
         z = numerics.where(numerics.take_last(rows.class_mask, local[..., None]).squeeze(-1), z, -jnp.inf)
     if (here := _here(rows, rows.labels)) is not None:
         z = over_devices(rows, numerics.where(here, numerics.finite(z), 0))
-    d = numerics.where(inside, numerics.finite(z) - m, jnp.nan)
+    d = numerics.nan_unless(inside, numerics.finite(z) - m)
     return d if rows.where is None else numerics.where(rows.where, d, jnp.zeros_like(d))
 
 

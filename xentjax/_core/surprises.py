@@ -32,9 +32,8 @@ def surprise(r: rows.Rows, found: rows.Statistics) -> Array:
 
 def surprise_at(r: rows.Rows, found: rows.Statistics, index: Array) -> Array:
     """−log p at several classes of a row, `index` [..., k]; NaN where an index is out of range, INFINITE where it does not exist."""
-    index = index.astype(numerics.index_dtype(index))
+    index = rows.masked(index.astype(numerics.index_dtype(index)), r.where)
     inside = rows.is_class(r, index)
-    inside = inside if r.where is None else inside | ~r.where[..., None]
     u, _ = _surprise(r.values, r.raw, found.reference, found.log_sum, index, r.class_mask, r.where, r.axis_name)
     return rows.masked(numerics.nan_unless(inside, u), r.where)
 

@@ -76,7 +76,7 @@ def hits(r: rows.Rows, k: int, first: bool) -> Array:
     possible = _count(r, label & exists & ~numerics.is_infinite(-z)) > 0
     hit = ((rank < k) & possible).astype(z.dtype)
     valid = rows.in_range(r) & (_count(r, jnp.isnan(z) & exists) == 0)
-    return rows.row_value(r, numerics.where(valid, hit, jnp.nan))
+    return rows.row_value(r, numerics.nan_unless(valid, hit))
 
 
 def _count(r, mask):
@@ -149,4 +149,4 @@ def _(shape, primals, tangents):
 
 def figure(value: Array, invalid: Array) -> Array:
     """`value`, NaN where there is an invalid example; `invalid` has its leading axes."""
-    return numerics.where(jnp.expand_dims(invalid == 0, range(invalid.ndim, value.ndim)), value, jnp.nan)
+    return numerics.nan_unless(jnp.broadcast_to(jnp.expand_dims(invalid == 0, range(invalid.ndim, value.ndim)), value.shape), value)

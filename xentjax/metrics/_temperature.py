@@ -86,7 +86,7 @@ def _fit(batch, weights, steps, batch_axis_name):
         mean = class_sum(e * near) / total
         return over_examples(mean - own), over_examples(class_sum(e * (near - mean[..., None]) ** 2) / total)
 
-    beta = _root(slope_and_curvature, steps)
+    beta = _root(slope_and_curvature, steps, x.dtype)
     invalid = invalid if batch_axis_name is None else lax.psum(invalid, batch_axis_name)
     beta = jnp.where(over_examples(class_sum(jnp.abs(x))) == 0, 1, beta)
     return _counts.figure(1 / beta, invalid)
@@ -105,12 +105,12 @@ def _prepare(r, weights):
     return x, exists, own, amount.astype(z.dtype), invalid, functools.partial(rows.class_sum, r)
 
 
-def _root(slope_and_curvature, steps):
+def _root(slope_and_curvature, steps, dtype):
     """β in [1/HIGHEST, HIGHEST] at which the slope, which grows with β, is 0; the bound if it is 0 nowhere inside."""
-    least, most = 1 / HIGHEST, HIGHEST
+    least, most = jnp.asarray(1 / HIGHEST, dtype), jnp.asarray(HIGHEST, dtype)
     rising, falling = slope_and_curvature(least)[0] >= 0, slope_and_curvature(most)[0] <= 0
     outside = rising | falling
-    start = jnp.where(falling, most, jnp.where(rising, least, 1.0))
+    start = jnp.where(falling, most, jnp.where(rising, least, jnp.ones_like(least)))
 
     def unfinished(state):
         i, _, _, beta, step = state
@@ -129,4 +129,4 @@ def _root(slope_and_curvature, steps):
 
     # selects between equal numbers, so that inside shard_map these vary over devices as far as the slope does
     low, high = jnp.where(outside, least, least), jnp.where(outside, most, most)
-    return lax.while_loop(unfinished, body, (0, low, high, start, jnp.where(outside, 0.0, most)))[3]
+    return lax.while_loop(unfinished, body, (0, low, high, start, jnp.where(outside, jnp.zeros_like(most), most)))[3]
