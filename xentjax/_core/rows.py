@@ -153,7 +153,7 @@ def surprise_at(rows: Rows, found: Statistics, index: Array) -> Array:
     """−log p at several classes of a row, `index` [..., k]; NaN where an index is out of range, INFINITE where it does not exist."""
     index = masked(index.astype(numerics.index_dtype(index)), rows.where)
     local, inside = _local(rows, index)
-    z = numerics.take_last(finite_values(rows), local)
+    z = numerics.take_last(finite_values(rows), local, differentiated=True)
     if rows.class_mask is not None:
         z = numerics.where(numerics.take_last(rows.class_mask, local), z, -numerics.INFINITE)
     if (here := _here(rows, index)) is not None:
