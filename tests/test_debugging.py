@@ -30,15 +30,35 @@ def masked(call, rng):
     return (*per_example, shared), call.where((*per_example, shared), counted)
 
 
+# Their labels are looked up class by class. JAX's checkify fails in the derivative by these labels, whatever they hold, and a lookup that
+# it accepts would gather all classes over devices.
+ONE_CLASS_AFTER_ANOTHER = ("bi_tempered_cross_entropy", "forward_corrected_cross_entropy", "seesaw_loss")
+
+
 @each_call
 def test_no_operation_makes_nan_or_looks_beyond_an_array(call, rng, debug_nans, monkeypatch):
     arguments, where = masked(call, rng)
     # One operation after another, so that debug_nans sees each. Without jax.checkpoint, into which checkify sees only if it is compiled.
     monkeypatch.setattr(jax, "checkpoint", lambda function=None, **_: function or (lambda f: f))
+    run = call.value_and_slopes
+    if call.name.endswith("-distribution") and call.name.startswith(ONE_CLASS_AFTER_ANOTHER):
+        *arguments, held = arguments[0], arguments[2], arguments[1]
+
+        def run(given, where):
+            return jax.value_and_grad(lambda x: call.total((x[0], held, x[1]), where))(given)
+
     with jax.disable_jit():
-        error, result = checkify.checkify(call.value_and_slopes, errors=checkify.index_checks)(arguments, where)
+        error, result = checkify.checkify(run, errors=checkify.index_checks)(arguments, where)
     error.throw()
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(result))
+
+
+def test_checkify_sees_into_the_loop_over_classes(rng):
+    """Compiled, with a lookup under jax.checkpoint."""
+    (call,) = (c for c in LOSSES if c.name.startswith("forward") and c.name.endswith("-distribution"))
+    (z, labels, shared), where = masked(call, rng)
+    run = jax.jit(jax.grad(lambda z: call.total((z, labels, shared), where)))
+    checkify.checkify(run, errors=checkify.index_checks)(z)[0].throw()
 
 
 # The losses whose derivative rules keep functions beyond a trace. All calls would take minutes: each trace is searched for references.

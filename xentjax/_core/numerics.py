@@ -183,21 +183,25 @@ def same(x: Array, y: Array) -> Array:
     return _bits(x) == _bits(y) if x.dtype.itemsize == 2 else x == y
 
 
-def take_last(x: Array, index: Array) -> Array:
-    """`x[..., index]`, one or several per row; `index` has the leading axes of `x` and lies in range after clipping."""
+def take_last(x: Array, index: Array, *, differentiated: bool = False) -> Array:
+    """`x[..., index]`, one or several per row; `index` has the leading axes of `x` and lies in range after clipping.
+
+    What is to be differentiated through says so: checkify cannot check the transpose of a lookup that is batched over rows.
+    """
     if mesh.is_apart(x):
         return _take_by_comparison(x, index)
     bits = _bits(x) if x.dtype.itemsize == 2 else x
-    taken = _lookup(bits, index)
+    taken = _lookup(bits, index) if differentiated else jnp.take_along_axis(bits, index, axis=-1, mode="clip")
     return lax.bitcast_convert_type(taken, x.dtype) if x.dtype.itemsize == 2 else taken
 
 
 @jax.jit  # inside jax.checkpoint, checkify only accepts a lookup that is a function of its own
 def _lookup(x, index):
-    """As jnp.take_along_axis, with the rows among the indices: checkify cannot check the transpose of a lookup batched over rows."""
-    places = jnp.stack([*(lax.broadcasted_iota(index.dtype, index.shape, i) for i in range(x.ndim - 1)), index], axis=-1)
+    """As jnp.take_along_axis, but with the rows among the indices, where the partitioner sees them only if no clipping comes after."""
+    shape, index = (*index.shape, 1), jnp.clip(index, 0, x.shape[-1] - 1)
+    places = lax.concatenate([*(lax.broadcasted_iota(index.dtype, shape, i) for i in range(x.ndim - 1)), index[..., None]], x.ndim)
     axes = tuple(range(x.ndim))
-    return lax.gather(x, places, lax.GatherDimensionNumbers((), axes, axes), (1,) * x.ndim, mode="clip")
+    return lax.gather(x, places, lax.GatherDimensionNumbers((), axes, axes), (1,) * x.ndim, mode="promise_in_bounds")
 
 
 def _take_by_comparison(x, index):

@@ -175,10 +175,10 @@ def at_label(rows: Rows, per_class: Array) -> Array:
     return _taken(rows, per_class, rows.labels)
 
 
-def at_index(rows: Rows, per_class: Array, index: Array) -> Array:
+def at_index(rows: Rows, per_class: Array, index: Array, *, differentiated: bool = False) -> Array:
     """`per_class` [..., classes] at several global class indices of every row, `index` [..., k]; 0 or False where there is none."""
     local, here = _local(rows, index)[0], _here(rows, index)
-    taken = numerics.take_last(mesh.split_as(rows.raw, per_class), local)
+    taken = numerics.take_last(mesh.split_as(rows.raw, per_class), local, differentiated=differentiated)
     if here is None:
         return taken
     found = over_devices(rows, numerics.where(here, taken, 0).astype(rows.values.dtype))

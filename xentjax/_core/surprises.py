@@ -99,7 +99,7 @@ def _pivot(r, m, c):
 
 def _at(r, per_class, index):
     """`per_class`, or its entries at the classes `index` [..., k]."""
-    return per_class if index is None else rows.at_index(r, per_class, index)
+    return per_class if index is None else rows.at_index(r, per_class, index, differentiated=per_class.dtype != jnp.bool_)
 
 
 def _fill(like, number):
