@@ -28,22 +28,22 @@ def imported(path):
 
 
 ROOMS = {
-    "_reduction": 6,
-    "_linear": 7,
-    "_linear_sharded": 8,
-    "_checked": 7,
-    "_contrastive": 8,
-    "_sampled": 8,
-    "_hierarchical": 9,
-    "metrics": 9,
+    "_reduction": 7,
+    "_linear": 8,
+    "_linear_sharded": 9,
+    "_checked": 8,
+    "_contrastive": 9,
+    "_sampled": 9,
+    "_hierarchical": 10,
+    "metrics": 10,
 }
 CORE = {
     **{"mesh": 0, "numerics": 1},
     **dict.fromkeys(("sums", "products", "differences", "rows"), 2),
-    **dict.fromkeys(("surprises", "chunks", "values"), 3),
-    **{"odds": 4, "checks": 4, "layers": 5},
+    **dict.fromkeys(("statistics", "chunks", "values"), 3),
+    **{"surprises": 4, "odds": 5, "checks": 4, "layers": 5, "programs": 2},
 }
-LOSSES = 5
+LOSSES = 6
 WITHIN = {"_formulas": 1, "_counts": 1, "_joint": 2}  # a package's own modules; the package itself comes last
 
 
@@ -51,7 +51,7 @@ def rank(module):
     """_core before losses before what is made of losses before the front door."""
     part = module.split(".")[1:]
     if not part:
-        return (11, 0)
+        return (12, 0)
     if part[0] == "_core":
         return (CORE.get(part[-1], 0), 0)
     return (ROOMS.get(part[0], LOSSES), WITHIN.get(part[1], 3) if len(part) > 1 else 4)

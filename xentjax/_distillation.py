@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, differences, numerics, rows, surprises
+from xentjax._core import checks, differences, numerics, rows, statistics, surprises
 
 DIVERGENCES = ("forward", "reverse", "js", "tv")
 
@@ -97,7 +97,7 @@ def distillation_loss(
 def _divergence(student, teacher, temperature, beta, divergence):
     dtype = numerics.accumulation_dtype(student.logits.dtype, teacher.logits.dtype)
     p, q = (_softened(rows.of(batch), jnp.asarray(temperature, dtype)) for batch in (teacher, student))
-    of_p, of_q = rows.statistics(p), rows.statistics(q)
+    of_p, of_q = statistics.of(p), statistics.of(q)
     u, v = surprises.surprise(p, of_p), surprises.surprise(q, of_q)
     d = _log_ratio(p, q, of_p, of_q, u, v)
     if divergence == "forward":

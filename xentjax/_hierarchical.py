@@ -21,7 +21,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from xentjax import _linear, _sampled, _samplers
-from xentjax._core import checks, layers, numerics, rows, surprises, values
+from xentjax._core import checks, layers, numerics, rows, statistics, surprises, values
 
 
 class AdaptiveSoftmax(NamedTuple):
@@ -346,7 +346,7 @@ def _projected(hidden, projection):
 
 def _log_softmax(logits):
     r = rows.of(rows.Examples(logits, None, None, None, logits.ndim - 1, None))
-    return -surprises.surprise(r, rows.statistics(r))
+    return -surprises.surprise(r, statistics.of(r))
 
 
 @functools.partial(jax.jit, static_argnames=("classes_first",))

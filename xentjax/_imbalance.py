@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics, odds, rows, values
+from xentjax._core import checks, numerics, odds, rows, statistics, values
 
 
 def logit_adjusted_cross_entropy(
@@ -249,8 +249,8 @@ def _logit_adjusted(batch, class_log_prior, tau):
     if tau is not None:
         shift = jnp.asarray(tau, r.values.dtype) * numerics.finite(class_log_prior.astype(r.values.dtype))
         r = rows.adjusted(r, offset=numerics.expand_leading(shift, r.values.ndim))
-    found = rows.statistics(r)
-    return rows.close(r, found, odds.expected(r, found, odds.surprise)[0])
+    found = statistics.of(r)
+    return statistics.close(r, found, odds.expected(r, found, odds.surprise)[0])
 
 
 @jax.jit
@@ -259,7 +259,7 @@ def _ldam(batch, class_counts, max_margin, scale):
     dtype = r.values.dtype
     scale = jnp.asarray(scale, dtype)
     r = rows.adjusted(r, scale)
-    found = rows.statistics(r)
+    found = statistics.of(r)
     counts = lax.stop_gradient(class_counts.astype(dtype))
     present = numerics.where(counts > 0, counts, jnp.inf)
     fewest = jnp.min(present)
@@ -267,7 +267,7 @@ def _ldam(batch, class_counts, max_margin, scale):
     fewest = numerics.where(jnp.isfinite(fewest), fewest, 1)
     share = numerics.where(counts > 0, jnp.sqrt(jnp.sqrt(fewest / present)), 1)
     margins = (0.0 if max_margin is None else jnp.asarray(max_margin, dtype)) * share
-    return rows.close(r, found, odds.expected(r, found, lambda a, margin: odds.surprise(a - scale * margin), of_class=margins)[0])
+    return statistics.close(r, found, odds.expected(r, found, lambda a, margin: odds.surprise(a - scale * margin), of_class=margins)[0])
 
 
 @jax.jit
@@ -283,12 +283,12 @@ def _seesaw(batch, class_counts, p, q):
         of_others = numerics.expand_leading(log_counts, z.ndim) - rows.at_label(r, log_counts)[..., None]
         lead = z - rows.at_label(r, z)[..., None]  # log σ_k − log σ_y
         changed = rows.adjusted(r, offset=p * jnp.minimum(of_others, 0) + q * jnp.maximum(lead, 0))
-        found = rows.statistics(changed)
+        found = statistics.of(changed)
         assert found.log_odds is not None
         return odds.surprise(found.log_odds)
 
-    found = rows.statistics(r._replace(labels=None))
-    return rows.close(r, found, odds.by_label(r, loss_of_index))
+    found = statistics.of(r._replace(labels=None))
+    return statistics.close(r, found, odds.by_label(r, loss_of_index))
 
 
 @jax.jit

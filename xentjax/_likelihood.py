@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, differences, numerics, rows, surprises, values
+from xentjax._core import checks, differences, numerics, rows, statistics, surprises, values
 
 
 def gaussian_nll(
@@ -256,7 +256,7 @@ def _poisson(log_rate, targets, where):
 @jax.jit
 def _mixture(batch, targets, means, log_scales, levels, low, high):
     r = rows.of(batch)
-    found = rows.statistics(r)
+    found = statistics.of(r)
     dtype = r.values.dtype
     step = (jnp.asarray(high, dtype) - jnp.asarray(low, dtype)) / jnp.asarray(levels - 1, dtype)
     if jnp.issubdtype(targets.dtype, jnp.integer):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics, odds, rows, surprises
+from xentjax._core import checks, numerics, odds, rows, statistics, surprises
 
 
 def margin_cross_entropy(
@@ -77,7 +77,7 @@ def _margin(batch, scale, margins):
     scale = jnp.asarray(scale, dtype)
     *m1, m2, m3 = (jnp.zeros((), dtype) if m is None else jnp.asarray(m, dtype) for m in margins)
     r = rows.adjusted(plain, scale)
-    found = rows.statistics(r)
+    found = statistics.of(r)
     least = jnp.asarray(
         jnp.finfo(plain.raw.dtype).eps, dtype
     )  # that of sin² θ: what the cosines are rounded to, not what they are computed in
@@ -96,7 +96,7 @@ def _margin(batch, scale, margins):
     else:
         assert r.labels is not None
         loss = rows.class_sum(r, r.labels * phi(surprises.class_log_odds(r), rows.finite_values(plain)))
-    return rows.close(r, found, loss)
+    return statistics.close(r, found, loss)
 
 
 @jax.custom_jvp

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, mesh, numerics, odds, rows, values
+from xentjax._core import checks, mesh, numerics, odds, rows, statistics, values
 
 
 def forward_corrected_cross_entropy(
@@ -133,16 +133,16 @@ def _forward(batch, noise_matrix):
     def log_sum(r, weights):
         """The logarithm of Σ_i e^(z_i) T_iy, −INFINITE where nothing leads to the label."""
         some = rows.adjusted(r._replace(labels=None), offset=_at_label(r, weights))
-        found = rows.statistics(some)
+        found = statistics.of(some)
         return numerics.where(found.dead, -numerics.INFINITE, found.reference + found.log_sum)
 
     def loss_of_index(r):
         loss = odds.surprise(log_sum(r, to_label) - log_sum(r, to_others))
         return numerics.nan_unless(rows.in_range(r), loss)  # a maximum over devices may lose a NaN
 
-    found = rows.statistics(r._replace(labels=None))
+    found = statistics.of(r._replace(labels=None))
     loss = odds.by_label(r, loss_of_index)
-    return rows.close(r, found, numerics.where(found.dead, numerics.INFINITE, loss))
+    return statistics.close(r, found, numerics.where(found.dead, numerics.INFINITE, loss))
 
 
 @jax.jit
@@ -157,9 +157,9 @@ def _backward(batch, noise_matrix):
         if r.axis_name is not None:
             shares = lax.psum_scatter(shares, r.axis_name, scatter_dimension=shares.ndim - 1, tiled=True)
     r = r._replace(labels=shares)
-    found = rows.statistics(r)
+    found = statistics.of(r)
     loss = odds.expected(r, found, odds.surprise)[0]
-    loss = rows.close(r, found, loss)
+    loss = statistics.close(r, found, loss)
     return numerics.where(numerics.is_infinite(-loss), -jnp.inf, loss)
 
 

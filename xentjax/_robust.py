@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics, odds, rows, surprises
+from xentjax._core import checks, numerics, odds, rows, statistics, surprises
 
 
 def generalized_cross_entropy(
@@ -366,28 +366,28 @@ def _poly(batch, epsilon):
 @functools.partial(jax.jit, static_argnames="hard")
 def _bootstrapped(batch, beta, hard):
     r = rows.of(batch)
-    found = rows.statistics(r)
+    found = statistics.of(r)
     cost, total = odds.expected(r, found, odds.surprise)
     beta = jnp.asarray(beta, cost.dtype)
     own = surprises.smallest(r, found) if hard else odds.entropy(r, found)
-    return rows.close(r, found, beta * cost + (1 - beta) * total * own)
+    return statistics.close(r, found, beta * cost + (1 - beta) * total * own)
 
 
 @jax.jit
 def _penalized(batch, beta):
     r = rows.of(batch)
-    found = rows.statistics(r)
+    found = statistics.of(r)
     cost, total = odds.expected(r, found, odds.surprise)
     if beta is not None:
         cost -= jnp.asarray(beta, cost.dtype) * total * odds.entropy(r, found)
-    return rows.close(r, found, cost)
+    return statistics.close(r, found, cost)
 
 
 @jax.jit
 def _normalized(batch):
     r = rows.of(batch)
-    found = rows.statistics(r)
+    found = statistics.of(r)
     cost, _ = odds.expected(r, found, odds.surprise)
     everything = odds.total_surprise(r, found)
     alone = everything == 0
-    return rows.close(r, found, cost / numerics.where(alone, jnp.ones_like(everything), everything))
+    return statistics.close(r, found, cost / numerics.where(alone, jnp.ones_like(everything), everything))

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, odds, rows, surprises
+from xentjax._core import checks, odds, rows, statistics, surprises
 
 
 def softmax_cross_entropy(
@@ -287,41 +287,41 @@ def row_statistics(
 @jax.jit
 def _cross_entropy(batch, smoothing, class_weights, z_loss):
     r = rows.of(batch)
-    found = rows.statistics(r)
+    found = statistics.of(r)
     loss, total = odds.expected(r, found, odds.surprise, smoothing, class_weights)
     if z_loss is not None:
         loss += jnp.asarray(z_loss, loss.dtype) * total * (found.reference + found.log_sum) ** 2
-    return rows.close(r, found, loss)
+    return statistics.close(r, found, loss)
 
 
 @jax.jit
 def _focal(batch, gamma, smoothing, class_weights):
     r = rows.of(batch)
-    found = rows.statistics(r)
+    found = statistics.of(r)
     loss, _ = odds.expected(r, found, functools.partial(odds.focal, gamma=gamma), smoothing, class_weights)
-    return rows.close(r, found, loss)
+    return statistics.close(r, found, loss)
 
 
 @jax.jit
 def _top_k(batch, ids, probs):
     r = rows.of(batch)
-    found = rows.statistics(r)
+    found = statistics.of(r)
     loss = jnp.sum(probs.astype(r.values.dtype) * surprises.surprise_at(r, found, ids), axis=-1)
-    return rows.close(r, found, loss)
+    return statistics.close(r, found, loss)
 
 
 @jax.jit
 def _statistics(batch):
     r = rows.of(batch)
-    found = rows.statistics(r)
+    found = statistics.of(r)
     u = surprises.surprise(r, found)
     p = jnp.exp(-u)
     loss, _ = odds.expected(r, found, odds.surprise)
     return RowStatistics(
-        log_prob=-rows.close(r, found, loss),
-        log_normalizer=rows.row_value(r, rows.log_normalizer(r, found)),
+        log_prob=-statistics.close(r, found, loss),
+        log_normalizer=rows.row_value(r, statistics.log_normalizer(r, found)),
         entropy=rows.row_value(r, odds.entropy(r, found)),
         expected_logit=rows.row_value(r, rows.class_sum(r, p * rows.finite_values(r))),
         max_logit=rows.row_value(r, rows.largest(r)),
-        correct=rows.hits(r, found),
+        correct=statistics.hits(r, found),
     )

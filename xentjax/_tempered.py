@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics, odds, rows
+from xentjax._core import checks, numerics, odds, rows, statistics
 
 _STEPS = 12  # of Newton; float64 needs 8 for logits 100 apart among 1,000 classes at any t2 in [1, 4]
 
@@ -75,7 +75,7 @@ def _bi_tempered(batch, t1, t2):
     r = rows.of(batch)
     dtype = r.values.dtype
     alpha, heavy = 1 - jnp.asarray(t1, dtype), jnp.asarray(t2, dtype) - 1
-    found = rows.statistics(r._replace(labels=None))
+    found = statistics.of(r._replace(labels=None))
     z = rows.finite_values(r)
     keep = rows.masked(jnp.isfinite(r.values) | jnp.isnan(r.values), r.where, r.class_mask)
     u = _tempered_surprise(r, z, keep, found.reference, heavy)
@@ -88,7 +88,7 @@ def _bi_tempered(batch, t1, t2):
         others = rows.class_sum(r, numerics.where(label, 0, power))
         return numerics.nan_unless(rows.in_range(r), _excess(own, rest, alpha) + others / (1 + alpha))
 
-    return rows.close(r, found, odds.by_label(r, loss_of_index))
+    return statistics.close(r, found, odds.by_label(r, loss_of_index))
 
 
 def _tempered_surprise(r, z, keep, top, heavy):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import mesh, numerics, rows, surprises
+from xentjax._core import mesh, numerics, rows, statistics, surprises
 
 
 def surprise(log_odds: Array) -> Array:
@@ -30,13 +30,13 @@ def focal(log_odds: Array, gamma: ArrayLike | None) -> Array:
 def loss(batch: rows.Examples, phi: Callable[[Array], Array]) -> Array:
     """The whole of a loss that is a φ of the log-odds and nothing else."""
     r = rows.of(batch)
-    found = rows.statistics(r)
-    return rows.close(r, found, expected(r, found, phi)[0])
+    found = statistics.of(r)
+    return statistics.close(r, found, expected(r, found, phi)[0])
 
 
 def expected(
     r: rows.Rows,
-    found: rows.Statistics,
+    found: statistics.Statistics,
     phi: Callable[..., Array],
     smoothing: ArrayLike | None = None,
     class_weights: Array | None = None,
@@ -86,12 +86,12 @@ def by_label(r: rows.Rows, loss_of_index: Callable[[rows.Rows], Array]) -> Array
     return jnp.sum(lax.map(term, jnp.arange(r.classes, dtype=jnp.int32)), axis=0)
 
 
-def entropy(r: rows.Rows, found: rows.Statistics) -> Array:
+def entropy(r: rows.Rows, found: statistics.Statistics) -> Array:
     """H(p) = −Σ_k p_k log p_k of every row, as c + Σ_k p_k(m − z_k): neither term is ever negative."""
     return _entropy(r.values, found.reference, found.log_sum, r.class_mask, r.where, r.axis_name)
 
 
-def total_surprise(r: rows.Rows, found: rows.Statistics) -> Array:
+def total_surprise(r: rows.Rows, found: statistics.Statistics) -> Array:
     """Σ_k −log p_k over the classes that exist, as K·c + Σ_k (m − z_k)."""
     below = rows.class_sum(r, rows.masked(found.reference[..., None] - r.values, r.where, r.class_mask))
     return rows.class_count(r) * found.log_sum + numerics.where(below == jnp.inf, numerics.INFINITE, below)

@@ -1,6 +1,6 @@
 """The surprise −log p of classes, and its expectation under soft labels, the cross-entropy of distributions.
 
-With m the largest logit and c = lse − m (`rows.statistics`), −log p_k = (m − z_k) + c. Neither term is negative, so nothing cancels.
+With m the largest logit and c = lse − m (`statistics.of`), −log p_k = (m − z_k) + c. Neither term is negative, so nothing cancels.
 
 Derivatives. ∂(−log p_k)/∂z_j = p_j − [j = k], which cancels only at a class that holds most of the probability. At most one class does:
 the pivot *, the largest one if p_* > 1/2. With q = 1 − p_* = −expm1(−c), the sum over the other classes divided by that over all,
@@ -22,15 +22,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from xentjax._core import mesh, numerics, rows
+from xentjax._core import mesh, numerics, rows, statistics
 
 
-def surprise(r: rows.Rows, found: rows.Statistics) -> Array:
+def surprise(r: rows.Rows, found: statistics.Statistics) -> Array:
     """−log p_k for every class [..., classes]; INFINITE for classes that do not exist."""
     return _surprise(r.values, r.raw, found.reference, found.log_sum, None, r.class_mask, r.where, r.axis_name)[0]
 
 
-def surprise_at(r: rows.Rows, found: rows.Statistics, index: Array) -> Array:
+def surprise_at(r: rows.Rows, found: statistics.Statistics, index: Array) -> Array:
     """−log p at several classes of a row, `index` [..., k]; NaN where an index is out of range, INFINITE where it does not exist."""
     index = rows.masked(index.astype(numerics.index_dtype(index)), r.where)
     inside = rows.is_class(r, index)
@@ -44,7 +44,7 @@ def class_log_odds(r: rows.Rows) -> Array:
     Only the largest class can have a small 1 − p_k, of which its surprise says too little: its log-odds are those of a label.
     """
     top = r._replace(labels=rows.largest_class(r))
-    found = rows.statistics(top)
+    found = statistics.of(top)
     assert found.log_odds is not None
     u = jnp.maximum(surprise(top, found), 0.5)  # p_k ≤ 1/2 for the others; e^(−1/2) > 1/2 leaves them as they are
     of_top = mesh.vary(found.log_odds, mesh.axes_of(u))[..., None]  # before it is as wide as the classes, its gradient's sum likewise
@@ -94,7 +94,7 @@ def _(axis_name, primals, tangents):
 
 def _pivot(r, m, c):
     """Whether a class holds more than half of the probability [..., classes]."""
-    return rows.same_as_largest(r, m) & (lax.stop_gradient(c) < math.log(2))[..., None]
+    return statistics.same_as_largest(r, m) & (lax.stop_gradient(c) < math.log(2))[..., None]
 
 
 def _at(r, per_class, index):
@@ -116,7 +116,7 @@ def _expected(values, raw, t, class_mask, where, axis_name):
     m, keep = rows.reference(r), rows.kept(r)
     below = m[..., None] - r.values
     below = jnp.minimum(below, numerics.INFINITE) if keep is None else numerics.where(keep & (below < jnp.inf), below, numerics.INFINITE)
-    log_sum = jnp.log1p(rows.excess(*rows.rest_and_ties(r, m, rows.marked_exponentials(r, m))))
+    log_sum = jnp.log1p(statistics.excess(*statistics.rest_and_ties(r, m, statistics.marked_exponentials(r, m))))
     return rows.class_sum(r, t * below) + rows.class_sum(r, t) * log_sum
 
 
@@ -130,7 +130,7 @@ def _(axis_name, primals, tangents):
 
     # In half precision a backward pass of its own is handed the logits, not their gradient in float32.
     linear = jax.checkpoint(linear, prevent_cse=False) if r.half else linear
-    dot = linear(values, raw, t, tangents[0]) + rows.class_sum(r, surprise(r, rows.statistics(r)) * tangents[2])
+    dot = linear(values, raw, t, tangents[0]) + rows.class_sum(r, surprise(r, statistics.of(r)) * tangents[2])
     return _expected(*primals, axis_name), dot
 
 
@@ -139,10 +139,10 @@ def _slope(values, raw, t, class_mask, where, axis_name):
     """The gradient s·p − t; at the pivot r·p_* − t_*·q."""
     r = rows.Rows(raw, values, None, class_mask, where, axis_name)
     m = rows.reference(r)
-    e = rows.marked_exponentials(r, m)
-    rest, ties = rows.rest_and_ties(r, m, e)
+    e = statistics.marked_exponentials(r, m)
+    rest, ties = statistics.rest_and_ties(r, m, e)
     others, s = _label_sums(r, m, e, t)
-    total = 1 + rows.excess(rest, ties)
+    total = 1 + statistics.excess(rest, ties)
     of_pivot = (others * ties - (s - others) * rest) / total
     # Numbers per row are made before the loop over classes; XLA would make them once per class.
     scale, of_pivot, confident = lax.optimization_barrier((s / total, of_pivot, total < 2))
@@ -157,29 +157,29 @@ def _(axis_name, primals, tangents):
     values, raw, t, class_mask, where = primals
     r = rows.Rows(raw, values, None, class_mask, where, axis_name)
     z_dot, t_dot = (rows.masked(x, where, class_mask) for x in (tangents[0], tangents[2]))
-    p = rows.softmax(r)
+    p = statistics.softmax(r)
     s, s_dot, mean = (rows.widened(r, rows.class_sum(r, x)) for x in (t, t_dot, p * z_dot))
     dot = p * (s * (z_dot - mean) + s_dot) - t_dot
     # The gradient sums to 0 over the classes, and so does its derivative.
-    found = rows.statistics(r)
+    found = statistics.of(r)
     pivot = _pivot(r, found.reference, found.log_sum)
     balance = -rows.class_sum(r, numerics.where(pivot, 0, dot))
     return _slope(*primals, axis_name), rows.masked(numerics.where(pivot, _fill(dot, balance), dot), where, class_mask)
 
 
 def _label_sums(r, m, e, t):
-    """Σ t_k over the classes below the largest, and over all; `e` comes from `rows.marked_exponentials`."""
+    """Σ t_k over the classes below the largest, and over all; `e` comes from `statistics.marked_exponentials`."""
     fixed = lax.stop_gradient(e)
-    if r.half or r.raw.shape[-1] <= rows.FEW:
-        largest = rows.same_as_largest(r, m) if r.half else fixed < -0.5
-        return rows.two_sums(r, numerics.where(largest, 0, t), t)
+    if r.half or r.raw.shape[-1] <= statistics.FEW:
+        largest = statistics.same_as_largest(r, m) if r.half else fixed < -0.5
+        return statistics.two_sums(r, numerics.where(largest, 0, t), t)
     return rows.class_sum(r, t + t * jnp.minimum(fixed, -0.0)), rows.class_sum(r, t)  # t − t at the largest
 
 
 # The rule of the largest class -------------------------------------------------------------------------------------------
 
 
-def smallest(r: rows.Rows, found: rows.Statistics) -> Array:
+def smallest(r: rows.Rows, found: statistics.Statistics) -> Array:
     """−log max_k p_k of every row; classes that tie share the derivative."""
     return _smallest(r.values, r.raw, found.reference, found.log_sum, r.class_mask, r.where, r.axis_name)
 
@@ -188,7 +188,7 @@ def smallest(r: rows.Rows, found: rows.Statistics) -> Array:
 def _smallest(values, raw, m, c, class_mask, where, axis_name):
     """c, of which the rule knows that it belongs to the largest classes; in the code, m − z_k of their mean, 0 with a derivative."""
     r = rows.Rows(raw, values, None, class_mask, where, axis_name)
-    largest = rows.same_as_largest(r, m)
+    largest = statistics.same_as_largest(r, m)
     return c + rows.class_sum(r, numerics.where(largest, m[..., None] - rows.finite_values(r), 0)) / _ties(r, largest)
 
 
@@ -196,7 +196,7 @@ def _smallest(values, raw, m, c, class_mask, where, axis_name):
 def _(axis_name, primals, tangents):
     values, raw, m, c, class_mask, where = primals
     r = rows.Rows(raw, values, None, class_mask, where, axis_name)
-    u, largest, moved = _smallest(*primals, axis_name), rows.same_as_largest(r, m), rows.masked(tangents[0], where, class_mask)
+    u, largest, moved = _smallest(*primals, axis_name), statistics.same_as_largest(r, m), rows.masked(tangents[0], where, class_mask)
     ties = _ties(r, largest)
     p = jnp.exp(-_surprise(values, raw, m, c, None, class_mask, where, axis_name)[0])
     by_others = rows.class_sum(r, numerics.where(largest, 0, p * moved))

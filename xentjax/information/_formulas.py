@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics, rows, surprises, values
+from xentjax._core import checks, numerics, rows, statistics, surprises, values
 
 FAR = 2.0**60  # |log(p/q)| where one of them is 0; its square is a float32
 
@@ -80,7 +80,7 @@ class Distribution(NamedTuple):
     p: Array
     log: Array  # log p; 0 where p is 0, for logits with the derivative that it would have
     zero: Array  # where p is 0, not where it underflows
-    row: tuple[rows.Rows, rows.Statistics] | None  # for logits
+    row: tuple[rows.Rows, statistics.Statistics] | None  # for logits
 
 
 class Pair(NamedTuple):
@@ -100,7 +100,7 @@ def distribution(x: Array, where: Array | None, axis: int, from_logits: bool) ->
         zero = x == 0
         return Distribution(x, jnp.log(numerics.where(zero, 1, x)), zero, None)
     r = rows.of(rows.Examples(x, None, None, None, x.ndim - 1, None))
-    found = rows.statistics(r)
+    found = statistics.of(r)
     u = surprises.surprise(r, found)
     zero = numerics.is_infinite(u)
     log = lax.stop_gradient(numerics.where(zero, u, 0)) - u

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from xentjax._core import numerics, rows
+from xentjax._core import numerics, rows, statistics
 from xentjax.information import _formulas
 
 _compiled = functools.partial(jax.jit, static_argnames=("from_logits",))
@@ -129,5 +129,5 @@ def _on_grid(x):
 
 def _normalizer(z):
     r = rows.of(rows.Examples(z, None, None, None, z.ndim - 1, None))
-    found = rows.statistics(r)
+    found = statistics.of(r)
     return found.reference, found.log_sum, found.dead

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics, rows, sums
+from xentjax._core import checks, numerics, rows, statistics, sums
 from xentjax._reduction import WeightedSum
 from xentjax.metrics import _counts
 
@@ -128,7 +128,7 @@ def calibration(
 @functools.partial(jax.jit, static_argnames="bins")
 def _calibration(batch, weights, bins):
     r = rows.of(batch)
-    found = rows.statistics(r._replace(labels=None))
+    found = statistics.of(r._replace(labels=None))
     confidence = rows.row_value(r, jnp.exp(-lax.stop_gradient(found.log_sum)))
     hit = _counts.hits(r, 1, first=True)
     valid = ~jnp.isnan(hit) & ~jnp.isnan(confidence) & ~found.dead
