@@ -189,7 +189,6 @@ ROWS = (
         pairs,
         in_batch,
         (0, 1, 2, 3),
-        keywords={"ids": ITEMS},
         independent=False,
     ),
     Row(

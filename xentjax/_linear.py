@@ -288,9 +288,9 @@ def check_fused(function: str, loss_fn: Callable, reduction: str, chunk_size: in
 
 
 def check_weights(function: str, reduction: str, where: Array | None, weights: Array | None) -> None:
-    """Inside `xentjax.checked`, an error unless the weights of a mean are ≥ 0; sums take signed ones."""
-    if weights is not None and reduction == "mean":
-        values.weights(function, "weights", weights, where)
+    """Inside `xentjax.checked`, an error unless the weights of a mean are ≥ 0; sums take signed ones, but not NaN."""
+    if weights is not None:
+        (values.weights if reduction == "mean" else values.not_nan)(function, "weights", weights, where)
 
 
 def _check_options(function: str, reduction: str, chunk_size: int | None) -> None:

@@ -177,10 +177,10 @@ def weighted_mean(
     Reference:
         Why both sums cross devices before the division: transformers issues 34191 and 34242, 2024.
     """
-    checked = _check("weighted_mean", values, weights, where)
-    if checked[1] is not None:
-        check_weights("weighted_mean", "weights", *checked[1:])
-    pair = _sum(*checked, axis)
+    v, w, counts = _check("weighted_mean", values, weights, where)
+    if w is not None:
+        check_weights("weighted_mean", "weights", w, counts)
+    pair = _sum(v, w, counts, axis)
     return (pair if axis_name is None else pair.psum(axis_name)).mean()
 
 

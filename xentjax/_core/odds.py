@@ -64,6 +64,7 @@ def expected(
         count = jnp.asarray(rows.class_count(r), r.values.dtype)
         share = rows.masked(jnp.broadcast_to((1 / count)[..., None], r.values.shape), None, r.class_mask)
     if found.log_odds is None:
+        assert r.labels is not None
         return sums(r.labels if smoothing is None else (1 - smoothing) * r.labels + rows.masked(smoothing * share, r.where))
     s = jnp.ones_like(found.log_odds) if w is None else rows.at_label(r, w)
     loss = s * phi(found.log_odds, *(() if of_class is None else (rows.at_label(r, of_class),)))

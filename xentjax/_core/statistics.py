@@ -161,9 +161,9 @@ def _softmax(values, raw, class_mask, where, axis_name):
 
 @_softmax.defjvp
 def _(axis_name, primals, tangents):
-    p = _softmax(*primals, axis_name)
-    r = rows.Rows(primals[1], primals[0], None, *primals[2:], axis_name)
-    moved = rows.masked(tangents[0], r.where, r.class_mask)
+    values, raw, class_mask, where = primals
+    p, moved = _softmax(*primals, axis_name), rows.masked(tangents[0], where, class_mask)
+    r = rows.Rows(raw, values, None, class_mask, where, axis_name)
     return p, p * (moved - rows.widened(r, rows.class_sum(r, p * moved)))
 
 
