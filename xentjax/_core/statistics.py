@@ -31,7 +31,7 @@ from jax import Array, lax
 
 from xentjax._core import numerics, rows
 
-FEW = 32  # classes up to which XLA on CPUs sums in one loop, without a tree of stored partial sums
+_FEW = 32  # classes up to which XLA on CPUs sums in one loop, without a tree of stored partial sums
 
 
 class Statistics(NamedTuple):
@@ -185,7 +185,7 @@ def rest_and_ties(r: rows.Rows, m: Array, e: Array) -> tuple[Array, Array]:
         largest = same_as_largest(r, m)
         rest = rows.class_sum(r, exponentials(r, m, rows.all_of(~largest, r.class_mask, r.where)))
         return rest + numerics.zero_without_derivative(r.values[..., 0]), rows.class_sum(r, largest.astype(m.dtype))
-    if r.raw.shape[-1] <= FEW:
+    if few(r):
         return two_sums(r, jnp.maximum(e, 0), jnp.maximum(-e, 0))
     rest = rows.class_sum(r, jnp.maximum(e, 0))
     ties = rest - rows.class_sum(r, e)  # a whole number with a derivative
@@ -202,9 +202,15 @@ def same_as_largest(r: rows.Rows, m: Array) -> Array:
     return rows.masked(numerics.same(lax.stop_gradient(r.raw), m.astype(r.raw.dtype)[..., None]), r.where, r.class_mask)
 
 
+def few(r: rows.Rows) -> bool:
+    """Whether the classes held here are few enough for one loop over them; a symbolic number is not."""
+    classes = r.raw.shape[-1]
+    return isinstance(classes, int) and classes <= _FEW
+
+
 def two_sums(r: rows.Rows, x: Array, y: Array) -> tuple[Array, Array]:
     """Σ x and Σ y over the classes, as one complex sum if they are few: of two real sums XLA on CPUs would store the operands."""
-    if r.raw.shape[-1] > FEW:
+    if not few(r):
         return rows.class_sum(r, x), rows.class_sum(r, y)
     both = jnp.sum(lax.complex(x, y), axis=-1)
     return rows.over_devices(r, both.real), rows.over_devices(r, both.imag)

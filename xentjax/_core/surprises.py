@@ -85,11 +85,18 @@ def _(axis_name, primals, tangents):
     by_others = rows.class_sum(r, numerics.where(pivot, 0, jnp.exp(-u) * moved))
     by_pivot = rows.class_sum(r, numerics.where(pivot, moved, 0))
     dot_of_pivot = by_others + jnp.expm1(-of_pivot) * by_pivot
-    of_others = rows.widened(r, by_others + jnp.exp(-of_pivot) * by_pivot) - _at(r, moved, index)
-    dot = numerics.where(_at(r, pivot, index), _fill(of_others, dot_of_pivot), of_others)
-    if index is None:
-        return (u, of_pivot), (dot if class_mask is None else numerics.where(class_mask, dot, 0), dot_of_pivot)
-    return _surprise(*primals, axis_name), (dot, dot_of_pivot)
+    dot_of_others = by_others + jnp.exp(-of_pivot) * by_pivot
+    if index is not None:
+        on_pivot = _at(r, pivot, index)
+        dot = _either(on_pivot, dot_of_pivot[..., None], dot_of_others[..., None] - _at(r, moved, index))
+        return _surprise(*primals, axis_name), (dot, dot_of_pivot)
+    dot = _either(pivot, rows.widened(r, dot_of_pivot), rows.widened(r, dot_of_others) - moved)
+    return (u, of_pivot), (dot if class_mask is None else numerics.where(class_mask, dot, 0), dot_of_pivot)
+
+
+def _either(condition, number, x):
+    """`number` [..., 1] where `condition`, `x` elsewhere; a product, because a selection would widen the number first, on every device."""
+    return condition.astype(x.dtype) * number + numerics.where(condition, 0, x)
 
 
 def _pivot(r, m, c):
@@ -164,13 +171,13 @@ def _(axis_name, primals, tangents):
     found = statistics.of(r)
     pivot = _pivot(r, found.reference, found.log_sum)
     balance = -rows.class_sum(r, numerics.where(pivot, 0, dot))
-    return _slope(*primals, axis_name), rows.masked(numerics.where(pivot, _fill(dot, balance), dot), where, class_mask)
+    return _slope(*primals, axis_name), rows.masked(_either(pivot, rows.widened(r, balance), dot), where, class_mask)
 
 
 def _label_sums(r, m, e, t):
     """Σ t_k over the classes below the largest, and over all; `e` comes from `statistics.marked_exponentials`."""
     fixed = lax.stop_gradient(e)
-    if r.half or r.raw.shape[-1] <= statistics.FEW:
+    if r.half or statistics.few(r):
         largest = statistics.same_as_largest(r, m) if r.half else fixed < -0.5
         return statistics.two_sums(r, numerics.where(largest, 0, t), t)
     return rows.class_sum(r, t + t * jnp.minimum(fixed, -0.0)), rows.class_sum(r, t)  # t − t at the largest
