@@ -1,7 +1,8 @@
 """softmax_cross_entropy beside optax on logits in memory: time, compile time, temporary memory.
 
 Value and gradient of the mean over a batch with integer labels, against `optax.softmax_cross_entropy_with_integer_labels`; compiled,
-and called outside jit. With --all, every categorical loss beside softmax_cross_entropy instead.
+and called outside jit. With --soft, labels are distributions and the peer is `optax.softmax_cross_entropy`. With --all, every categorical
+loss beside softmax_cross_entropy instead.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from benchmarks import families, measure, plots, report, shapes
 
 SIZES = ((50_000, 10), (8_000, 1_000), (1_000, 32_000), (250, 128_000))
 DEFAULT = tuple(shapes.Shape(tokens, None, classes, dtype) for dtype in ("float32", "bfloat16") for tokens, classes in SIZES)
+SOFT = tuple(shapes.Shape(tokens, None, classes) for tokens, classes in (*SIZES[:3], (3_001, 1_009), (499, 32_003)))
 EAGER_SHAPE = (8_000, 1_000)
 
 
@@ -26,18 +28,22 @@ def ours(logits, labels):
 
 
 def theirs(logits, labels):
+    if labels.ndim == logits.ndim:
+        return optax.softmax_cross_entropy(logits, labels).mean()
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def problem(shape, dtype):
+def problem(shape, dtype, soft=False):
     rng = np.random.default_rng(0)
     logits = jnp.asarray(rng.normal(size=shape) * 3, dtype)
+    if soft:
+        return logits, jnp.asarray(rng.dirichlet(np.ones(shape[1]), shape[0]), jnp.float32)
     return logits, jnp.asarray(rng.integers(0, shape[1], shape[0]), jnp.int32)
 
 
-def compiled(shape, dtype, rounds: int) -> dict:
+def compiled(shape, dtype, rounds: int, soft: bool = False) -> dict:
     """One row of the table: value and gradient inside jit."""
-    arguments = problem(shape, dtype)
+    arguments = problem(shape, dtype, soft)
     functions = jax.value_and_grad(ours), jax.value_and_grad(theirs)
     programs = tuple(jax.jit(f).lower(*arguments).compile() for f in functions)
     time = measure.interleaved(programs[0], programs[1], arguments, rounds * (5 if shape[1] < 100 else 1))
@@ -55,9 +61,9 @@ def compiled(shape, dtype, rounds: int) -> dict:
     }
 
 
-def eager(shape, rounds: int) -> list[dict]:
+def eager(shape, rounds: int, soft: bool = False) -> list[dict]:
     """Calls outside jit, value alone and value with gradient, in float32."""
-    arguments = problem(shape, jnp.float32)
+    arguments = problem(shape, jnp.float32, soft)
     rows = []
     for name, derive in (("value", lambda f: f), ("value and gradient", jax.value_and_grad)):
         time = measure.interleaved(derive(ours), derive(theirs), arguments, rounds)
@@ -67,6 +73,7 @@ def eager(shape, rounds: int) -> list[dict]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     report.add_arguments(parser, rounds=31, shape=shapes.parse)
+    parser.add_argument("--soft", action="store_true", help="labels that are distributions")
     parser.add_argument("--all", action="store_true", help="every categorical loss beside softmax_cross_entropy")
 
 
@@ -75,11 +82,14 @@ def run(arguments: argparse.Namespace) -> None:
         plots.require()
     if arguments.all:
         return run_all(arguments)
-    cases = arguments.shapes or DEFAULT
+    cases = arguments.shapes or (SOFT if arguments.soft else DEFAULT)
     size = (cases[0].tokens, cases[0].classes) if arguments.shapes else EAGER_SHAPE
     print(f"jax {jax.__version__}, optax {optax.__version__}, {jax.devices()[0].device_kind}; xentjax / optax")
-    rows = [compiled((case.tokens, case.classes), case.dtype, arguments.rounds) for case in tqdm(cases, desc="dense", unit="shape")]
-    outside = eager(size, arguments.rounds)
+    rows = [
+        compiled((case.tokens, case.classes), case.dtype, arguments.rounds, arguments.soft)
+        for case in tqdm(cases, desc="dense", unit="shape")
+    ]
+    outside = eager(size, arguments.rounds, arguments.soft)
     ratios = ("time ratio", "compile ratio", "first compile ratio")
     dtypes = dict.fromkeys(row["dtype"] for row in rows)
     medians = {d: {k: round(statistics.median(r[k] for r in rows if r["dtype"] == d), 2) for k in ratios} for d in dtypes}

@@ -164,6 +164,33 @@ def test_one_hot_rows_have_the_gradient_of_their_index(case, rng, classes=7):
         assert (np.abs(of_row - of_index) / EPS <= bound).all()
 
 
+@pytest.mark.parametrize("classes", [5, 40])
+@pytest.mark.parametrize("kind", ["index", *SOFT])
+def test_logits_that_the_same_program_makes(classes, kind, rng):
+    # XLA makes logits that are a product anew in every loop that reads them, and rounds a product and a difference once instead of twice:
+    # the largest logit less the maximum is then not 0.
+    z, y = ladder(rng, classes)
+    factor = jnp.float32(1.1)
+    labels = y if kind == "index" else soft_labels(rng, y, classes, kind)
+    found = jax.jit(lambda z: (xentjax.softmax_cross_entropy(z * factor, labels), xentjax.row_statistics(z * factor, labels)))(z)
+    slope = jax.jit(jax.grad(lambda z: xentjax.softmax_cross_entropy(z * factor, labels).sum()))(z)
+    made = np.asarray(z * factor)
+    t = ref.targets(ref.Exact, labels, classes)
+    value, exact = ref.cross_entropy(ref.Exact, ref.Exact.array(made), t), ref.cross_entropy_gradient(ref.Exact, ref.Exact.array(made), t)
+    # A logit may be taken before or after its rounding, half an ulp of it: that much of each probability.
+    error = 1 + np.abs(made).max(-1)
+    lead = np.max(np.abs(made - made.max(-1, keepdims=True)), -1)
+    bound = (8 + lead + 2 * error) * EPS * np.abs(value.astype(float)) + 10 * classes * TINY
+    for result in (found[0], -np.asarray(found[1].log_prob)):
+        assert (np.abs(np.asarray(result, np.float64) - value.astype(float)) <= bound).all()
+    p = ref.softmax(ref.Exact, ref.Exact.array(made))
+    s = t.sum(-1, keepdims=True)
+    size = 1.1 * np.maximum((s - t) * p, t * (1 - p)).astype(float)
+    bound = (10 + lead + 2 * error)[:, None] * EPS * size * 2 + 10 * classes * TINY
+    assert (np.abs(np.asarray(slope, np.float64) - 1.1 * exact.astype(float)) <= bound + EPS * np.abs(exact.astype(float))).all()
+    np.testing.assert_allclose(found[1].log_normalizer, log_sum_exp(made)[:, 0], rtol=8 * EPS, atol=8 * EPS * error.max())
+
+
 @pytest.mark.parametrize("case", [c for c in cases.BITS if np.ndim(c.formula.get("pos_weight", 0)) == 0], ids=str)
 @pytest.mark.parametrize("label", [0, 1])
 def test_bits(case, label):

@@ -7,6 +7,8 @@ large enough that its exponential is exactly 0. A loss of that size is turned in
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jax.typing import ArrayLike
 
 from xentjax._core import mesh
@@ -56,12 +58,6 @@ def finite(x: Array) -> Array:
 
 
 finite.defjvp(lambda primals, tangents: (finite(*primals), tangents[0]))
-
-
-def zero_without_derivative(x: Array) -> Array:
-    """0, with a derivative of NaN or ∞: what is not to be differentiated says so."""
-    x = where(jnp.isfinite(x), x, jnp.zeros_like(x))
-    return jnp.sqrt(x - lax.stop_gradient(x))
 
 
 def expand_leading(x: Array, ndim: int) -> Array:
@@ -172,10 +168,14 @@ def select_logits(keep: Array, logits: Array) -> Array:
     16-bit floats are selected as integers: XLA on CPUs does floating-point selects of half precision in float32, and
     would store the whole array in that width.
     """
-    fill = jnp.array(-jnp.inf, logits.dtype)
     if logits.dtype.itemsize == 2:
-        return lax.bitcast_convert_type(where(keep, _bits(logits), _bits(fill)), logits.dtype)
-    return where(keep, logits, fill)
+        return _by_bits(_select_bits, lambda z, keep: where(keep, z, 0), logits, keep)
+    return where(keep, logits, jnp.array(-jnp.inf, logits.dtype))
+
+
+def _select_bits(logits, keep):
+    fill = _bits(jnp.array(-jnp.inf, logits.dtype))
+    return lax.bitcast_convert_type(where(keep, _bits(logits), fill), logits.dtype)
 
 
 def same(x: Array, y: Array) -> Array:
@@ -190,9 +190,16 @@ def take_last(x: Array, index: Array, *, differentiated: bool = False) -> Array:
     """
     if mesh.is_apart(x):
         return _take_by_comparison(x, index)
-    bits = _bits(x) if x.dtype.itemsize == 2 else x
-    taken = _lookup(bits, index) if differentiated else jnp.take_along_axis(bits, index, axis=-1, mode="clip")
-    return lax.bitcast_convert_type(taken, x.dtype) if x.dtype.itemsize == 2 else taken
+    take = _lookup if differentiated else _take
+    return _by_bits(_take_bits, take, x, index) if x.dtype.itemsize == 2 else take(x, index)
+
+
+def _take(x, index):
+    return jnp.take_along_axis(x, index, axis=-1, mode="clip")
+
+
+def _take_bits(x, index):
+    return lax.bitcast_convert_type(_take(_bits(x), index), x.dtype)
 
 
 @jax.jit  # inside jax.checkpoint, checkify only accepts a lookup that is a function of its own
@@ -212,7 +219,6 @@ def _take_by_comparison(x, index):
     return jnp.stack(found, axis=-1)
 
 
-@jax.custom_jvp
 def widen(x: Array) -> Array:
     """`x` in the accumulation dtype, without a conversion that XLA could share with another loop.
 
@@ -220,14 +226,47 @@ def widen(x: Array) -> Array:
     of a float32, so shifting them says the same in other operations.
     """
     if x.dtype == jnp.bfloat16:
-        return lax.bitcast_convert_type(lax.shift_left(_bits(x).astype(jnp.uint32), jnp.uint32(16)), jnp.float32)
+        return _by_bits(_widen_bits, lambda x: x.astype(jnp.float32), x)
     return x.astype(accumulation_dtype(x.dtype))
 
 
-@widen.defjvp
-def _(primals, tangents):
-    return widen(*primals), tangents[0].astype(accumulation_dtype(tangents[0].dtype))
+def _widen_bits(x):
+    return lax.bitcast_convert_type(lax.shift_left(_bits(x).astype(jnp.uint32), jnp.uint32(16)), jnp.float32)
 
 
 def _bits(x: Array) -> Array:
     return lax.bitcast_convert_type(x, jnp.uint16)
+
+
+# A function of the bits of x has no derivative. JAX may drop a `custom_jvp` that gives it one: `lax.scan` drops rules from what a second
+# derivative goes through. So it is a primitive. `value` works on the bits; `tangent` is its derivative by x, in plain operations.
+
+_of_bits = Primitive("of_bits")
+
+
+def _by_bits(value, tangent, x, *others):
+    axes = mesh.axes_of(x, others)
+    return _of_bits.bind(*(mesh.vary(a, axes) for a in (x, *others)), value=value, tangent=tangent)
+
+
+@_of_bits.def_abstract_eval
+def _(x, *others, value, tangent):
+    out = jax.eval_shape(value, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, *others)))
+    like = x if out.shape == x.shape else others[-1]  # what is looked up lies as the indices do
+    return like.update(shape=out.shape, dtype=out.dtype, weak_type=False)
+
+
+def _jvp(primals, tangents, *, value, tangent):
+    return _of_bits.bind(*primals, value=value, tangent=tangent), tangent(ad.instantiate_zeros(tangents[0]), *primals[1:])
+
+
+def _batch(arrays, dims, *, value, tangent):
+    size = next(x.shape[d] for x, d in zip(arrays, dims, strict=True) if d is not None)
+    front = [jnp.broadcast_to(x, (size, *x.shape)) if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(arrays, dims, strict=True)]
+    return _of_bits.bind(*front, value=value, tangent=tangent), 0
+
+
+_of_bits.def_impl(lambda *arrays, value, tangent: value(*arrays))
+ad.primitive_jvps[_of_bits] = _jvp
+batching.primitive_batchers[_of_bits] = _batch
+mlir.register_lowering(_of_bits, mlir.lower_fun(lambda *arrays, value, tangent: value(*arrays), multiple_results=False))

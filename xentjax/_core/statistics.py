@@ -89,12 +89,10 @@ def _log_sums(values, raw, labels, class_mask, where, axis_name):
     `raw` holds the same numbers as `values` in the caller's dtype, and the rule takes no derivative through it.
 
     JAX may differentiate this code in place of the rule: `lax.scan` drops rules from what a second derivative goes through. So
-    it has the right derivative, if not at every margin; in half precision, whose bits have none, it has NaN.
+    it has the right derivative, if not at every margin.
     """
     r = rows.Rows(raw, values, labels, class_mask, where, axis_name)
     m = rows.reference(r)
-    if r.half:
-        m += numerics.zero_without_derivative(values[..., 0])
     total = rows.class_sum(r, exponentials(r, m, rows.all_of(~rows.on_label(r), class_mask, where)))
     empty = total == 0  # no other class exists, or all underflow: p_y = 1
     total = numerics.where(empty, jnp.ones_like(total), total)
@@ -172,11 +170,11 @@ def marked_exponentials(r: rows.Rows, m: Array) -> Array:
 
     One array then tells which classes are the largest, and all loops of a loss read it instead of the logits.
     """
-    x = (numerics.widen(r.raw) if r.half else r.values) + (-m)[..., None]
+    z, below = numerics.widen(r.raw) if r.half else r.values, (-m)[..., None]
+    x, largest = z + below, -z == below  # not `x == 0`: z may be a product, of which XLA makes x with one rounding instead of two
     keep = rows.kept(r)
     x = x if keep is None else numerics.where(keep, x, -jnp.inf)
-    # not `x == 0`, whose broadcast 0 would be shared; what is above −tiny is 0, because XLA flushes smaller numbers
-    return numerics.where(x > -jnp.finfo(x.dtype).tiny, -1 - x, jnp.exp(x))
+    return numerics.where(largest if keep is None else largest & keep, -1 - x, jnp.exp(x))
 
 
 def rest_and_ties(r: rows.Rows, m: Array, e: Array) -> tuple[Array, Array]:
@@ -184,7 +182,7 @@ def rest_and_ties(r: rows.Rows, m: Array, e: Array) -> tuple[Array, Array]:
     if r.half:  # there `e` must not be stored: only gradients make it
         largest = same_as_largest(r, m)
         rest = rows.class_sum(r, exponentials(r, m, rows.all_of(~largest, r.class_mask, r.where)))
-        return rest + numerics.zero_without_derivative(r.values[..., 0]), rows.class_sum(r, largest.astype(m.dtype))
+        return rest, rows.class_sum(r, numerics.where(largest, 1 + (numerics.widen(r.raw) - m[..., None]), 0))  # ones with a derivative
     if few(r):
         return two_sums(r, jnp.maximum(e, 0), jnp.maximum(-e, 0))
     rest = rows.class_sum(r, jnp.maximum(e, 0))
@@ -193,8 +191,11 @@ def rest_and_ties(r: rows.Rows, m: Array, e: Array) -> tuple[Array, Array]:
 
 
 def excess(rest: Array, ties: Array) -> Array:
-    """Σ e^(z_k − m) over all classes, less 1; 0 if there is none."""
-    return numerics.where(ties == 0, 0, rest + (ties - 1))
+    """Σ e^(z_k − m) over all classes, less 1; 0 if there is none.
+
+    If XLA rounds a logit differently where it is the largest and where it is summed, no class equals m, and `rest` has them all.
+    """
+    return jnp.maximum(rest + (ties - 1), 0)
 
 
 def same_as_largest(r: rows.Rows, m: Array) -> Array:

@@ -120,11 +120,11 @@ def _fill(like, number):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
 def _expected(values, raw, t, class_mask, where, axis_name):
     r = rows.Rows(raw, values, None, class_mask, where, axis_name)
-    m, keep = rows.reference(r), rows.kept(r)
-    below = m[..., None] - r.values
-    below = jnp.minimum(below, numerics.INFINITE) if keep is None else numerics.where(keep & (below < jnp.inf), below, numerics.INFINITE)
-    log_sum = jnp.log1p(statistics.excess(*statistics.rest_and_ties(r, m, statistics.marked_exponentials(r, m))))
-    return rows.class_sum(r, t * below) + rows.class_sum(r, t) * log_sum
+    m = rows.reference(r)
+    e = statistics.marked_exponentials(r, m)
+    log_sum = jnp.log1p(statistics.excess(*statistics.rest_and_ties(r, m, e)))
+    _, below, s = _label_sums(r, m, e, t)
+    return below + s * log_sum
 
 
 @_expected.defjvp
@@ -148,7 +148,7 @@ def _slope(values, raw, t, class_mask, where, axis_name):
     m = rows.reference(r)
     e = statistics.marked_exponentials(r, m)
     rest, ties = statistics.rest_and_ties(r, m, e)
-    others, s = _label_sums(r, m, e, t)
+    others, _, s = _label_sums(r, m, e, t)
     total = 1 + statistics.excess(rest, ties)
     of_pivot = (others * ties - (s - others) * rest) / total
     # Numbers per row are made before the loop over classes; XLA would make them once per class.
@@ -175,12 +175,15 @@ def _(axis_name, primals, tangents):
 
 
 def _label_sums(r, m, e, t):
-    """Σ t_k over the classes below the largest, and over all; `e` comes from `statistics.marked_exponentials`."""
-    fixed = lax.stop_gradient(e)
+    """Σ t_k over the classes below the largest, Σ t_k (m − z_k) over them, and Σ t_k; `e` comes from `statistics.marked_exponentials`."""
+    s, keep, fixed = rows.class_sum(r, t), rows.kept(r), lax.stop_gradient(e)
+    below = jnp.minimum(m[..., None] - r.values, numerics.INFINITE)
+    below = below if keep is None else numerics.where(keep, below, numerics.INFINITE)
     if r.half or statistics.few(r):
         largest = statistics.same_as_largest(r, m) if r.half else fixed < -0.5
-        return statistics.two_sums(r, numerics.where(largest, 0, t), t)
-    return rows.class_sum(r, t + t * jnp.minimum(fixed, -0.0)), rows.class_sum(r, t)  # t − t at the largest
+        return *statistics.two_sums(r, numerics.where(largest, 0, t), t * numerics.where(largest, 0, below)), s
+    # Two ways to say 0 at the largest: XLA on CPUs stores what it selects, and what two loops share.
+    return rows.class_sum(r, t + t * jnp.minimum(fixed, -0.0)), rows.class_sum(r, (t * below) * jnp.minimum(1 + fixed, 1)), s
 
 
 # The rule of the largest class -------------------------------------------------------------------------------------------
