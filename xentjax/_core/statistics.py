@@ -15,11 +15,15 @@ Derivatives. Both sums are logarithms of Σ_{k∈A} e^(z_k − m) over some clas
 
 which are softmaxes over A, and JAX differentiates the rest: ∂(−log p_y)/∂z_y = −σ(−a) is p_y − 1 without the subtraction.
 The exponentials are functions of z again, and 1/e^ℓ has the derivative −ℓ̇/e^ℓ, so the rule differentiates to any order by
-products alone: no power of a small sum can overflow.
+products alone: no power of a small sum can overflow. Without a label p itself has a rule, dp = p·(dz − Σ p dz).
+
+Loops. JAX may differentiate the code behind a rule instead of the rule: `lax.scan` drops rules from what a second derivative goes
+through. So that code has the right first derivative too.
 
 Memory. In float32 the sum and the gradient share one array of exponentials, which takes the buffer of the gradient. In half
 precision such an array would be a float32 copy of the logits: the sum there reads a copy masked in its own dtype, and the
 gradient makes its exponentials anew from the logits' bits (`numerics.widen`), so that no loop shares a wide array with another.
+Without a label that array also marks the largest classes, by −1, so that no loop needs the logits and the maximum for that.
 """
 
 import functools
@@ -87,9 +91,6 @@ def _log_sums(values, raw, labels, class_mask, where, axis_name):
 
     If nothing is left, ℓ = −INFINITE and 1 stands for its exponential, which then multiplies zeros.
     `raw` holds the same numbers as `values` in the caller's dtype, and the rule takes no derivative through it.
-
-    JAX may differentiate this code in place of the rule: `lax.scan` drops rules from what a second derivative goes through. So
-    it has the right derivative, if not at every margin.
     """
     r = rows.Rows(raw, values, labels, class_mask, where, axis_name)
     m = rows.reference(r)
