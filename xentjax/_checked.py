@@ -1,4 +1,4 @@
-"""Value checks, at no cost to those who do not ask for them."""
+"""Value checks, at no cost where they are not requested."""
 
 import functools
 import inspect
@@ -18,23 +18,23 @@ T = TypeVar("T")
 
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:
-    """`function` with checks on the values that its losses get: labels in range, no NaN logits, no negative probability or weight.
+    """`function` with checks on the values that its losses receive: labels in range, no NaN logits, no negative probability or weight.
 
-    The result has the shapes and values [...] of `function` = a loss, or anything that calls losses, jitted or not: a
-    training step, its gradient. After the call the first violation is raised, under the name of the function that you called.
+    `function` is a loss, or anything that calls losses, jitted or not: a training step, its gradient. The results have the shapes and
+    values [...] of those of `function`. After the call the first violation is raised, under the name of the library function.
     Examples outside `where` are not checked.
 
-    A NaN in a result always raises, whatever it comes from: a NaN that `function` only passes on, too. JAX drops value checks from a loop
-    (`jax.lax.scan`, `jax.lax.map`) that is differentiated from outside, and then the NaN is all that is left of a bad label. An
-    infinite result raises nothing: +∞ is the loss of a label of probability 0, and the value of log(1/0). Where +∞ is a mistake it comes
-    from an argument (logits of +∞ or above 2⁸⁰, infinite hidden), and that raises.
+    A NaN in a result always raises, whatever its origin, even if `function` only passes it on. JAX drops value checks from a loop
+    (`jax.lax.scan`, `jax.lax.map`) that is differentiated from outside; a bad label then shows only as a NaN in the result. An infinite
+    result does not raise: +∞ is the loss of a label of probability 0, and the value of log(1/0). Where +∞ is a mistake, it comes from an
+    argument (logits of +∞ or above 2⁸⁰, infinite hidden), and the argument raises.
 
-    Wrap the jitted function: one that is not jitted is traced and compiled anew at every call. A position is one in the array that
-    the loss sees: under `vmap`, `scan` or `shard_map` that is the slice, not the whole. An integer beyond int32 is reported as the
-    last or the first int32.
+    Wrap the jitted function: one that is not jitted is traced and compiled anew at every call. A reported position refers to the
+    array that the loss sees: under `vmap`, `scan` or `shard_map` this is the slice, not the whole array. An integer beyond int32 is
+    reported as the largest or the smallest int32.
 
     Args:
-        function: a function of arrays; `checked(jax.jit(step))` and `checked(jax.grad(loss))` are as good.
+        function: a function of arrays; `checked(jax.jit(step))` and `checked(jax.grad(loss))` work too.
 
     Returns:
         A function with the same arguments and results.
@@ -89,7 +89,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
 def _refuse_models(name: str, function: Any, arguments: dict[str, Any]) -> None:
     """TypeError where the trace would write its own values into a model of the caller.
 
-    flax is not imported: its classes are known by their module. `jax.jit` works on a copy of a model, and is none of these functions.
+    flax is not imported: its classes are recognised by their module. A `jax.jit` function works on a copy of a model, so it is accepted.
     """
     transformed = type(function).__module__.startswith("flax.nnx")
     given = () if isinstance(function, jax.stages.Wrapped) else jax.tree.leaves(arguments, is_leaf=_is_model)
@@ -105,7 +105,7 @@ def _is_model(x: Any) -> bool:
 
 
 def _refuse_truncation(name: str, arguments: dict[str, Any]) -> None:
-    """ValueError for an integer beyond those of JAX, which `jax.jit` and `jax.vmap` truncate before any loss sees it."""
+    """ValueError for an integer beyond the range of JAX's integers, which `jax.jit` and `jax.vmap` truncate before any loss sees it."""
     for path, x in jax.tree_util.tree_leaves_with_path(arguments):
         whole = checks.beyond(x) if isinstance(x, np.ndarray | np.generic) else None
         if whole is not None:
@@ -118,7 +118,7 @@ def _refuse_truncation(name: str, arguments: dict[str, Any]) -> None:
 
 
 def _is_ours(function: Any) -> bool:
-    """Whether it is a function of this library, which takes integers of any width; a transformed one does not."""
+    """Whether it is a function of this library. These take integers of any width, but not after a transformation such as `jax.jit`."""
     return (getattr(function, "__module__", None) or "").startswith("xentjax.") and not hasattr(function, "__wrapped__")
 
 

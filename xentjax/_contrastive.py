@@ -152,7 +152,7 @@ def clip_loss(
     Args:
         images: [batch, features], one embedding per pair.
         texts: [batch, features], likewise.
-        labels: [batch], integers of any range, such as the class or the image that a caption belongs to; None: each pair has its own.
+        labels: [batch], integers of any range, such as the class or the image of a caption; None: every pair has a label of its own.
         logit_scale: t > 0, the inverse of a temperature; the paper learns log t and keeps t at most 100.
         normalize: whether similarities are cosines.
         chunk_size: the most images, or texts, whose similarities exist at a time; None: planned.
@@ -202,13 +202,13 @@ def siglip_loss(
     loss_i = Σ_j −log σ(y_ij·z_ij),  z_ij = t·s_ij + b,  y_ij = 1 for j = i and −1 for the others.
     Gradient: ∂loss_i/∂z_ij = σ(z_ij) − [j = i], so ∂loss_i/∂t = Σ_j s_ij·(σ(z_ij) − [j = i]), ∂loss_i/∂b = Σ_j (σ(z_ij) − [j = i]).
 
-    The mean over the batch is the paper's loss. With `labels`, all texts of the same label as the image belong to it: then
+    The mean over the batch is the paper's loss. With `labels`, every text with the label of the image belongs to it: then
     y_ij = 1 where labels_j = labels_i, and [j = i] in the gradient becomes [labels_j = labels_i].
 
     Args:
         images: [batch, features], one embedding per pair.
         texts: [batch, features], likewise.
-        labels: [batch], integers of any range, such as the class or the image that a caption belongs to; None: each pair has its own.
+        labels: [batch], integers of any range, such as the class or the image of a caption; None: every pair has a label of its own.
         logit_scale: t > 0; the paper learns log t from log 10.
         logit_bias: b, any number; the paper learns it from −10, because most pairs do not belong together.
         normalize: whether similarities are cosines.

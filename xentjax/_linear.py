@@ -10,8 +10,9 @@ What every function here shares:
 - `reduction`: "mean" is Σ w·loss / Σ w, "sum" is Σ w·loss, "none" gives w·loss per example [...]. Examples outside `where` cost
   exactly 0 and weigh 0; the mean of nothing is 0.
 - `chunk_size`: the most examples whose logits exist at a time; None lets `plan_linear` choose. Under `vmap` that many per instance.
-- Symbolic numbers of examples (`jax.export`): None takes four chunks, and `chunk_size` at least three, whatever the number turns out to be.
-  Leading axes become one. Up to one example per chunk is padding. Only `chunk_size` bounds the memory of logits then.
+- Symbolic numbers of examples (`jax.export`): `chunk_size=None` makes four chunks, and a given `chunk_size` at least three, whatever the
+  number of examples turns out to be. Leading axes are flattened into one. Up to one example per chunk is padding. Then only a given
+  `chunk_size` bounds the memory of logits.
 - Raises: TypeError for dtypes; ValueError for shapes and for Python numbers out of range.
 """
 
@@ -59,11 +60,13 @@ def fuse_linear(
 
     Gradient: that of the dense computation, with respect to `hidden`, `kernel`, `bias`, `weights`, floating `args` and whatever
     floating arrays `loss_fn` closes over (a temperature, class weights, a teacher's kernel). For "mean" and "sum" it is made in the
-    forward sweep, three matrix products in all; "none" makes the logits twice. What nobody differentiates costs nothing.
+    forward sweep, three matrix products in all; "none" makes the logits twice. Inputs that are not
+    differentiated cost nothing.
 
-    Compilation: the programs of a function are kept while the function lives. So `fuse_linear(loss_fn)` may be called anew in a loop, and
-    so may that of a `functools.partial` of it with numbers and strings. A new function in every step, such as a lambda, is compiled in
-    every step, unless the step is under `jax.jit`. What `loss_fn` reads beside its arguments must not change.
+    Compilation: the compiled programs of `loss_fn` are kept as long as `loss_fn` exists. So calling `fuse_linear(loss_fn)` again in a loop
+    does not compile again, and neither does `fuse_linear` of a `functools.partial` of `loss_fn` with numbers and strings. A new function in
+    every step, such as a lambda, is compiled in every step, unless the step is under `jax.jit`. Values that `loss_fn` reads besides its
+    arguments must not change.
 
     Args:
         loss_fn: `loss_fn(logits [chunk, classes], *args_of_the_chunk)` → one loss per example [chunk]; any loss of this library or a

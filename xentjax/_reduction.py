@@ -33,8 +33,9 @@ class WeightedSum(_Pair):
     Σ w·loss for instance; `weight` has the shape [] that `weighted_sum` leaves, or what is left of [...] after `axis`. Both may be plain
     numbers. Weights are ≥ 0.
 
-    Sums do not drift: the mean is within 4 eps of the exact quotient after 2⁴⁰ parts. What `total` and `weight` round off is kept in
-    the attribute `rest`, two more arrays for each of theirs, so a running sum of gradients takes three times their memory.
+    Sums do not drift: the mean is within 4 eps of the exact quotient after 2⁴⁰ parts. The rounding errors are kept in the
+    attribute `rest`, two more arrays for each array of `total` and `weight`, so a running sum of gradients takes three times the memory of
+    the gradients.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -110,8 +111,8 @@ def weighted_sum(
 
     total = Σ w·v, weight = Σ w over the elements in `where`.
 
-    Weights of both signs, advantages of reinforcement learning for instance, have a sum Σ w near 0, and a mean that divides by it means
-    nothing. Use `total` and divide by the number of examples, as the example shows.
+    Weights of both signs, such as advantages in reinforcement learning, have a sum Σ w near 0, and a mean that divides by this sum is
+    meaningless. Use `total` and divide by the number of examples, as the example shows.
     Gradient: ∂total/∂v = w, ∂total/∂w = v, ∂weight/∂w = 1; 0 outside `where`.
 
     Args:

@@ -1,6 +1,6 @@
-"""Compiled programs of functions that take a loss: one for each loss function and its settings, however often it is asked for.
+"""Compiled programs of functions that take a loss: one for each loss function and its settings, however often it is requested.
 
-The programs of a function are found through a weak reference and die with it, so that a function made in a loop leaves nothing behind.
+The programs of a function are stored under a weak reference to it and freed with it. So a function made in a loop leaves nothing behind.
 """
 
 import functools
@@ -17,7 +17,7 @@ _of_function: weakref.WeakKeyDictionary[Callable, Callable] = weakref.WeakKeyDic
 
 
 def compiled(run: Callable, loss_fn: Callable, *settings: Hashable, static: tuple[str, ...] = ()) -> Callable:
-    """`jax.jit(functools.partial(run, loss_fn, *settings))`, the same one for the same function.
+    """`jax.jit(functools.partial(run, loss_fn, *settings))`, the same program for the same function.
 
     A `functools.partial` counts as its function and its arguments, if these are numbers, strings, None, or tuples of them. Other callables,
     whose state may change, get a new program.
@@ -38,7 +38,7 @@ def compiled(run: Callable, loss_fn: Callable, *settings: Hashable, static: tupl
 
 
 def _programs(function):
-    """The programs of one function, which they must not keep alive."""
+    """The programs of one function; they must not keep the function alive."""
 
     @functools.lru_cache(_SETTINGS)
     def program(run, args, keywords, settings, static, _):
@@ -53,12 +53,12 @@ def _programs(function):
 
 
 def _call(_, jitted, /, *args, **keywords):
-    """A call of `jitted`, for whose sake the first argument stays alive."""
+    """A call of `jitted`; the first argument is the loss function, which this reference keeps alive."""
     return jitted(*args, **keywords)
 
 
 def _key(x: Any) -> Hashable:
-    """`x` with its types, because 1 and 1.0 are equal; TypeError for what is not compared by value."""
+    """`x` with its types, because 1 and 1.0 are equal; TypeError for objects that are not compared by value."""
     if isinstance(x, tuple):
         return type(x), tuple(map(_key, x))
     if x is None or isinstance(x, str | numbers.Number):

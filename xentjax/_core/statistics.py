@@ -1,29 +1,30 @@
 """The statistics of a row of logits, and the one derivative rule behind every categorical loss.
 
-For a row z with label y and largest logit m (a constant), two numbers carry all that a loss needs:
+For a row z with label y and largest logit m (a constant), two numbers contain all that a loss needs:
 
     gap      d = z_y − m
-    log-rest ℓ = log Σ_{k≠y} e^(z_k − m)               the label left out, so nothing cancels when it dominates
+    log-rest ℓ = log Σ_{k≠y} e^(z_k − m)               without the label, so nothing cancels when the label dominates
 
 Their difference is the log-odds a = d − ℓ of the label: p_y = σ(a), 1 − p_y = σ(−a), −log p_y = softplus(−a). For every class
-−log p_k = (m − z_k) + c with c = lse − m = log(e^d + e^ℓ). Without a label the class left out is the largest itself:
+−log p_k = (m − z_k) + c with c = lse − m = log(e^d + e^ℓ). Without a label, the sum leaves out the largest class instead:
 c = log1p(s), s = Σ_{z_k<m} e^(z_k − m) + (number of ties − 1).
 
-Derivatives. Both sums are logarithms of Σ_{k∈A} e^(z_k − m) over some classes A, so with m constant
+Derivatives. Both ℓ and c are logarithms of Σ_{k∈A} e^(z_k − m) over some classes A, so with m constant
 
     ∂d/∂z_y = 1        ∂ℓ/∂z_k = e^(z_k − m − ℓ) for k ≠ y        ∂c/∂z_k = e^(z_k − m − c) for every k
 
-which are softmaxes over A, and JAX differentiates the rest: ∂(−log p_y)/∂z_y = −σ(−a) is p_y − 1 without the subtraction.
-The exponentials are functions of z again, and 1/e^ℓ has the derivative −ℓ̇/e^ℓ, so the rule differentiates to any order by
-products alone: no power of a small sum can overflow. Without a label p itself has a rule, dp = p·(dz − Σ p dz).
+where the last two are softmaxes over A. JAX differentiates the rest: ∂(−log p_y)/∂z_y = −σ(−a) equals p_y − 1 but has no subtraction.
+The exponentials are again functions of z, and 1/e^ℓ has the derivative −ℓ̇/e^ℓ. So derivatives of any order consist of products
+alone, and no power of a small sum can overflow. Without a label, p itself has a rule: dp = p·(dz − Σ p dz).
 
-Loops. JAX may differentiate the code behind a rule instead of the rule: `lax.scan` drops rules from what a second derivative goes
-through. So that code has the right first derivative too.
+Loops. JAX may differentiate the code behind a rule instead of the rule: `lax.scan` drops rules in computations that a second derivative
+goes through. So the code behind each rule has the right first derivative too.
 
 Memory. In float32 the sum and the gradient share one array of exponentials, which takes the buffer of the gradient. In half
-precision such an array would be a float32 copy of the logits: the sum there reads a copy masked in its own dtype, and the
-gradient makes its exponentials anew from the logits' bits (`numerics.widen`), so that no loop shares a wide array with another.
-Without a label that array also marks the largest classes, by −1, so that no loop needs the logits and the maximum for that.
+precision such an array would be a float32 copy of the logits. There the sum reads a copy of the logits that is masked in their own
+dtype, and the gradient recomputes the exponentials from the bits of the logits (`numerics.widen`), so that no two loops share a wide
+array. Without a label, the array of exponentials also marks the largest classes, by −1, so that no loop needs the logits and the maximum
+to find them.
 """
 
 import functools
@@ -63,7 +64,7 @@ def of(r: rows.Rows) -> Statistics:
 
 
 def close(r: rows.Rows, found: Statistics, loss: Array) -> Array:
-    """A finished loss: +∞ restored, rows of only −∞ without gradient, exactly 0 where an example does not count."""
+    """A finished loss: +∞ is restored, rows of only −∞ get no gradient, examples that do not count get exactly 0."""
     return rows.row_value(r, numerics.restore_infinity(numerics.where(found.dead, lax.stop_gradient(loss), loss)))
 
 
@@ -89,7 +90,7 @@ def hits(r: rows.Rows, found: Statistics) -> Array:
 def _log_sums(values, raw, labels, class_mask, where, axis_name):
     """(m, d, ℓ, e^(−ℓ)), as the module docstring defines them.
 
-    If nothing is left, ℓ = −INFINITE and 1 stands for its exponential, which then multiplies zeros.
+    If the sum is 0, ℓ = −INFINITE, and 1 replaces e^(−ℓ), which then multiplies only zeros.
     `raw` holds the same numbers as `values` in the caller's dtype, and the rule takes no derivative through it.
     """
     r = rows.Rows(raw, values, labels, class_mask, where, axis_name)
@@ -194,7 +195,7 @@ def rest_and_ties(r: rows.Rows, m: Array, e: Array) -> tuple[Array, Array]:
 def excess(rest: Array, ties: Array) -> Array:
     """Σ e^(z_k − m) over all classes, less 1; 0 if there is none.
 
-    If XLA rounds a logit differently where it is the largest and where it is summed, no class equals m, and `rest` has them all.
+    If XLA rounds the largest logit differently in the maximum and in the sum, no class equals m, and `rest` contains all classes.
     """
     return jnp.maximum(rest + (ties - 1), 0)
 
@@ -205,13 +206,13 @@ def same_as_largest(r: rows.Rows, m: Array) -> Array:
 
 
 def few(r: rows.Rows) -> bool:
-    """Whether the classes held here are few enough for one loop over them; a symbolic number is not."""
+    """Whether the classes held here are few enough for one loop over them; a symbolic number of classes never is."""
     classes = r.raw.shape[-1]
     return isinstance(classes, int) and classes <= _FEW
 
 
 def two_sums(r: rows.Rows, x: Array, y: Array) -> tuple[Array, Array]:
-    """Σ x and Σ y over the classes, as one complex sum if they are few: of two real sums XLA on CPUs would store the operands."""
+    """Σ x and Σ y over the classes, as one complex sum for few classes: XLA on CPUs would store the operands of two real sums."""
     if not few(r):
         return rows.class_sum(r, x), rows.class_sum(r, y)
     both = jnp.sum(lax.complex(x, y), axis=-1)

@@ -1,16 +1,16 @@
-"""Sums that do not drift: what a running sum cannot hold stays beside it, in two more numbers.
+"""Sums that do not drift: two more numbers keep what a running sum cannot hold.
 
-A running float32 sum stops growing at 2²⁴ times the size of its parts, and loses bits of every part long before. An int32 overflows at
+A running float32 sum stops growing at 2²⁴ times the size of its parts, and loses bits of every part long before that. An int32 overflows at
 2³¹. So a running sum consists of three numbers, its `Parts`:
 
     floating    V = x + r₁ + r₂                |r₁| ≤ ulp(x)/2, |r₂| ≤ ulp(r₁)/2, to rounding
     integer     V = x + r₁ + 2³¹·r₂           x stays at 2³¹ − 1 once it is reached; all numbers are ≥ 0
 
-x alone is V, rounded, so it is what users read. Three numbers and not two: 2⁴⁰ parts need 40 bits more than one part has, and an
-error of u² per addition (u = 2⁻²⁴) would add up to 2⁴⁰·u² = 2⁻⁸. With three the error is u³ per addition, 2⁻³² in all.
+x alone is V rounded, so x is what users read. Two numbers would not be enough: the sum of 2⁴⁰ parts needs 40 bits more than one part, and
+the error of two numbers, u² per addition (u = 2⁻²⁴), would add up to 2⁴⁰·u² = 2⁻⁸. With three the error is u³ per addition, 2⁻³² in all.
 
-Derivatives: ∂V/∂x = ∂V/∂r₁ = ∂V/∂r₂ = 1 for every number that enters. Of what leaves, x carries the derivative; r₁ and r₂ have none,
-so nothing is counted twice. Every rule below says this with one plain sum of tangents.
+Derivatives: ∂V/∂x = ∂V/∂r₁ = ∂V/∂r₂ = 1 for the numbers of every operand. In a result, x alone carries the derivative; r₁ and r₂ have
+none, so nothing is counted twice. Every rule below implements this as one plain sum of tangents.
 """
 
 import functools
@@ -32,7 +32,7 @@ T = TypeVar("T", bound=tuple)
 
 
 def parts_of(x: Any, dtype: Any = None) -> Parts:
-    """An array or a number as a running sum of itself, in `dtype`; integers and NumPy's 64 bits keep what a floating dtype cannot hold."""
+    """An array or number as a running sum in `dtype`; r₁, r₂ keep what `dtype` cannot hold of integers and NumPy's 64-bit numbers."""
     if not isinstance(x, Array):
         return _parts_of_numbers(np.asarray(x), dtype)
     dtype = x.dtype if dtype is None else dtype
@@ -46,7 +46,7 @@ def parts_of(x: Any, dtype: Any = None) -> Parts:
 
 
 def _parts_of_numbers(x, dtype):
-    """Of NumPy's arrays: what a shorter dtype does not hold goes to r₁ and r₂."""
+    """`parts_of` for NumPy arrays: what a shorter dtype does not hold goes to r₁ and r₂."""
     dtype = jax.dtypes.canonicalize_dtype(x.dtype) if dtype is None else dtype
     wide = numerics.accumulation_dtype(dtype)
     x = x.astype(np.int64) if x.dtype.kind in "bu" else x  # differences may be negative
@@ -61,7 +61,7 @@ def _parts_of_numbers(x, dtype):
 
 
 def zeros_like(x: Array) -> Array:
-    """What a sum of one part leaves over: 0 in the dtype in which it is added, which varies over a mesh as `x` does."""
+    """r₁ or r₂ of a sum of one part: 0 in the dtype of the addition, varying over a mesh as `x` does."""
     wide = numerics.accumulation_dtype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
     return mesh.vary(jnp.zeros_like(x, wide), mesh.axes_of(x))
 
@@ -80,9 +80,9 @@ def value(parts: Parts) -> Array:
 
 
 def running(cls: type[T]) -> type[T]:
-    """Registers a subclass of a named tuple as a pytree of its fields and `rest`, which has r₁ and r₂ of every array in the fields.
+    """Registers a subclass of a named tuple as a pytree of its fields and `rest`, which holds r₁ and r₂ of every array in the fields.
 
-    `rest` is an attribute and no field, so that users may build, unpack and replace the fields alone: it is None then, which is zeros.
+    `rest` is an attribute, not a field, so that users may build, unpack and replace the fields alone. It is None then, which means zeros.
     """
 
     def flatten(sums):
@@ -152,7 +152,7 @@ def add(a: T, b: T) -> T:
 
 @functools.partial(jax.jit, static_argnames="axis_name")
 def psum(sums: T, axis_name: str | tuple[str, ...]) -> T:
-    """The sums over the devices of a mesh axis, of integers over at most 2¹⁴ devices."""
+    """The sums over the devices of a mesh axis, at most 2¹⁴ devices for integers."""
 
     def add_up(x):
         return mesh.psum(x, mesh.names(axis_name))
@@ -180,7 +180,7 @@ def scaled(parts: Parts, factor: Array | float) -> Parts:
 
 
 def total(parts: Parts, axis: int, keepdims: bool = False) -> Parts:
-    """The sum over an axis, of integers at most 2¹⁴."""
+    """The sum over an axis, at most 2¹⁴ entries for integers."""
     add_up = functools.partial(jnp.sum, axis=axis, keepdims=keepdims)
     return _summed(parts, lambda x: add_up(x, dtype=x.dtype), functools.partial(jnp.max, axis=axis, keepdims=True), parts[0].shape[axis])
 
@@ -205,14 +205,14 @@ def _is_floating(parts: Parts) -> bool:
 
 
 def _summed(parts: Parts, add_up: Callable, largest: Callable, count: int) -> Parts:
-    """What `add_up` makes of sums, `count` of which meet at most; `largest` is the maximum over the same."""
+    """Running sums added by `add_up`, at most `count` of them together; `largest` is the maximum over the same elements."""
     if parts[0].size == 0:
         return parts_of(add_up(parts[0]))
     return _summed_floating(parts, add_up, largest, count) if _is_floating(parts) else _summed_integers(parts, add_up)
 
 
 def _floating(parts: Parts) -> Parts:
-    """The same number as a floating sum; an integer one becomes float32."""
+    """The same number as a floating sum; an integer sum becomes float32."""
     if _is_floating(parts):
         return parts
     x, first, second = (parts_of(p, jnp.float32) for p in parts)
@@ -220,10 +220,10 @@ def _floating(parts: Parts) -> Parts:
 
 
 def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
-    """The rounded sum, and what rounding it lost, exactly (Knuth, The Art of Computer Programming, volume 2, section 4.2.2).
+    """The rounded sum and its exact rounding error (Knuth, The Art of Computer Programming, volume 2, section 4.2.2).
 
-    XLA does not reassociate additions. A product that it contracts into one of them changes the result by an error of the product, not
-    of the sum.
+    XLA does not reassociate additions. If XLA contracts a product into an addition, the result changes by a rounding error of the product,
+    not of the sum.
     """
     s = a + b
     of_b = s - a
@@ -231,13 +231,13 @@ def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
 
 
 def _leading_sum(a: Array, b: Array) -> tuple[Array, Array]:
-    """The same where the sum may be infinite or NaN: it has then lost nothing, and ∞ does not become NaN."""
+    """`_two_sum` where the sum may be infinite or NaN: the rounding error is then 0, so ∞ does not become NaN."""
     s, lost = _two_sum(a, b)
     return s, numerics.where(jnp.isfinite(s), lost, 0)
 
 
 def _normal(x: Array, first: Array, second: Array, dtype: Any) -> Parts:
-    """The sum of three as `Parts`: x is the rounded sum in `dtype`, r₁ what it lacks, r₂ what r₁ lacks."""
+    """The sum of three as `Parts`: x is the rounded sum in `dtype`, r₁ the rounding error of x, r₂ that of r₁."""
     x, first = _leading_sum(x, first)
     if x.dtype != dtype:  # half precision: r₁ and r₂ in float32 take over what it lacks
         info = jnp.finfo(dtype)
@@ -272,10 +272,10 @@ def _(primals, tangents):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
 def _summed_floating(parts: Parts, add_up: Callable, largest: Callable, count: int) -> Parts:
-    """The multiples of a common unit in each x add up exactly; what they leave, and all r₁ and r₂, is small enough for plain sums.
+    """The multiples of a common unit in each x add up exactly; the remainders, and all r₁ and r₂, are small enough for plain sums.
 
     With a power of two σ ≥ count·max|x|, (σ + x) − σ is x rounded to a multiple of uσ, and no sum of these exceeds σ (Rump, Ogita,
-    Oishi, Accurate floating-point summation, 2008, algorithm 3.2). The rest is below count·u of the largest x.
+    Oishi, Accurate floating-point summation, 2008, algorithm 3.2). The remainder is below count·u times the largest x.
     """
     x, first, second = _wide(parts, parts[0].dtype)
     size = lax.stop_gradient(largest(lax.stop_gradient(jnp.abs(x))))
@@ -315,7 +315,7 @@ def _add_integers(a: Parts, b: Parts) -> Parts:
 
 
 def _summed_integers(parts: Parts, add_up: Callable) -> Parts:
-    """Halves of 16 bits, 2¹⁵ of which add up in 31 bits: those of x and of r₁ from 2¹⁴ sums."""
+    """Sums of halves of 16 bits; 31 bits hold the sum of 2¹⁵ halves, those of x and of r₁ from 2¹⁴ running sums."""
     x, first, second = parts
     low, high = add_up((x & 0xFFFF) + (first & 0xFFFF)), add_up((x >> 16) + (first >> 16))
     low, carry = _carried(low, (high & 0x7FFF) << 16)

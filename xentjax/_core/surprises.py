@@ -2,17 +2,19 @@
 
 With m the largest logit and c = lse − m (`statistics.of`), −log p_k = (m − z_k) + c. Neither term is negative, so nothing cancels.
 
-Derivatives. ∂(−log p_k)/∂z_j = p_j − [j = k], which cancels only at a class that holds most of the probability. At most one class does:
-the pivot *, the largest one if p_* > 1/2. With q = 1 − p_* = −expm1(−c), the sum over the other classes divided by that over all,
+Derivatives. ∂(−log p_k)/∂z_j = p_j − [j = k], which cancels only at a class that holds most of the probability. At most one class
+does: the pivot *, which is the largest class if its p_* > 1/2. Let q = 1 − p_* = −expm1(−c), the sum of the exponentials over the other
+classes divided by the sum over all classes. Then
 
     d(−log p_k) = Σ_{j≠*} p_j dz_j + p_* dz_* − dz_k  for k ≠ *        d(−log p_*) = Σ_{j≠*} p_j dz_j − q dz_*
 
 A loss with slopes v_k in the surprises then has the gradient s·p_j − v_j with s = Σ v, and at the pivot r·p_* − v_*·q with r = Σ_{k≠*} v_k.
 Both terms of each component keep their relative accuracy at any margin.
 
-Speed. The cross-entropy of soft labels has a rule of its own, because what XLA on CPUs stores for the general one doubles its time. It
-stores one array, which becomes the gradient: e^(z_k − m), and −1 at the largest classes as a mark. Its sums are written so that no two
-loops share an array of the size of the logits, a broadcast constant or row number included (`benchmarks/README.md`).
+Speed. The cross-entropy of soft labels has a derivative rule of its own, because the arrays that XLA on CPUs stores for the general rule
+double the time. The special rule stores one array, which becomes the gradient: e^(z_k − m), and −1 at the largest classes as a mark. Its
+sums are written so that no two loops share an array of the size of the logits. A constant, or a number per row, that is broadcast to that
+size counts as such an array (`benchmarks/README.md`).
 """
 
 import functools
@@ -41,7 +43,8 @@ def surprise_at(r: rows.Rows, found: statistics.Statistics, index: Array) -> Arr
 def class_log_odds(r: rows.Rows) -> Array:
     """log(p_k/(1 − p_k)) for every class [..., classes].
 
-    Only the largest class can have a small 1 − p_k, of which its surprise says too little: its log-odds are those of a label.
+    Only the largest class can have a small 1 − p_k, about which its surprise carries too little information. So the log-odds of the largest
+    class are computed as if it were the label.
     """
     top = r._replace(labels=rows.largest_class(r))
     found = statistics.of(top)
@@ -61,9 +64,9 @@ def expected(r: rows.Rows, t: Array) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(7,))
 def _surprise(values, raw, m, c, index, class_mask, where, axis_name):
-    """−log p of all classes, or of those in `index`; and that of the largest class, of use where it is the pivot.
+    """−log p of all classes, or of those in `index`; and −log p of the largest class, used where that class is the pivot.
 
-    The rule takes m and c for what they are, functions of `values`, so their own derivatives are not asked for.
+    The rule treats m and c as the functions of `values` that they are, and ignores their own tangents.
     """
     r = rows.Rows(raw, values, None, class_mask, where, axis_name)
     z = rows.finite_values(r)
@@ -95,7 +98,7 @@ def _(axis_name, primals, tangents):
 
 
 def _either(condition, number, x):
-    """`number` [..., 1] where `condition`, `x` elsewhere; a product, because a selection would widen the number first, on every device."""
+    """`number` [..., 1] where `condition`, `x` elsewhere; a product: a selection would first widen the number, on every device."""
     return condition.astype(x.dtype) * number + numerics.where(condition, 0, x)
 
 
@@ -196,7 +199,10 @@ def smallest(r: rows.Rows, found: statistics.Statistics) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(6,))
 def _smallest(values, raw, m, c, class_mask, where, axis_name):
-    """c, of which the rule knows that it belongs to the largest classes; in the code, m − z_k of their mean, 0 with a derivative."""
+    """c, which the rule differentiates as the surprise of the largest classes.
+
+    The code adds the mean of m − z_k over these classes, which is 0 but has a derivative.
+    """
     r = rows.Rows(raw, values, None, class_mask, where, axis_name)
     largest = statistics.same_as_largest(r, m)
     return c + rows.class_sum(r, numerics.where(largest, m[..., None] - rows.finite_values(r), 0)) / _ties(r, largest)

@@ -1,9 +1,10 @@
 """Checks on the values of arguments. They run only inside `xentjax.checked`, which sets the context below while it traces.
 
-Outside of it no function here adds anything to a program. A violation leaves the compiled program through `jax.experimental.checkify`.
+Outside `xentjax.checked` no function here adds anything to a program. A violation leaves the compiled program through
+`jax.experimental.checkify`.
 
-A public function checks its own arguments, under its own name, and what it is made of is `unchecked`. So a message always names the
-function that the user called, whichever of two functions JAX traced their shared part for.
+A public function checks its own arguments under its own name, and calls the functions that it is made of through `unchecked`. So a
+message always names the function that the user called, even if JAX traced a shared part first for another function.
 """
 
 import functools
@@ -44,7 +45,7 @@ def check(
 ) -> None:
     """Report the first position at which `bad(x)` holds, and the value there.
 
-    Only examples of `counts` are checked; it has the shape of `x`, or that shape without `axis`.
+    Only examples where `counts` is true are checked; `counts` has the shape of `x`, or that shape without `axis`.
     """
     if not checking.value or x.size == 0:
         return
@@ -68,7 +69,7 @@ def not_nan(function: str, name: str, x: Array, counts: Array | None = None, axi
 
 
 def logits(function: str, name: str, x: Array, counts: Array | None = None, axis: int | tuple[int, ...] = -1) -> None:
-    """No NaN and no +∞, nor what `numerics` takes for +∞; −∞ is a class of probability 0."""
+    """No NaN, no +∞ and nothing that `numerics` treats as +∞; −∞ is allowed, for a class of probability 0."""
     not_nan(function, name, x, counts, axis)
     check(function, name, x, lambda z: (z == jnp.inf) | numerics.is_infinite(z), "is infinite, as all above 2**80 are", counts, axis)
 
@@ -90,13 +91,13 @@ def number(function: str, name: str, x: Array, low: float, high: float, interval
 
 
 def rising(function: str, name: str, x: Array) -> None:
-    """A vector of numbers none of which is below the one before it."""
+    """A vector in which no number is below the one before it."""
     lowest = lax.cummax(numerics.where(jnp.isnan(x), -math.inf, x)) if checking.value else x
     check(function, name, x, lambda t: ~(t >= lowest), "is NaN or below an entry before it")
 
 
 def probabilities(function: str, name: str, x: Array, counts: Array | None = None, axis: int | tuple[int, ...] = -1) -> None:
-    """Neither negative nor NaN; the sum is free."""
+    """Neither negative nor NaN; the sum may be any number."""
     check(function, name, x, lambda p: ~(p >= 0), "is not a probability (it is negative or NaN)", counts, axis)
 
 
