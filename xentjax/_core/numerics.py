@@ -179,8 +179,11 @@ def _select_bits(logits, keep):
 
 
 def same(x: Array, y: Array) -> Array:
-    """Whether x and y are the same number, bit for bit in half precision (see `select_logits`)."""
-    return _bits(x) == _bits(y) if x.dtype.itemsize == 2 else x == y
+    """Whether x and y are the same number, by their bits in half precision (see `select_logits`); 0 and −0 are."""
+    if x.dtype.itemsize != 2:
+        return x == y
+    a, b = _bits(x), _bits(y)
+    return (a == b) | ((a | b) << 1 == 0)
 
 
 def take_last(x: Array, index: Array, *, differentiated: bool = False) -> Array:

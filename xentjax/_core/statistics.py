@@ -197,7 +197,8 @@ def excess(rest: Array, ties: Array) -> Array:
 
     If XLA rounds the largest logit differently in the maximum and in the sum, no class equals m, and `rest` contains all classes.
     """
-    return jnp.maximum(rest + (ties - 1), 0)
+    total = rest + (ties - 1)
+    return numerics.where(total < 0, 0, total)  # not a maximum, which halves the derivative at 0
 
 
 def same_as_largest(r: rows.Rows, m: Array) -> Array:
