@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import xentjax
 from benchmarks import collectives, measure, paper, plots, report, shapes
-from xentjax._core import products
+from xentjax._linear import products
 
 DEVICES = 8
 SHARDS = (1, 2, 4, 8)

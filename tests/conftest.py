@@ -4,11 +4,12 @@ import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
-import drawing
 import hypothesis
 import jax
 import numpy as np
 import pytest
+
+from tests import drawing
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -8,8 +8,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from xentjax._core import checks, numerics, rows, surprises, values
+from xentjax._losses.softmax import softmax_cross_entropy
 from xentjax._reduction import WeightedSum
-from xentjax._softmax import softmax_cross_entropy
 from xentjax.metrics import _counts
 
 

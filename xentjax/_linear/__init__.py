@@ -1,0 +1,1 @@
+"""Losses of a linear layer, without its logits."""

@@ -1,0 +1,1 @@
+"""Losses for large numbers of classes: sampled and hierarchical softmax."""
