@@ -1,7 +1,7 @@
 """Scalar functions that stay accurate at any argument, and the dtype policy.
 
 Infinity: JAX differentiates 0·∞ into NaN, so a logit of −∞ enters every formula as −INFINITE, a finite number
-large enough that its exponential is exactly 0. A loss of that size is turned into +∞ at the very end (`statistics.close`).
+large enough that its exponential is exactly 0. A loss of that size is turned into +∞ at the very end (`statistics.finish`).
 """
 
 import jax

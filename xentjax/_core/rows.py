@@ -59,7 +59,7 @@ class Rows(NamedTuple):
         return self.raw.dtype != self.values.dtype
 
     @property
-    def hard(self) -> bool:
+    def labels_are_indices(self) -> bool:
         """Whether the labels are indices."""
         return self.labels is not None and jnp.issubdtype(self.labels.dtype, jnp.integer)
 
@@ -228,7 +228,7 @@ def is_class(rows: Rows, index: Array | None) -> Array:
 
 def class_index(rows: Rows) -> Array:
     """The global index of every class held here [..., classes]."""
-    z, dtype = rows.raw, rows.labels.dtype if rows.hard and rows.labels is not None else jnp.int32
+    z, dtype = rows.raw, rows.labels.dtype if rows.labels_are_indices and rows.labels is not None else jnp.int32
     index = lax.broadcasted_iota(dtype, z.shape, z.ndim - 1, out_sharding=mesh.split_of(z))
     return index if rows.axis_name is None else index + (lax.axis_index(rows.axis_name) * z.shape[-1]).astype(index.dtype)
 

@@ -39,48 +39,67 @@ from xentjax._core import numerics, rows
 _FEW = 32  # classes up to which XLA on CPUs sums in one loop, without a tree of stored partial sums
 
 
-class Statistics(NamedTuple):
-    """What `of` finds in a row; −log p_k = (reference − z_k) + log_sum for every class k."""
+class WithoutLabel(NamedTuple):
+    """Statistics of a row without its label, each [...]; −log p_k = (reference − z_k) + log_sum for every class k."""
 
-    reference: Array  # m [...], no derivative
-    log_sum: Array  # c = lse − m [...]
-    gap: Array | None  # z_y − m [...] of the label, if it is an index
-    log_odds: Array | None  # a [...] likewise
-    dead: Array  # [...] whether all logits of the row are −∞
+    reference: Array  # m, the largest logit; no derivative
+    log_sum: Array  # c = lse − m
+    dead: Array  # whether all logits of the row are −∞
+
+
+class WithLabel(NamedTuple):
+    """The same for a row whose label is an index, and two statistics of that label, each [...]."""
+
+    reference: Array
+    log_sum: Array
+    dead: Array
+    gap: Array  # d = z_y − m
+    log_odds: Array  # a = log(p_y/(1 − p_y))
+
+
+Statistics = WithoutLabel | WithLabel
 
 
 def of(r: rows.Rows) -> Statistics:
-    """Reference, log-sum and (for labels that are indices) log-odds of every row; one pass over the logits."""
-    if not r.hard:
-        c = _log_sum(r.values, r.raw, r.class_mask, r.where, r.axis_name)
-        return Statistics(rows.reference(r), c, None, None, rows.largest(r) == -jnp.inf)
+    """`of_label` if the labels are indices, otherwise `of_row`."""
+    return of_label(r) if r.labels_are_indices else of_row(r)
+
+
+def of_row(r: rows.Rows) -> WithoutLabel:
+    """The statistics of every row, from one pass over the logits. Labels are ignored."""
+    c = _log_sum(r.values, r.raw, r.class_mask, r.where, r.axis_name)
+    return WithoutLabel(rows.reference(r), c, rows.largest(r) == -jnp.inf)
+
+
+def of_label(r: rows.Rows) -> WithLabel:
+    """The statistics of every row and of its label, an index, from one pass over the logits."""
     m, d, rest, _ = _log_sums(r.values, r.raw, r.labels, r.class_mask, r.where, r.axis_name)
     dead = numerics.is_infinite(-d) & numerics.is_infinite(-rest)
     rest = numerics.where(dead, jnp.zeros_like(rest), rest)
     a = d - rest
     # log(e^d + e^ℓ), relative to the larger of the two
     log_sum = numerics.where(a > 0, d + numerics.softplus(-a), rest + numerics.softplus(a))
-    return Statistics(m, log_sum, d, a, dead)
+    return WithLabel(m, log_sum, dead, gap=d, log_odds=a)
 
 
-def close(r: rows.Rows, found: Statistics, loss: Array) -> Array:
+def finish(r: rows.Rows, stats: Statistics, loss: Array) -> Array:
     """A finished loss: +∞ is restored, rows of only −∞ get no gradient, examples that do not count get exactly 0."""
-    return rows.row_value(r, numerics.restore_infinity(numerics.where(found.dead, lax.stop_gradient(loss), loss)))
+    return rows.row_value(r, numerics.restore_infinity(numerics.where(stats.dead, lax.stop_gradient(loss), loss)))
 
 
-def log_normalizer(r: rows.Rows, found: Statistics) -> Array:
+def log_normalizer(r: rows.Rows, stats: Statistics) -> Array:
     """lse(z) of every row; −∞ where all logits are."""
-    return numerics.where(found.dead, -jnp.inf, found.reference + found.log_sum)
+    return numerics.where(stats.dead, -jnp.inf, stats.reference + stats.log_sum)
 
 
-def hits(r: rows.Rows, found: Statistics) -> Array:
+def hits(r: rows.Rows, stats: Statistics) -> Array:
     """Whether the label, or the likeliest class of a distribution, has the largest logit; ties count."""
-    if found.gap is not None:
-        return rows.row_value(r, (found.gap >= 0) & ~found.dead)
+    if isinstance(stats, WithLabel):
+        return rows.row_value(r, (stats.gap >= 0) & ~stats.dead)
     assert r.labels is not None
     best = rows.maximum(r.labels, r.class_mask, r.axis_name)[..., None] == r.labels
     top = rows.maximum(r.raw, r.class_mask, r.axis_name)[..., None] == r.raw
-    return rows.row_value(r, (rows.class_sum(r, rows.all_of(best & top, r.class_mask, None).astype(jnp.int32)) > 0) & ~found.dead)
+    return rows.row_value(r, (rows.class_sum(r, rows.all_of(best & top, r.class_mask, None).astype(jnp.int32)) > 0) & ~stats.dead)
 
 
 # The rule of a label ------------------------------------------------------------------------------------------------------

@@ -27,16 +27,16 @@ from jax import Array, lax
 from xentjax._core import mesh, numerics, rows, statistics
 
 
-def surprise(r: rows.Rows, found: statistics.Statistics) -> Array:
+def surprise(r: rows.Rows, stats: statistics.Statistics) -> Array:
     """−log p_k for every class [..., classes]; INFINITE for classes that do not exist."""
-    return _surprise(r.values, r.raw, found.reference, found.log_sum, None, r.class_mask, r.where, r.axis_name)[0]
+    return _surprise(r.values, r.raw, stats.reference, stats.log_sum, None, r.class_mask, r.where, r.axis_name)[0]
 
 
-def surprise_at(r: rows.Rows, found: statistics.Statistics, index: Array) -> Array:
+def surprise_at(r: rows.Rows, stats: statistics.Statistics, index: Array) -> Array:
     """−log p at several classes of a row, `index` [..., k]; NaN where an index is out of range, INFINITE where it does not exist."""
     index = rows.masked(index.astype(numerics.index_dtype(index)), r.where)
     inside = rows.is_class(r, index)
-    u, _ = _surprise(r.values, r.raw, found.reference, found.log_sum, index, r.class_mask, r.where, r.axis_name)
+    u, _ = _surprise(r.values, r.raw, stats.reference, stats.log_sum, index, r.class_mask, r.where, r.axis_name)
     return rows.masked(numerics.nan_unless(inside, u), r.where)
 
 
@@ -47,16 +47,26 @@ def class_log_odds(r: rows.Rows) -> Array:
     class are computed as if it were the label.
     """
     top = r._replace(labels=rows.largest_class(r))
-    found = statistics.of(top)
-    assert found.log_odds is not None
-    u = jnp.maximum(surprise(top, found), 0.5)  # p_k ≤ 1/2 for the others; e^(−1/2) > 1/2 leaves them as they are
-    of_top = mesh.vary(found.log_odds, mesh.axes_of(u))[..., None]  # before it is as wide as the classes, its gradient's sum likewise
+    stats = statistics.of_label(top)
+    u = jnp.maximum(surprise(top, stats), 0.5)  # p_k ≤ 1/2 for the others; e^(−1/2) > 1/2 leaves them as they are
+    of_top = mesh.vary(stats.log_odds, mesh.axes_of(u))[..., None]  # before it is as wide as the classes, its gradient's sum likewise
     return jnp.where(rows.on_label(top), of_top, numerics.log_odds_of_surprise(u))
 
 
 def expected(r: rows.Rows, t: Array) -> Array:
     """Σ_k t_k (−log p_k) [...] for soft labels t [..., classes], which are 0 in examples that do not count."""
     return _expected(r.values, r.raw, t, r.class_mask, r.where, r.axis_name)
+
+
+def entropy(r: rows.Rows, stats: statistics.Statistics) -> Array:
+    """H(p) = −Σ_k p_k log p_k of every row, as c + Σ_k p_k(m − z_k): neither term is ever negative."""
+    return _entropy(r.values, stats.reference, stats.log_sum, r.class_mask, r.where, r.axis_name)
+
+
+def total(r: rows.Rows, stats: statistics.Statistics) -> Array:
+    """Σ_k −log p_k over the classes that exist, as K·c + Σ_k (m − z_k)."""
+    below = rows.class_sum(r, rows.masked(stats.reference[..., None] - r.values, r.where, r.class_mask))
+    return rows.class_count(r) * stats.log_sum + numerics.where(below == jnp.inf, numerics.INFINITE, below)
 
 
 # The general rule --------------------------------------------------------------------------------------------------------
@@ -140,7 +150,7 @@ def _(axis_name, primals, tangents):
 
     # In half precision a backward pass of its own is handed the logits, not their gradient in float32.
     linear = jax.checkpoint(linear, prevent_cse=False) if r.half else linear
-    dot = linear(values, raw, t, tangents[0]) + rows.class_sum(r, surprise(r, statistics.of(r)) * tangents[2])
+    dot = linear(values, raw, t, tangents[0]) + rows.class_sum(r, surprise(r, statistics.of_row(r)) * tangents[2])
     return _expected(*primals, axis_name), dot
 
 
@@ -171,8 +181,8 @@ def _(axis_name, primals, tangents):
     s, s_dot, mean = (rows.widened(r, rows.class_sum(r, x)) for x in (t, t_dot, p * z_dot))
     dot = p * (s * (z_dot - mean) + s_dot) - t_dot
     # The gradient sums to 0 over the classes, and so does its derivative.
-    found = statistics.of(r)
-    pivot = _pivot(r, found.reference, found.log_sum)
+    stats = statistics.of_row(r)
+    pivot = _pivot(r, stats.reference, stats.log_sum)
     balance = -rows.class_sum(r, numerics.where(pivot, 0, dot))
     return _slope(*primals, axis_name), rows.masked(_either(pivot, rows.widened(r, balance), dot), where, class_mask)
 
@@ -192,9 +202,9 @@ def _label_sums(r, m, e, t):
 # The rule of the largest class -------------------------------------------------------------------------------------------
 
 
-def smallest(r: rows.Rows, found: statistics.Statistics) -> Array:
+def smallest(r: rows.Rows, stats: statistics.Statistics) -> Array:
     """−log max_k p_k of every row; classes that tie share the derivative."""
-    return _smallest(r.values, r.raw, found.reference, found.log_sum, r.class_mask, r.where, r.axis_name)
+    return _smallest(r.values, r.raw, stats.reference, stats.log_sum, r.class_mask, r.where, r.axis_name)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(6,))
@@ -222,3 +232,30 @@ def _(axis_name, primals, tangents):
 
 def _ties(r, largest):
     return jnp.maximum(rows.class_sum(r, largest.astype(r.values.dtype)), 1)
+
+
+# The rule of the entropy ---------------------------------------------------------------------------------------------------
+#
+# A rule, so that the gradient is one loop over the logits, with exponentials of its own: what it shared with a sum would be stored.
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
+def _entropy(z, m, c, class_mask, where, axis_name):
+    x = z - m[..., None]
+    x = rows.masked(numerics.where(x == -jnp.inf, -numerics.INFINITE, x), where, class_mask)
+    terms = jnp.exp(x - c[..., None]) * x
+    # The selection keeps XLA on CPUs from storing c and m at every class for its reduction; it stores the terms instead.
+    return c - _class_sum(numerics.where(x > -numerics.INFINITE, terms, 0), axis_name)
+
+
+@_entropy.defjvp
+def _(axis_name, primals, tangents):
+    z, m, c, class_mask, where = primals
+    h = _entropy(z, m, c, class_mask, where, axis_name)
+    log_p = rows.masked(jnp.maximum(z + (-m)[..., None], -numerics.INFINITE), where, class_mask) - c[..., None]
+    slope = rows.masked(-jnp.exp(log_p) * (log_p + h[..., None]), where, class_mask)  # that of c, lse − m, is in it
+    return h, _class_sum(slope * tangents[0], axis_name)
+
+
+def _class_sum(x, axis_name):
+    return mesh.psum(jnp.sum(x, axis=-1), mesh.names(axis_name))

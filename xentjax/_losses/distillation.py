@@ -97,7 +97,7 @@ def distillation_loss(
 def _divergence(student, teacher, temperature, beta, divergence):
     dtype = numerics.accumulation_dtype(student.logits.dtype, teacher.logits.dtype)
     p, q = (_softened(rows.of(batch), jnp.asarray(temperature, dtype)) for batch in (teacher, student))
-    of_p, of_q = statistics.of(p), statistics.of(q)
+    of_p, of_q = statistics.of_row(p), statistics.of_row(q)
     u, v = surprises.surprise(p, of_p), surprises.surprise(q, of_q)
     d = _log_ratio(p, q, of_p, of_q, u, v)
     if divergence == "forward":

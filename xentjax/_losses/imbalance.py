@@ -249,8 +249,8 @@ def _logit_adjusted(batch, class_log_prior, tau):
     if tau is not None:
         shift = jnp.asarray(tau, r.values.dtype) * numerics.finite(class_log_prior.astype(r.values.dtype))
         r = rows.adjusted(r, offset=numerics.expand_leading(shift, r.values.ndim))
-    found = statistics.of(r)
-    return statistics.close(r, found, odds.expected(r, found, odds.surprise)[0])
+    stats = statistics.of(r)
+    return statistics.finish(r, stats, odds.expected(r, stats, odds.surprise))
 
 
 @jax.jit
@@ -259,7 +259,7 @@ def _ldam(batch, class_counts, max_margin, scale):
     dtype = r.values.dtype
     scale = jnp.asarray(scale, dtype)
     r = rows.adjusted(r, scale)
-    found = statistics.of(r)
+    stats = statistics.of(r)
     counts = lax.stop_gradient(class_counts.astype(dtype))
     present = numerics.where(counts > 0, counts, jnp.inf)
     fewest = jnp.min(present)
@@ -267,7 +267,7 @@ def _ldam(batch, class_counts, max_margin, scale):
     fewest = numerics.where(jnp.isfinite(fewest), fewest, 1)
     share = numerics.where(counts > 0, jnp.sqrt(jnp.sqrt(fewest / present)), 1)
     margins = (0.0 if max_margin is None else jnp.asarray(max_margin, dtype)) * share
-    return statistics.close(r, found, odds.expected(r, found, lambda a, margin: odds.surprise(a - scale * margin), of_class=margins)[0])
+    return statistics.finish(r, stats, odds.expected(r, stats, lambda a, margin: odds.surprise(a - scale * margin), of_class=margins))
 
 
 @jax.jit
@@ -283,12 +283,10 @@ def _seesaw(batch, class_counts, p, q):
         of_others = numerics.expand_leading(log_counts, z.ndim) - rows.at_label(r, log_counts)[..., None]
         lead = z - rows.at_label(r, z)[..., None]  # log σ_k − log σ_y
         changed = rows.adjusted(r, offset=p * jnp.minimum(of_others, 0) + q * jnp.maximum(lead, 0))
-        found = statistics.of(changed)
-        assert found.log_odds is not None
-        return odds.surprise(found.log_odds)
+        return odds.surprise(statistics.of_label(changed).log_odds)
 
-    found = statistics.of(r._replace(labels=None))
-    return statistics.close(r, found, odds.by_label(r, loss_of_index))
+    stats = statistics.of_row(r)
+    return statistics.finish(r, stats, odds.by_label(r, loss_of_index))
 
 
 @jax.jit

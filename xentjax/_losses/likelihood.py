@@ -231,9 +231,9 @@ _TABLED = 10  # below it log k! of whole k comes from a table: lax.lgamma(1) is 
 
 def _log_factorial(k):
     table = jnp.asarray([math.lgamma(n + 1) for n in range(_TABLED)], k.dtype)
-    found = lax.lgamma(k + 1)
+    general = lax.lgamma(k + 1)
     tabled = jnp.take(table, jnp.clip(k, 0, _TABLED - 1).astype(jnp.int32), mode="clip")
-    return differences.with_slope_of(numerics.where((k == jnp.floor(k)) & (k < _TABLED), tabled, found), found)
+    return differences.with_slope_of(numerics.where((k == jnp.floor(k)) & (k < _TABLED), tabled, general), general)
 
 
 @jax.jit
@@ -256,7 +256,7 @@ def _poisson(log_rate, targets, where):
 @jax.jit
 def _mixture(batch, targets, means, log_scales, levels, low, high):
     r = rows.of(batch)
-    found = statistics.of(r)
+    stats = statistics.of_row(r)
     dtype = r.values.dtype
     step = (jnp.asarray(high, dtype) - jnp.asarray(low, dtype)) / jnp.asarray(levels - 1, dtype)
     if jnp.issubdtype(targets.dtype, jnp.integer):
@@ -277,14 +277,14 @@ def _mixture(batch, targets, means, log_scales, levels, low, high):
         (first | last, differences.width_surprise(jnp.log(step) - size)),
     )
     surprise = sum(numerics.where(missing, 0, term) for missing, term in terms)
-    weight = surprises.surprise(r, found)
+    weight = surprises.surprise(r, stats)
     # what is missing to a probability of 1; the sum of logarithms would lose what is below eps
     missing = rows.class_sum(r, jnp.exp(-weight) * -jnp.expm1(-surprise))
     joint = weight + surprise
     least = lax.stop_gradient(jnp.min(joint, axis=-1))
     loss = least - jnp.log(jnp.sum(jnp.exp(least[..., None] - joint), axis=-1))
     loss = numerics.where(missing < 0.5, -jnp.log1p(-jnp.minimum(missing, 0.5)), loss)
-    loss = numerics.where(found.dead, lax.stop_gradient(loss) + jnp.inf, loss)
+    loss = numerics.where(stats.dead, lax.stop_gradient(loss) + jnp.inf, loss)
     return _close(loss, r.where, valid)
 
 

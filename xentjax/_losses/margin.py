@@ -77,7 +77,7 @@ def _margin(batch, scale, margins):
     scale = jnp.asarray(scale, dtype)
     *m1, m2, m3 = (jnp.zeros((), dtype) if m is None else jnp.asarray(m, dtype) for m in margins)
     r = rows.adjusted(plain, scale)
-    found = statistics.of(r)
+    stats = statistics.of(r)
     least = jnp.asarray(
         jnp.finfo(plain.raw.dtype).eps, dtype
     )  # that of sin² θ: what the cosines are rounded to, not what they are computed in
@@ -90,13 +90,12 @@ def _margin(batch, scale, margins):
         moved = scale * (moved - m3 - cosine)
         return odds.surprise(log_odds + numerics.where(numerics.is_infinite(-cosine), jnp.zeros_like(moved), moved))
 
-    if found.log_odds is not None:
-        assert found.gap is not None
-        loss = phi(found.log_odds, rows.reference(plain) + found.gap / scale)
+    if isinstance(stats, statistics.WithLabel):
+        loss = phi(stats.log_odds, rows.reference(plain) + stats.gap / scale)
     else:
         assert r.labels is not None
         loss = rows.class_sum(r, r.labels * phi(surprises.class_log_odds(r), rows.finite_values(plain)))
-    return statistics.close(r, found, loss)
+    return statistics.finish(r, stats, loss)
 
 
 @jax.custom_jvp

@@ -132,24 +132,24 @@ def _forward(batch, noise_matrix):
 
     def log_sum(r, weights):
         """The logarithm of Σ_i e^(z_i) T_iy, −INFINITE where nothing leads to the label."""
-        some = rows.adjusted(r._replace(labels=None), offset=_at_label(r, weights))
-        found = statistics.of(some)
-        return numerics.where(found.dead, -numerics.INFINITE, found.reference + found.log_sum)
+        some = rows.adjusted(r, offset=_at_label(r, weights))
+        stats = statistics.of_row(some)
+        return numerics.where(stats.dead, -numerics.INFINITE, stats.reference + stats.log_sum)
 
     def loss_of_index(r):
         loss = odds.surprise(log_sum(r, to_label) - log_sum(r, to_others))
         return numerics.nan_unless(rows.in_range(r), loss)  # a maximum over devices may lose a NaN
 
-    found = statistics.of(r._replace(labels=None))
+    stats = statistics.of_row(r)
     loss = odds.by_label(r, loss_of_index)
-    return statistics.close(r, found, numerics.where(found.dead, numerics.INFINITE, loss))
+    return statistics.finish(r, stats, numerics.where(stats.dead, numerics.INFINITE, loss))
 
 
 @jax.jit
 def _backward(batch, noise_matrix):
     r = rows.of(batch)
     inverse = jnp.linalg.inv(noise_matrix.astype(r.values.dtype))
-    if r.hard:
+    if r.labels_are_indices:
         shares = _at_label(r, _of_this_device(r, inverse))
     else:
         assert r.labels is not None
@@ -157,9 +157,9 @@ def _backward(batch, noise_matrix):
         if r.axis_name is not None:
             shares = lax.psum_scatter(shares, r.axis_name, scatter_dimension=shares.ndim - 1, tiled=True)
     r = r._replace(labels=shares)
-    found = statistics.of(r)
-    loss = odds.expected(r, found, odds.surprise)[0]
-    loss = statistics.close(r, found, loss)
+    stats = statistics.of(r)
+    loss = odds.expected(r, stats, odds.surprise)
+    loss = statistics.finish(r, stats, loss)
     return numerics.where(numerics.is_infinite(-loss), -jnp.inf, loss)
 
 

@@ -366,28 +366,28 @@ def _poly(batch, epsilon):
 @functools.partial(jax.jit, static_argnames="hard")
 def _bootstrapped(batch, beta, hard):
     r = rows.of(batch)
-    found = statistics.of(r)
-    cost, total = odds.expected(r, found, odds.surprise)
+    stats = statistics.of(r)
+    cost, total = odds.expected(r, stats, odds.surprise), odds.label_sum(r)
     beta = jnp.asarray(beta, cost.dtype)
-    own = surprises.smallest(r, found) if hard else odds.entropy(r, found)
-    return statistics.close(r, found, beta * cost + (1 - beta) * total * own)
+    own = surprises.smallest(r, stats) if hard else surprises.entropy(r, stats)
+    return statistics.finish(r, stats, beta * cost + (1 - beta) * total * own)
 
 
 @jax.jit
 def _penalized(batch, beta):
     r = rows.of(batch)
-    found = statistics.of(r)
-    cost, total = odds.expected(r, found, odds.surprise)
+    stats = statistics.of(r)
+    cost, total = odds.expected(r, stats, odds.surprise), odds.label_sum(r)
     if beta is not None:
-        cost -= jnp.asarray(beta, cost.dtype) * total * odds.entropy(r, found)
-    return statistics.close(r, found, cost)
+        cost -= jnp.asarray(beta, cost.dtype) * total * surprises.entropy(r, stats)
+    return statistics.finish(r, stats, cost)
 
 
 @jax.jit
 def _normalized(batch):
     r = rows.of(batch)
-    found = statistics.of(r)
-    cost, _ = odds.expected(r, found, odds.surprise)
-    everything = odds.total_surprise(r, found)
+    stats = statistics.of(r)
+    cost = odds.expected(r, stats, odds.surprise)
+    everything = surprises.total(r, stats)
     alone = everything == 0
-    return statistics.close(r, found, cost / numerics.where(alone, jnp.ones_like(everything), everything))
+    return statistics.finish(r, stats, cost / numerics.where(alone, jnp.ones_like(everything), everything))

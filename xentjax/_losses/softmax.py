@@ -271,8 +271,8 @@ def row_statistics(
 
     Example:
         >>> import jax.numpy as jnp, xentjax
-        >>> found = xentjax.row_statistics(jnp.zeros((1, 4)), jnp.array([3]))
-        >>> found.entropy.tolist(), found.correct.tolist()  # log 4, and the label is among the tied classes
+        >>> stats = xentjax.row_statistics(jnp.zeros((1, 4)), jnp.array([3]))
+        >>> stats.entropy.tolist(), stats.correct.tolist()  # log 4, and the label is among the tied classes
         ([1.38629...], [True])
 
     Reference:
@@ -287,41 +287,42 @@ def row_statistics(
 @jax.jit
 def _cross_entropy(batch, smoothing, class_weights, z_loss):
     r = rows.of(batch)
-    found = statistics.of(r)
-    loss, total = odds.expected(r, found, odds.surprise, smoothing, class_weights)
+    stats = statistics.of(r)
+    loss = odds.expected(r, stats, odds.surprise, smoothing, class_weights)
     if z_loss is not None:
-        loss += jnp.asarray(z_loss, loss.dtype) * total * (found.reference + found.log_sum) ** 2
-    return statistics.close(r, found, loss)
+        total = odds.label_sum(r, smoothing, class_weights)
+        loss += jnp.asarray(z_loss, loss.dtype) * total * (stats.reference + stats.log_sum) ** 2
+    return statistics.finish(r, stats, loss)
 
 
 @jax.jit
 def _focal(batch, gamma, smoothing, class_weights):
     r = rows.of(batch)
-    found = statistics.of(r)
-    loss, _ = odds.expected(r, found, functools.partial(odds.focal, gamma=gamma), smoothing, class_weights)
-    return statistics.close(r, found, loss)
+    stats = statistics.of(r)
+    loss = odds.expected(r, stats, functools.partial(odds.focal, gamma=gamma), smoothing, class_weights)
+    return statistics.finish(r, stats, loss)
 
 
 @jax.jit
 def _top_k(batch, ids, probs):
     r = rows.of(batch)
-    found = statistics.of(r)
-    loss = jnp.sum(probs.astype(r.values.dtype) * surprises.surprise_at(r, found, ids), axis=-1)
-    return statistics.close(r, found, loss)
+    stats = statistics.of_row(r)
+    loss = jnp.sum(probs.astype(r.values.dtype) * surprises.surprise_at(r, stats, ids), axis=-1)
+    return statistics.finish(r, stats, loss)
 
 
 @jax.jit
 def _statistics(batch):
     r = rows.of(batch)
-    found = statistics.of(r)
-    u = surprises.surprise(r, found)
+    stats = statistics.of(r)
+    u = surprises.surprise(r, stats)
     p = jnp.exp(-u)
-    loss, _ = odds.expected(r, found, odds.surprise)
+    loss = odds.expected(r, stats, odds.surprise)
     return RowStatistics(
-        log_prob=-statistics.close(r, found, loss),
-        log_normalizer=rows.row_value(r, statistics.log_normalizer(r, found)),
-        entropy=rows.row_value(r, odds.entropy(r, found)),
+        log_prob=-statistics.finish(r, stats, loss),
+        log_normalizer=rows.row_value(r, statistics.log_normalizer(r, stats)),
+        entropy=rows.row_value(r, surprises.entropy(r, stats)),
         expected_logit=rows.row_value(r, rows.class_sum(r, p * rows.finite_values(r))),
         max_logit=rows.row_value(r, rows.largest(r)),
-        correct=statistics.hits(r, found),
+        correct=statistics.hits(r, stats),
     )

@@ -75,10 +75,10 @@ def _bi_tempered(batch, t1, t2):
     r = rows.of(batch)
     dtype = r.values.dtype
     alpha, heavy = 1 - jnp.asarray(t1, dtype), jnp.asarray(t2, dtype) - 1
-    found = statistics.of(r._replace(labels=None))
+    stats = statistics.of_row(r)
     z = rows.finite_values(r)
     keep = rows.masked(jnp.isfinite(r.values) | jnp.isnan(r.values), r.where, r.class_mask)
-    u = _tempered_surprise(r, z, keep, found.reference, heavy)
+    u = _tempered_surprise(r, z, keep, stats.reference, heavy)
     power = jnp.exp(-(1 + alpha) * u)  # p^(2 − t1)
 
     def loss_of_index(r):
@@ -88,7 +88,7 @@ def _bi_tempered(batch, t1, t2):
         others = rows.class_sum(r, numerics.where(label, 0, power))
         return numerics.nan_unless(rows.in_range(r), _excess(own, rest, alpha) + others / (1 + alpha))
 
-    return statistics.close(r, found, odds.by_label(r, loss_of_index))
+    return statistics.finish(r, stats, odds.by_label(r, loss_of_index))
 
 
 def _tempered_surprise(r, z, keep, top, heavy):
@@ -107,8 +107,8 @@ def _tempered_surprise(r, z, keep, top, heavy):
         log_total = jnp.log(total)
         return beyond + numerics.tempered(log_total, jnp.broadcast_to(heavy, log_total.shape)) * jnp.exp((1 + heavy) * log_total) / slope
 
-    found = lax.fori_loop(0, _STEPS, lambda _, beyond: lax.stop_gradient(newton(beyond)), lax.stop_gradient(top - top))
-    return surprise(newton(newton(lax.stop_gradient(found))))
+    solved = lax.fori_loop(0, _STEPS, lambda _, beyond: lax.stop_gradient(newton(beyond)), lax.stop_gradient(top - top))
+    return surprise(newton(newton(lax.stop_gradient(solved))))
 
 
 @jax.custom_jvp

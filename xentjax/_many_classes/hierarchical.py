@@ -347,7 +347,7 @@ def _projected(hidden, projection):
 
 def _log_softmax(logits):
     r = rows.of(rows.Examples(logits, None, None, None, logits.ndim - 1, None))
-    return -surprises.surprise(r, statistics.of(r))
+    return -surprises.surprise(r, statistics.of_row(r))
 
 
 @functools.partial(jax.jit, static_argnames=("classes_first",))

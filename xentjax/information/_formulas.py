@@ -100,12 +100,12 @@ def distribution(x: Array, where: Array | None, axis: int, from_logits: bool) ->
         zero = x == 0
         return Distribution(x, jnp.log(numerics.where(zero, 1, x)), zero, None)
     r = rows.of(rows.Examples(x, None, None, None, x.ndim - 1, None))
-    found = statistics.of(r)
-    u = surprises.surprise(r, found)
+    stats = statistics.of_row(r)
+    u = surprises.surprise(r, stats)
     zero = numerics.is_infinite(u)
     log = lax.stop_gradient(numerics.where(zero, u, 0)) - u
-    dead = found.dead[..., None]
-    return Distribution(jnp.exp(-u), jnp.where(dead, lax.stop_gradient(log), log), zero, (r, found))
+    dead = stats.dead[..., None]
+    return Distribution(jnp.exp(-u), jnp.where(dead, lax.stop_gradient(log), log), zero, (r, stats))
 
 
 def pair(p: Array, q: Array, where: Array | None, axis: int, from_logits: bool) -> Pair:
@@ -132,10 +132,10 @@ def log_quotient(x, y):
 
 def _log_ratio(a, b):
     """log(p/q) of two rows of logits. A wrong constant in it, from lse_p − lse_q, would show as Σ(p − q) ≠ 0."""
-    (r, found), (s, other) = a.row, b.row
-    shift, lost_shift = _exact_difference(found.reference, other.reference)
+    (r, stats), (s, other) = a.row, b.row
+    shift, lost_shift = _exact_difference(stats.reference, other.reference)
     z, lost = _exact_difference(rows.finite_values(r), rows.finite_values(s))
-    constant = lost_shift + (found.log_sum - other.log_sum)
+    constant = lost_shift + (stats.log_sum - other.log_sum)
     d = _far(a, b, ((z - shift[..., None]) + lost) - constant[..., None])
     excess = jnp.sum(difference(a.p, b.p, d), -1, keepdims=True)
     return d - jnp.log1p(jnp.clip(excess, -0.5, 0.5))
@@ -246,8 +246,8 @@ def entropy(p, base, where, axis, from_logits):
 
 @_compiled
 def perplexity(p, where, axis, from_logits):
-    found = jnp.exp(close(_entropy(p, where, axis, from_logits), None, None, where))
-    return found if where is None else numerics.where(where, found, 0)
+    stats = jnp.exp(close(_entropy(p, where, axis, from_logits), None, None, where))
+    return stats if where is None else numerics.where(where, stats, 0)
 
 
 @_compiled

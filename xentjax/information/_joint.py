@@ -129,5 +129,5 @@ def _on_grid(x):
 
 def _normalizer(z):
     r = rows.of(rows.Examples(z, None, None, None, z.ndim - 1, None))
-    found = statistics.of(r)
+    found = statistics.of_row(r)
     return found.reference, found.log_sum, found.dead

@@ -35,10 +35,10 @@ class Calibration(_Fields):
     Example:
         >>> import jax.numpy as jnp, xentjax
         >>> logits, labels = jnp.array([[9.0, 0.0], [9.0, 0.0], [1.0, 0.0]]), jnp.array([0, 1, 0])
-        >>> found = xentjax.metrics.calibration(logits, labels, bins=5)
-        >>> found.counts.tolist(), found.accuracy().tolist()
+        >>> stats = xentjax.metrics.calibration(logits, labels, bins=5)
+        >>> stats.counts.tolist(), stats.accuracy().tolist()
         ([0, 0, 0, 1, 2], [0.0, 0.0, 0.0, 1.0, 0.5])
-        >>> float(found.expected_calibration_error())  # (0.27 + 2·0.5)/3
+        >>> float(stats.expected_calibration_error())  # (0.27 + 2·0.5)/3
         0.42289...
     """
 
@@ -128,10 +128,10 @@ def calibration(
 @functools.partial(jax.jit, static_argnames="bins")
 def _calibration(batch, weights, bins):
     r = rows.of(batch)
-    found = statistics.of(r._replace(labels=None))
-    confidence = rows.row_value(r, jnp.exp(-lax.stop_gradient(found.log_sum)))
+    stats = statistics.of_row(r)
+    confidence = rows.row_value(r, jnp.exp(-lax.stop_gradient(stats.log_sum)))
     hit = _counts.hits(r, 1, first=True)
-    valid = ~jnp.isnan(hit) & ~jnp.isnan(confidence) & ~found.dead
+    valid = ~jnp.isnan(hit) & ~jnp.isnan(confidence) & ~stats.dead
     amount, invalid = _counts.amounts(weights, rows.counted(r), valid)
     index = jnp.clip(jnp.ceil(confidence * bins) - 1, 0, bins - 1).astype(jnp.int32)
     share = numerics.where(amount != 0, confidence, 0) * amount.astype(confidence.dtype)
@@ -144,11 +144,11 @@ def _calibration(batch, weights, bins):
 
 
 @jax.jit
-def _figures(found):
-    counts, hits, confidences, _ = sums.split(found)
+def _figures(stats):
+    counts, hits, confidences, _ = sums.split(stats)
     # the difference of the sums, not of their rounded quotients, because both are nearly equal in a calibrated model
     gaps = jnp.abs(sums.value(sums.add_parts(hits, sums.scaled(confidences, -1.0))))
     each = [WeightedSum(x, sums.value(counts)).mean() for x in (sums.value(hits), sums.value(confidences), gaps)]
     expected = WeightedSum(gaps.sum(-1), sums.value(sums.total(counts, -1))).mean()
     figures = (each[0], each[1], expected, each[2].max(-1))
-    return tuple(_counts.figure(x, found.invalid) for x in figures)
+    return tuple(_counts.figure(x, stats.invalid) for x in figures)

@@ -229,11 +229,11 @@ def _hits(batch, k, first):
 def _brier(batch):
     r = rows.of(batch)
     a = surprises.class_log_odds(r)
-    t = rows.on_label(r).astype(a.dtype) if r.hard else r.labels
+    t = rows.on_label(r).astype(a.dtype) if r.labels_are_indices else r.labels
     assert t is not None
     # 1 − p is σ(−a), which keeps the little that a confident prediction misses
     distance = numerics.where(a > 0, (1 - t) - numerics.sigmoid(-a), numerics.sigmoid(a) - t)
     score = rows.class_sum(r, rows.masked(distance, r.where) ** 2)
-    if r.hard:  # a product: the derivative is NaN as well
+    if r.labels_are_indices:  # a product: the derivative is NaN as well
         score = numerics.nan_unless(rows.in_range(r), score)
     return rows.row_value(r, score)
