@@ -243,8 +243,8 @@ def examples(
         )
     counts = counted(function, where, leading, f"the shape of {inputs} without its class axis")
     indices = None if y is None or y.ndim == z.ndim else y
-    mesh.split_classes(function, axis_name, {inputs: z}, {"labels": indices, "where": counts})
-    mesh.classes_alone(function, inputs, z, axis, indices)
+    mesh.check_class_split(function, axis_name, {inputs: z}, {"labels": indices, "where": counts})
+    mesh.check_class_axis(function, inputs, z, axis, indices)
     checked = rows.Examples(z, y, mask, counts, axis, axis_name)
     values.examples(function, checked, inputs)
     return checked

@@ -88,7 +88,7 @@ def psum(tree: Any, axes: Iterable[Hashable]) -> Any:
     return jax.tree.map(of_leaf, tree)
 
 
-def split_classes(function: str, axis_name: Any, split: dict[str, Array], same: dict[str, Array | None]) -> None:
+def check_class_split(function: str, axis_name: Any, split: dict[str, Array], same: dict[str, Array | None]) -> None:
     """ValueError unless `axis_name` names mesh axes over which what is `split` along its classes differs, and the `same` does not."""
     for axis in names(axis_name):
         try:
@@ -105,10 +105,10 @@ def split_classes(function: str, axis_name: Any, split: dict[str, Array], same: 
                     f"{name} of shape {x.shape} on all its devices. Name {axis!r} for the class axis in in_specs of jax.shard_map."
                 )
         for name, x in same.items():
-            shared(function, name, x, frozenset({axis}) if known else frozenset())
+            check_shared(function, name, x, frozenset({axis}) if known else frozenset())
 
 
-def classes_alone(function: str, name: str, logits: Array, axis: int, labels: Array | None) -> None:
+def check_class_axis(function: str, name: str, logits: Array, axis: int, labels: Array | None) -> None:
     """ValueError if an explicit mesh splits class indices over an axis that splits the classes."""
     if labels is None or not (is_explicit(logits) and is_explicit(labels)):
         return
@@ -121,7 +121,7 @@ def classes_alone(function: str, name: str, logits: Array, axis: int, labels: Ar
             )
 
 
-def shared(function: str, name: str, x: Array | None, axes: frozenset) -> None:
+def check_shared(function: str, name: str, x: Array | None, axes: frozenset) -> None:
     """ValueError if `x` may differ between devices that hold classes of the same examples."""
     for axis in axes & axes_of(x):
         raise ValueError(
@@ -130,7 +130,7 @@ def shared(function: str, name: str, x: Array | None, axes: frozenset) -> None:
         )
 
 
-def whole_chunks(function: str, hidden: Array, kernel: Array, class_axis: int) -> None:
+def check_chunk_axes(function: str, hidden: Array, kernel: Array, class_axis: int) -> None:
     """ValueError if an explicit mesh splits the axis of examples that is cut into chunks, or the classes."""
     for name, x, axis, meaning in (
         ("hidden", hidden, hidden.ndim - 2, "is cut into chunks"),
@@ -143,7 +143,7 @@ def whole_chunks(function: str, hidden: Array, kernel: Array, class_axis: int) -
             )
 
 
-def collectives(function: str, effects: Any, varying: frozenset) -> None:
+def check_collectives(function: str, effects: Any, varying: frozenset) -> None:
     """ValueError if the devices that a loss talks to cannot be told from those that have losses of their own."""
     for axis in axes_used(effects):
         if not typed(axis):
@@ -158,7 +158,7 @@ def collectives(function: str, effects: Any, varying: frozenset) -> None:
             )
 
 
-def closed_over(function: str, axes: frozenset, gradients: Any) -> None:
+def check_closed_over(function: str, axes: frozenset, gradients: Any) -> None:
     """ValueError if a closed-over array is differentiated and the same on devices whose sums differ: they would share one gradient."""
     for gradient in jax.tree.leaves(gradients):
         if missing := axes - axes_of(gradient):

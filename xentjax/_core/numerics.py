@@ -51,6 +51,13 @@ def nan_unless(inside: Array, x: Array) -> Array:
     return x * (1 + nothing) + nothing
 
 
+def nan_or_zero(x: Array, valid: Array | None, counts: Array | None) -> Array:
+    """The last step of a result: NaN with derivative NaN where it is not `valid`, exactly 0 where it does not count. None means all."""
+    if valid is not None:
+        x = nan_unless(valid if counts is None else valid | ~counts, x)
+    return x if counts is None else where(counts, x, jnp.zeros_like(x))
+
+
 @jax.custom_jvp
 def finite(x: Array) -> Array:
     """`x` with ±∞ replaced by ±INFINITE; the derivative passes unchanged."""

@@ -192,7 +192,7 @@ def total(loss_fn: Callable, batch: Batch, layer: Layer, cut: Layout, classes_fi
     def _(primals, tangents):
         wanted = jax.tree.map(lambda t: not isinstance(t, SymbolicZero), tangents)
         sums, each = _kept(functools.partial(sweep, wanted=wanted))(*primals)
-        mesh.closed_over("fuse_linear", mesh.axes_of(sums.value), sums.hoisted)
+        mesh.check_closed_over("fuse_linear", mesh.axes_of(sums.value), sums.hoisted)
         pairs = zip(_leaves((each.batch, sums.layer, sums.hoisted)), _leaves(tangents), strict=True)
         parts = [_over_devices(_inner(g, t).astype(sums.value.dtype), sums.value) for g, t in pairs if g is not None]
         aux_tangent = jax.tree.map(lambda x: zero_from_primal(x, symbolic_zeros=True), each.aux)
@@ -285,7 +285,7 @@ def _pull(loss_fn, weights, inputs, asked):
 def _hoist(loss_fn, chunk, layer, classes_first):
     """`loss_fn` as a function of what it closes over as well, and those values."""
     closed, shapes = _trace(loss_fn, chunk, layer, classes_first)
-    mesh.collectives("fuse_linear", closed.effects, mesh.axes_of(closed.out_avals[0]))
+    mesh.check_collectives("fuse_linear", closed.effects, mesh.axes_of(closed.out_avals[0]))
     # The function outlives this trace in the derivative rule. So it holds the program alone, and not the constants, which may be tracers.
     program, structure = closed.jaxpr, jax.tree.structure(shapes)
 
@@ -310,7 +310,7 @@ def _spread(loss_fn, batch, layer, cut, classes_first):
     closed, _ = _trace(loss_fn, _sizes(batch, cut)[0], layer, classes_first)
     axes = mesh.axes_of(closed.out_avals[0]) - mesh.axes_used(closed.effects)
     for name, x in (("where", batch.where), ("weights", batch.weights)):
-        mesh.shared("fuse_linear", name, x, together - axes)
+        mesh.check_shared("fuse_linear", name, x, together - axes)
     return mesh.vary(batch._replace(hidden=None), axes | mesh.axes_of(batch.weights))._replace(hidden=batch.hidden)
 
 

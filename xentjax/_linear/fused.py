@@ -112,7 +112,7 @@ def fuse_linear(
     ) -> Any:
         """The loss of `hidden @ kernel + bias`; shapes and meaning as `xentjax.fuse_linear` says."""
         checked = layers.arguments(name, hidden, kernel, bias, where, weights, classes_first)
-        mesh.whole_chunks(name, checked[0], checked[1], 0 if classes_first else 1)
+        mesh.check_chunk_axes(name, checked[0], checked[1], 0 if classes_first else 1)
         check_weights(name, reduction, *checked[3:])
         return run(*checked, layers.per_example(name, args, checked[0].shape[:-1]))
 
@@ -180,8 +180,8 @@ def linear_softmax_cross_entropy(
     _check_options(name, reduction, chunk_size)
     layer = layers.arguments(name, hidden, kernel, bias, where, weights, classes_first)
     h, k, _, counts, _ = layer
-    mesh.whole_chunks(name, h, k, 0 if classes_first else 1)
-    mesh.split_classes(name, axis_name, {"kernel": k}, {"where": counts, "weights": layer[-1]})
+    mesh.check_chunk_axes(name, h, k, 0 if classes_first else 1)
+    mesh.check_class_split(name, axis_name, {"kernel": k}, {"where": counts, "weights": layer[-1]})
     check_weights(name, reduction, *layer[3:])
     classes = k.shape[0 if classes_first else 1]
     w = None if class_weights is None else checks.real(name, "class_weights", class_weights)
