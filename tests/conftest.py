@@ -1,15 +1,21 @@
-"""Eight CPU devices, strict dtype promotion and no rank promotion for every test."""
+"""Eight CPU devices, strict dtype promotion and no rank promotion for every test; which tests run; how long the files took."""
 
+import collections
 import os
+import pathlib
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Compiled programs are kept in a folder that all workers and later runs share. `pytest --cache-clear` empties it.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "d" / "programs"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import hypothesis
 import jax
 import numpy as np
 import pytest
 
-from tests import drawing
+from tests import drawing, selection
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -18,14 +24,37 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 def pytest_addoption(parser):
     parser.addoption(
+        "--exhaustive", action="store_true", help="run every combination of parameters (tests/selection.py says what is left out)"
+    )
+    parser.addoption(
         "--randomize", type=int, metavar="N", help="let each hypothesis test draw N new examples; without it every run draws the same ones"
     )
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "exhaustive: only under --exhaustive")
+    config.addinivalue_line("markers", "every_row: every row of the table in the short run too, not one for each public function")
     drawing.number = config.getoption("--randomize")
+    drawing.exhaustive = config.getoption("--exhaustive")
     hypothesis.settings.register_profile("xentjax", deadline=None, derandomize=drawing.number is None)  # a new shape compiles a program
     hypothesis.settings.load_profile("xentjax")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--exhaustive") or any("::" in argument for argument in config.args):
+        return
+    names = selection.short(items)
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in names])
+    items[:] = [item for item in items if item.nodeid in names]
+
+
+def pytest_terminal_summary(terminalreporter):
+    seconds = collections.Counter()
+    for report in (report for reports in terminalreporter.stats.values() for report in reports if hasattr(report, "duration")):
+        seconds[report.nodeid.split("::")[0]] += report.duration
+    terminalreporter.section("slowest files (seconds of work, summed over the workers)")
+    for file, duration in seconds.most_common(10):
+        terminalreporter.write_line(f"{duration:7.1f}  {file}")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+pytestmark = pytest.mark.exhaustive
 SCRIPT = Path(__file__).parents[2] / "examples" / "char_lm.py"
 TINY = ("--batch", "4", "--length", "16", "--features", "32", "--layers", "1", "--characters", "20000")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import jupytext
 import pytest
 
+pytestmark = pytest.mark.exhaustive
 FOLDER = Path(__file__).parents[2] / "examples" / "notebooks"
 SCRIPT, NOTEBOOK, BUILD = FOLDER / "quickstart.py", FOLDER / "quickstart.ipynb", FOLDER / "build.py"
 

@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+pytestmark = pytest.mark.exhaustive
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY = {"batch": 5, "length": 16, "features": 8, "classes": 64, "characters": 20000, "steps": 3, "every": 3}
 TIMEOUT = 20  # of runs that fail: how long a process may be silent. All else, compiling included, is over in a quarter of it

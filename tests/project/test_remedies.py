@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
+pytestmark = pytest.mark.exhaustive
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SEEDS, STEPS = 3, 600
 DIGITS = load_digits().target
