@@ -245,7 +245,7 @@ def poly_cross_entropy(
     return _poly(batch, checks.number(name, "epsilon", epsilon, low=-1.0))
 
 
-def confidence_penalty(
+def confidence_penalized_cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,
     *,
@@ -278,13 +278,14 @@ def confidence_penalty(
 
     Example:
         >>> import jax.numpy as jnp, xentjax
-        >>> xentjax.confidence_penalty(jnp.zeros((1, 4)), jnp.array([0]), beta=0.25).tolist()  # (1 − β)·log 4
+        >>> loss = xentjax.confidence_penalized_cross_entropy(jnp.zeros((1, 4)), jnp.array([0]), beta=0.25)
+        >>> loss.tolist()  # (1 − β)·log 4
         [1.03972...]
 
     Reference:
         Pereyra et al., Regularizing Neural Networks by Penalizing Confident Output Distributions, 2017, arXiv 1701.06548.
     """
-    name = "confidence_penalty"
+    name = "confidence_penalized_cross_entropy"
     batch = checks.examples(name, logits, labels, axis, axis_name, class_mask, where)
     return _penalized(batch, checks.number(name, "beta", beta))
 
