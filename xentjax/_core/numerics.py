@@ -173,7 +173,7 @@ def _(primals, tangents):
 def scaled_log1p(x: Array, scale: Array) -> Array:
     """log(1 + scale·x)/scale, which is x at scale = 0.
 
-    Derivatives: 1/(1 + scale·x) in x; (x/(1 + scale·x) − value)/scale in scale, where a series replaces the difference if it cancels.
+    Derivatives: 1/(1 + scale·x) in x; (x/(1 + scale·x) − value)/scale in scale. If that difference cancels, a series replaces it.
     """
     y = scale * x
     none = y == 0
@@ -196,7 +196,7 @@ def _(primals, tangents):
 
 @jax.custom_jvp
 def angle(cosine: Array, least: Array) -> Array:
-    """The angle arccos c, with derivative −1/sin; sin² is at least `least` in it, so that it is finite at both ends."""
+    """The angle arccos c. Its derivative is −1/√max(1 − c², `least`), which is finite at c = ±1."""
     return jnp.arccos(jnp.clip(cosine, -1, 1))
 
 
@@ -205,7 +205,7 @@ angle.defjvp(lambda primals, tangents: (angle(*primals), -tangents[0] / _bounded
 
 @jax.custom_jvp
 def sine(cosine: Array, least: Array) -> Array:
-    """The sine √(1 − c²) of an angle in [0, π], with derivative −c/sin; sin² is at least `least` in it."""
+    """The sine √(1 − c²) of an angle in [0, π]. Its derivative is −c/√max(1 − c², `least`), which is finite at c = ±1."""
     inside = jnp.abs(cosine) < 1
     return where(inside, jnp.sqrt(where(inside, (1 - cosine) * (1 + cosine), jnp.ones_like(cosine))), 0)
 

@@ -31,8 +31,8 @@ def logit_adjusted_cross_entropy(
     loss = −log softmax(z + τ·log π)_y. At τ = 1 it is balanced softmax.
     Gradient: ∂loss/∂z_k = softmax(z + τ·log π)_k − [k = y].
 
-    The expected loss is minimal for the logits z that are right if all classes are equally frequent. Train with this loss, and predict with
-    the unshifted logits.
+    The expected loss is minimal if z are the correct logits for equally frequent classes. Train with this loss, and predict with the
+    unshifted logits.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.
@@ -170,7 +170,7 @@ def seesaw_loss(
     Args:
         logits: [..., classes], unnormalized log-probabilities.
         labels: [...] class indices, or [..., classes] soft labels.
-        class_counts: [classes], number of training examples of each class, in all or so far; counts below 1 are treated as 1.
+        class_counts: [classes], number of training examples of each class, in total or seen so far; counts below 1 are treated as 1.
         p: ≥ 0, exponent of the mitigation factor M.
         q: ≥ 0, exponent of the compensation factor C.
         axis: class axis of `logits`.

@@ -1,7 +1,7 @@
 """Losses with angular margins, for embeddings such as those of faces or products.
 
-Each class has a direction, and a class is predicted from the angle between the embedding and that direction. A margin makes the loss ask
-for a smaller angle to the direction of the label.
+Each class has a direction, and a class is predicted from the angle between the embedding and that direction. With a margin, the
+loss is low only if the angle to the direction of the label is clearly smaller than the other angles.
 """
 
 import jax
@@ -34,9 +34,9 @@ def margin_cross_entropy(
     SphereFace has m1 > 1, ArcFace (the default) has m2 > 0, and CosFace has m3 > 0. With m1 = 1 and m2 = m3 = 0, the loss is normalized
     softmax. The loss of soft labels t is Σ_k t_k·loss(k).
 
-    At a label's angle of 0 or π, the exact gradient may be infinite. So the gradient uses max(sin² θ_y, eps) instead of sin² θ_y, with the
-    eps of the dtype of `cosines`. Beyond m1·θ_y + m2 = π the loss decreases again, as in the papers. The example shows how to fuse the loss
-    with its layer, for millions of classes.
+    At a label's angle of 0 or π, the exact gradient may be infinite. So the gradient uses max(sin² θ_y, eps) instead of sin² θ_y, where eps
+    is that of the dtype of `cosines`. Beyond m1·θ_y + m2 = π the loss decreases again, as in the papers. For millions of classes, fuse the
+    loss with its layer as in the example.
 
     Args:
         cosines: [..., classes], in [−1, 1], cosines of the angles between an embedding and the directions of the classes.

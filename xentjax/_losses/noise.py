@@ -70,7 +70,7 @@ def _forward(batch: rows.Examples, noise_matrix: Array) -> Array:
     to_label, to_others = (rows.of_this_device(r, _log(x).T) for x in (noise, 1 - noise))  # [labels, true classes]
 
     def log_sum(r: rows.Rows, log_weights: Array) -> Array:
-        """The logarithm of Σ_i w_yi e^(z_i) for the label y and log w [labels, true classes]; −INFINITE if all terms are 0."""
+        """Log of Σ_i w_yi e^(z_i), where y is the label; −INFINITE if the sum is 0. `log_weights` holds log w [labels, true classes]."""
         weighted = rows.adjusted(r, offset=rows.table_row(r, log_weights))
         stats = statistics.of_row(weighted)
         return numerics.where(stats.dead, -numerics.INFINITE, stats.reference + stats.log_sum)
@@ -105,7 +105,7 @@ def backward_corrected_cross_entropy(
         noise_matrix: [classes, classes], T_ij = P(label j | class i), invertible.
         axis: class axis of `logits`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
-        class_mask: [classes] or [..., classes], True for true classes that exist; T must not mix them with classes that do not.
+        class_mask: [classes] or [..., classes], True for true classes that exist; between these and the others, T must be 0.
         where: [...], True for examples that count.
 
     Returns:

@@ -143,11 +143,11 @@ def bootstrapped_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy with the label mixed with the model's own prediction, shape [...].
+    """Cross-entropy against a mixture of the label and the model's own prediction, shape [...].
 
     loss = β·(−log p_y) + (1 − β)·H(p). If `hard`, −log max_k p_k replaces H(p).
     Gradient: ∂loss/∂z_k = β(p_k − [k = y]) − (1 − β)·p_k·(log p_k + H(p)).
-    If `hard`, it is β(p_k − [k = y]) + (1 − β)(p_k − [k = argmax p]), where n tied classes get 1/n each instead of 1.
+    If `hard`, it is β(p_k − [k = y]) + (1 − β)(p_k − [k = argmax p]), where each of n tied classes gets 1/n instead of 1.
 
     The prediction is differentiated too. The paper uses β = 0.95, and β = 0.8 with `hard`.
 

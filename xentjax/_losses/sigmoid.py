@@ -1,4 +1,4 @@
-"""Binary cross-entropy, focal and asymmetric loss: every element of the logits is a decision of its own.
+"""Binary cross-entropy, focal and asymmetric loss: each logit is a separate decision.
 
 Conventions of every function here:
 

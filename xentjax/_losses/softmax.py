@@ -13,8 +13,8 @@ Conventions of every function here:
 - `where` has the shape of the result, and is True for examples that count. The loss and the gradient of every other example are exactly 0,
   whatever the example contains.
 - A wrong dtype raises TypeError. A wrong shape, or a Python number out of range, raises ValueError.
-- In the formulas, z are the logits, p = softmax(z), lse(z) = log Σ_k e^(z_k), w are the class weights and ε is the label smoothing. The
-  targets are t_k = w_k((1 − ε)·labels_k + ε/K), and s = Σ_k t_k.
+- In the formulas, z are the logits, p = softmax(z) and lse(z) = log Σ_k e^(z_k). K is the number of classes that exist, w are the class
+  weights and ε is the label smoothing. The targets are t_k = w_k((1 − ε)·labels_k + ε/K), and s = Σ_k t_k.
 """
 
 import functools

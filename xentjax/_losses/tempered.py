@@ -1,15 +1,15 @@
 """Bi-tempered loss: cross-entropy with a bounded logarithm, and a softmax with heavy tails.
 
-With log_t(x) = (x^(1 − t) − 1)/(1 − t) and its inverse exp_t(x) = (1 + (1 − t)x)^(1/(1 − t)), which are log and exp at t = 1, the loss
-uses log_t1 as the logarithm and p_k = exp_t2(z_k − λ) as the probabilities. The normalizer λ makes the probabilities sum to 1.
+Definitions. log_t(x) = (x^(1 − t) − 1)/(1 − t), and its inverse is exp_t(x) = (1 + (1 − t)x)^(1/(1 − t)). At t = 1 they are log and exp.
+The loss uses log_t1 as its logarithm, and the probabilities p_k = exp_t2(z_k − λ). The normalizer λ makes the probabilities sum to 1.
 
 Normalizer. λ is the root of log_t2 Z(λ), where
 
     Z(λ) = Σ_k p_k = Σ_k (1 + (t2 − 1)(λ − z_k))^(−1/(t2 − 1))        log_t2 Z = (1 − Z^(1 − t2))/(t2 − 1)
 
-This function decreases in λ. It is convex, because a power mean of negative exponent is concave, and it is linear if all logits are equal.
-So Newton's method, started at the largest logit, approaches the root from the left and needs only a few steps. At t2 = 1 a single step is
-exact, and λ is the log-sum-exp.
+The function log_t2 Z(λ) decreases in λ. It is convex, because a power mean of negative exponent is concave. It is linear if all logits are
+equal. So Newton's method, started at the largest logit, approaches the root from the left and needs only a few steps. At t2 = 1 a single
+step is exact, and λ is the log-sum-exp.
 
 Derivatives. The loop that finds λ is not differentiated. It is followed by two Newton steps that are differentiated. Each of them squares
 the order of the error, so the first, second and third derivatives are those of the root. The first is ∂λ/∂z_k = p_k^t2/Σ_j p_j^t2.
@@ -42,8 +42,8 @@ def bi_tempered_cross_entropy(
     Gradient: ∂loss/∂z = g − r·Σ_k g_k with g_k = p_k^(t2 − t1)·(p_k − [k = y]) and r_k = p_k^t2/Σ_j p_j^t2.
 
     Here log_t(x) = (x^(1 − t) − 1)/(1 − t), and exp_t is its inverse. At t1 = t2 = 1, the loss is cross-entropy. If t1 < 1, the loss is
-    bounded, so that far outliers stop mattering. If t2 > 1, the probabilities have heavy tails, so that labels near the decision boundary
-    may be wrong.
+    bounded, so that far outliers stop mattering. If t2 > 1, the probabilities have heavy tails, so that wrong labels near the
+    decision boundary do little harm.
 
     The loss of soft labels t is Σ_k t_k·loss(k), which equals the paper's loss up to a constant of the labels. It is computed for one
     class after another.
