@@ -170,7 +170,8 @@ def seesaw_loss(
     Args:
         logits: [..., classes], unnormalized log-probabilities.
         labels: [...] class indices, or [..., classes] soft labels.
-        class_counts: [classes], number of training examples of each class, in total or seen so far; counts below 1 are treated as 1.
+        class_counts: [classes], number of training examples of each class, in total or seen so far; not differentiated. Counts below 1 are
+            treated as 1.
         p: ≥ 0, exponent of the mitigation factor M.
         q: ≥ 0, exponent of the compensation factor C.
         axis: class axis of `logits`.
