@@ -39,7 +39,7 @@ def contenders(classes: int) -> dict[str, Contender]:
         "bootstrapped_cross_entropy, hard": Contender(lambda z, y: xentjax.bootstrapped_cross_entropy(z, y, beta=0.8, hard=True)),
         "taylor_cross_entropy": Contender(xentjax.taylor_cross_entropy),
         "poly_cross_entropy": Contender(xentjax.poly_cross_entropy),
-        "confidence_penalty": Contender(xentjax.confidence_penalty),
+        "confidence_penalized_cross_entropy": Contender(xentjax.confidence_penalized_cross_entropy),
         "normalized_cross_entropy": Contender(xentjax.normalized_cross_entropy),
         "logit_adjusted_cross_entropy": Contender(lambda z, y: xentjax.logit_adjusted_cross_entropy(z, y, class_log_prior=log_prior)),
         "ldam_loss": Contender(lambda z, y: xentjax.ldam_loss(z, y, class_counts=counts)),

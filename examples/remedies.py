@@ -72,7 +72,7 @@ LOSSES = {  # of outputs [n, classes], labels [n] and the training set's counts 
     "hard bootstrapped": lambda z, y, run: xentjax.bootstrapped_cross_entropy(z, y, beta=0.8, hard=True),
     "Taylor": lambda z, y, run: xentjax.taylor_cross_entropy(z, y),
     "poly": lambda z, y, run: xentjax.poly_cross_entropy(z, y),
-    "confidence penalty": lambda z, y, run: xentjax.confidence_penalty(z, y),
+    "confidence penalty": lambda z, y, run: xentjax.confidence_penalized_cross_entropy(z, y),
     "normalized": lambda z, y, run: xentjax.normalized_cross_entropy(z, y),
     "bi-tempered": lambda z, y, run: xentjax.bi_tempered_cross_entropy(z, y),
     "forward-corrected": lambda z, y, run: xentjax.forward_corrected_cross_entropy(z, y, noise_matrix=run.noise),

@@ -29,7 +29,7 @@ from xentjax._losses.noise import forward_corrected_cross_entropy as forward_cor
 from xentjax._losses.ordinal import coral_loss as coral_loss
 from xentjax._losses.ordinal import cumulative_link_loss as cumulative_link_loss
 from xentjax._losses.robust import bootstrapped_cross_entropy as bootstrapped_cross_entropy
-from xentjax._losses.robust import confidence_penalty as confidence_penalty
+from xentjax._losses.robust import confidence_penalized_cross_entropy as confidence_penalized_cross_entropy
 from xentjax._losses.robust import generalized_cross_entropy as generalized_cross_entropy
 from xentjax._losses.robust import normalized_cross_entropy as normalized_cross_entropy
 from xentjax._losses.robust import poly_cross_entropy as poly_cross_entropy

@@ -42,7 +42,7 @@ LIMITS = {
     "bootstrapped, hard": (functools.partial(xentjax.bootstrapped_cross_entropy, beta=1.0, hard=True), 1.0),
     "taylor": (functools.partial(xentjax.taylor_cross_entropy, order=200), 0.1),
     "poly": (functools.partial(xentjax.poly_cross_entropy, epsilon=0.0), 1.0),
-    "penalty": (functools.partial(xentjax.confidence_penalty, beta=0.0), 1.0),
+    "penalty": (functools.partial(xentjax.confidence_penalized_cross_entropy, beta=0.0), 1.0),
     "bi-tempered": (functools.partial(xentjax.bi_tempered_cross_entropy, t1=1.0, t2=1.0), 1.0),
     "forward": (functools.partial(xentjax.forward_corrected_cross_entropy, noise_matrix=IDENTITY), 1.0),
     "backward": (functools.partial(xentjax.backward_corrected_cross_entropy, noise_matrix=IDENTITY), 1.0),
@@ -114,7 +114,7 @@ PARAMETERS = [
     ("symmetric_cross_entropy", "symmetric", "log_zero", -4.0),
     ("bootstrapped_cross_entropy", "bootstrapped", "beta", 0.9),
     ("poly_cross_entropy", "poly", "epsilon", 1.0),
-    ("confidence_penalty", "penalty", "beta", 0.1),
+    ("confidence_penalized_cross_entropy", "penalty", "beta", 0.1),
     ("bi_tempered_cross_entropy", "bi_tempered", "t1", 0.8),
     ("bi_tempered_cross_entropy", "bi_tempered", "t2", 1.2),
     ("bi_tempered_cross_entropy", "bi_tempered", "t2", 1.001),
@@ -256,7 +256,9 @@ def test_largest_classes_that_tie_share_the_bootstrap():
     np.testing.assert_allclose(slope, [-0.4, 0.4], rtol=1e-6)
 
 
-OF_ENTROPY = [c for c in cases.FAMILIES if c.name in ("bootstrapped_cross_entropy", "confidence_penalty", "normalized_cross_entropy")]
+OF_ENTROPY = [
+    c for c in cases.FAMILIES if c.name in ("bootstrapped_cross_entropy", "confidence_penalized_cross_entropy", "normalized_cross_entropy")
+]
 
 
 @pytest.mark.parametrize("case", OF_ENTROPY, ids=str)

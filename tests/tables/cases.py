@@ -172,7 +172,7 @@ FAMILIES = (
     _family(xentjax.taylor_cross_entropy, "taylor", tolerance=2.0),
     _family(xentjax.taylor_cross_entropy, "taylor", formula={"order": 5}, tolerance=2.0, thorough=False),
     _family(xentjax.poly_cross_entropy, "poly", tolerance=2.0),
-    _family(xentjax.confidence_penalty, "penalty", exact_at_margins=False),
+    _family(xentjax.confidence_penalized_cross_entropy, "penalty", exact_at_margins=False),
     _family(xentjax.normalized_cross_entropy, "normalized", exact_at_margins=False),
     _family(xentjax.bi_tempered_cross_entropy, "bi_tempered", tolerance=4.0, exact_at_margins=False),
     _family(

@@ -169,6 +169,54 @@ def _(primals, tangents):
     return value, power * tangents[0] + in_q * tangents[1]
 
 
+@jax.custom_jvp
+def scaled_log1p(x: Array, scale: Array) -> Array:
+    """log(1 + scale·x)/scale, which is x at scale = 0.
+
+    Derivatives: 1/(1 + scale·x) in x; (x/(1 + scale·x) − value)/scale in scale. If that difference cancels, a series replaces it.
+    """
+    y = scale * x
+    none = y == 0
+    return x * where(none, jnp.ones_like(y), jnp.log1p(y) / where(none, jnp.ones_like(y), y))
+
+
+@scaled_log1p.defjvp
+def _(primals, tangents):
+    x, scale = primals
+    y = scale * x
+    small = jnp.abs(y) < 0.1
+    near, value = where(small, y, jnp.zeros_like(y)), scaled_log1p(x, scale)
+    series = jnp.zeros_like(y)  # Σ_n (−1)^n n/(n + 1) y^(n − 1); the derivative in scale is x² times this series
+    for n in range(18 if x.dtype == jnp.float64 else 9, 0, -1):
+        series = (-1) ** n * n / (n + 1) + near * series
+    direct = (x / (1 + y) - value) / where(small, jnp.ones_like(y), jnp.broadcast_to(scale, y.shape))
+    in_scale = where(small, where(small, x, jnp.zeros_like(x)) ** 2 * series, direct)
+    return value, tangents[0] / (1 + y) + in_scale * tangents[1]
+
+
+@jax.custom_jvp
+def angle(cosine: Array, least: Array) -> Array:
+    """The angle arccos c. Its derivative is −1/√max(1 − c², `least`), which is finite at c = ±1."""
+    return jnp.arccos(jnp.clip(cosine, -1, 1))
+
+
+angle.defjvp(lambda primals, tangents: (angle(*primals), -tangents[0] / _bounded_sine(*primals)))
+
+
+@jax.custom_jvp
+def sine(cosine: Array, least: Array) -> Array:
+    """The sine √(1 − c²) of an angle in [0, π]. Its derivative is −c/√max(1 − c², `least`), which is finite at c = ±1."""
+    inside = jnp.abs(cosine) < 1
+    return where(inside, jnp.sqrt(where(inside, (1 - cosine) * (1 + cosine), jnp.ones_like(cosine))), 0)
+
+
+sine.defjvp(lambda primals, tangents: (sine(*primals), -primals[0] * tangents[0] / _bounded_sine(*primals)))
+
+
+def _bounded_sine(cosine: Array, least: Array) -> Array:
+    return jnp.sqrt(jnp.maximum((1 - cosine) * (1 + cosine), least))
+
+
 def select_logits(keep: Array, logits: Array) -> Array:
     """`logits` where `keep`, −∞ elsewhere, in their own dtype.
 

@@ -42,7 +42,7 @@ def expected(
     class_weights: Array | None = None,
     of_class: Array | None = None,
 ) -> Array:
-    """Σ_k t_k φ(a_k) [...]. With `of_class` [classes], φ also gets the number of each class.
+    """Σ_k t_k φ(a_k) [...]. With `of_class` [classes], or [..., classes] for soft labels, φ also gets the number of each class.
 
     An index needs only the log-odds of its own class. With label smoothing, a sum over all classes is added.
     """

@@ -8,7 +8,7 @@ Classes may be split over the devices of a mesh axis. Indices are global, and su
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +97,11 @@ def finite_values(rows: Rows) -> Array:
     return masked(numerics.finite(rows.values), rows.where, rows.class_mask)
 
 
+def not_infinite(rows: Rows) -> Array:
+    """Whether a logit is not ±∞ [..., classes]; False in classes that do not exist and examples that do not count."""
+    return masked(jnp.isfinite(rows.values) | jnp.isnan(rows.values), rows.where, rows.class_mask)
+
+
 def kept(rows: Rows) -> Array | None:
     """Which classes exist, in examples that count [..., classes]; None means all."""
     return all_of(None, rows.class_mask, rows.where)
@@ -116,6 +121,12 @@ def over_devices(rows: Rows, partial_sum: Array) -> Array:
 def class_sum(rows: Rows, x: Array) -> Array:
     """Σ over all classes, those of other devices too."""
     return over_devices(rows, jnp.sum(x, axis=-1))
+
+
+def class_minimum(rows: Rows, per_class: Array) -> Array:
+    """The minimum of `per_class` [..., classes] over all classes, including those on other devices."""
+    least = jnp.min(per_class, axis=-1)
+    return least if rows.axis_name is None else lax.pmin(least, rows.axis_name)
 
 
 def class_count(rows: Rows) -> Array | int:
@@ -138,6 +149,39 @@ def at_index(rows: Rows, per_class: Array, index: Array, *, differentiated: bool
         return taken
     found = over_devices(rows, numerics.where(here, taken, 0).astype(rows.values.dtype))
     return found > 0 if taken.dtype == jnp.bool_ else found
+
+
+def of_this_device(rows: Rows, per_class: Array) -> Array:
+    """The part of `per_class` [..., all classes] for the classes on this device."""
+    if rows.axis_name is None:
+        return per_class
+    size = rows.raw.shape[-1]
+    return lax.dynamic_slice_in_dim(per_class, lax.axis_index(rows.axis_name) * size, size, per_class.ndim - 1)
+
+
+def table_row(rows: Rows, table: Array) -> Array:
+    """Row y of a table [all classes, classes on this device] for the label y of every example, shape [..., classes on this device].
+
+    The row is NaN for an out-of-range label, and 0 in an example that does not count.
+    """
+    assert rows.labels is not None
+    chosen = _table_row(table, rows.labels, out_sharding=mesh.split_of(rows.values))
+    return masked(numerics.nan_unless(in_range(rows)[..., None], chosen), rows.where)
+
+
+@functools.partial(jax.jit, static_argnames="out_sharding")  # for the reason given at `numerics._lookup`
+def _table_row(table: Array, index: Array, out_sharding: Any) -> Array:
+    return table.at[index].get(mode="clip", out_sharding=out_sharding)
+
+
+def table_sum(rows: Rows, table: Array) -> Array:
+    """Σ_j t_j table_jk for soft labels t and a table [all classes, all classes], shape [..., classes on this device]."""
+    assert rows.labels is not None
+    # Each device multiplies its part of the labels by the table's rows for them. The products are summed and split over devices.
+    product = jnp.tensordot(rows.labels, of_this_device(rows, table.T).T, 1, precision="highest")
+    if rows.axis_name is None:
+        return product
+    return lax.psum_scatter(product, rows.axis_name, scatter_dimension=product.ndim - 1, tiled=True)
 
 
 def widened(rows: Rows, number: Array) -> Array:

@@ -1,9 +1,10 @@
-"""Rare classes: losses and weights that make up for the frequencies of the classes.
+"""Losses and class weights for imbalanced data.
 
-Arguments and conventions are those of `softmax_cross_entropy`: `logits` [..., classes]; `labels` [...] class indices or [..., classes]
-distributions, which cost Σ_k t_k·loss(k); `axis`, `axis_name`, `class_mask`, `where`. `class_counts` [classes] are the numbers of training
-examples, of an integer or floating dtype; under `axis_name` those of this device's classes. With p = softmax(z), y the label, n the counts.
-Half-precision logits are adjusted in float32, which takes one float32 copy of them.
+All functions share the conventions of `xentjax.softmax_cross_entropy`. In the formulas, z are the logits, y is the label, n_k is the number
+of training examples of class k, and [k = y] is 1 for the label and 0 for other classes. The loss of soft labels t is Σ_k t_k·loss(k).
+
+`class_counts` [classes] holds the numbers n_k, in an integer or floating dtype. Under `axis_name` it holds those of the classes on this
+device. Half-precision logits are adjusted in float32, which takes one float32 copy of them.
 """
 
 import jax
@@ -25,29 +26,30 @@ def logit_adjusted_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy of logits shifted by the classes' log-frequencies, one value per example [...].
+    """Cross-entropy of logits shifted by the logarithms of the class frequencies, shape [...].
 
-    loss = −log softmax(z + τ·log π)_y,  whose best z is the one for classes that are equally frequent; τ = 1 is balanced softmax.
-    Gradient: ∂loss/∂z = softmax(z + τ·log π) − onehot y.
+    loss = −log softmax(z + τ·log π)_y. At τ = 1 it is balanced softmax.
+    Gradient: ∂loss/∂z_k = softmax(z + τ·log π)_k − [k = y].
 
-    Train with it, and predict with the plain logits.
+    The expected loss is minimal if z are the correct logits for equally frequent classes. Train with this loss, and predict with the
+    unshifted logits.
 
     Args:
-        logits: [..., classes], unnormalised log-probabilities in nats.
-        labels: [...] class indices, or [..., classes] distributions.
-        class_log_prior: [classes], log π in nats, such as log(counts/total); a constant more or less changes nothing.
-        tau: τ ≥ 0, strength of the shift.
-        axis: the class axis of `logits`.
-        axis_name: mesh axis that splits the class axis, inside `jax.shard_map`.
-        class_mask: [classes] or [..., classes], which classes exist.
-        where: [...], which examples count.
+        logits: [..., classes], unnormalized log-probabilities.
+        labels: [...] class indices, or [..., classes] soft labels.
+        class_log_prior: [classes], log π in nats, such as log(counts/total); adding a constant does not change the loss.
+        tau: τ ≥ 0, factor of the shift.
+        axis: class axis of `logits`.
+        axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
+        class_mask: [classes] or [..., classes], True for classes that exist.
+        where: [...], True for examples that count.
 
     Returns:
-        [...], nats, float32 (float64 for float64 logits).
+        [...], in nats; float32, or float64 if `logits` are float64.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit, a negative `tau`.
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, or `tau` is negative.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -66,6 +68,16 @@ def logit_adjusted_cross_entropy(
     return _logit_adjusted(batch, prior, checks.number(name, "tau", tau))
 
 
+@jax.jit
+def _logit_adjusted(batch: rows.Examples, class_log_prior: Array, tau: ArrayLike | None) -> Array:
+    r = rows.of(batch)
+    if tau is not None:
+        shift = jnp.asarray(tau, r.values.dtype) * numerics.finite(class_log_prior.astype(r.values.dtype))
+        r = rows.adjusted(r, offset=numerics.expand_leading(shift, r.values.ndim))
+    stats = statistics.of(r)
+    return statistics.finish(r, stats, odds.expected(r, stats, odds.surprise))
+
+
 def ldam_loss(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -78,34 +90,35 @@ def ldam_loss(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Label-distribution-aware margin loss: the rarer a class, the larger the margin that it asks for, one value per example [...].
+    """Label-distribution-aware margin loss, with larger margins for rarer classes, shape [...].
 
-    loss = −log(e^(s(z_y − Δ_y))/(e^(s(z_y − Δ_y)) + Σ_{k≠y} e^(s·z_k))),  Δ_k = max_margin·(n_min/n_k)^(1/4).
-    Gradient: with p of the logits that the formula shows, ∂loss/∂z = s·(p − onehot y).
+    loss = −log(e^(s(z_y − Δ_y))/(e^(s(z_y − Δ_y)) + Σ_{k≠y} e^(s·z_k))) with Δ_k = max_margin·(n_min/n_k)^(1/4).
+    Gradient: ∂loss/∂z_k = s·(p_k − [k = y]), where p is the softmax of the logits s(z_y − Δ_y) for the label and s·z_k for k ≠ y.
 
-    The paper takes cosines for logits (normalised features and kernel), hence the scale. A class without examples has the largest margin.
+    In the paper, the logits are cosines of normalized features and a normalized kernel, so they need the scale s. A class without examples
+    has the largest margin.
 
     Args:
-        logits: [..., classes], cosines in [−1, 1], or any logits with a fitting `scale`.
-        labels: [...] class indices, or [..., classes] distributions.
-        class_counts: [classes], how many training examples each class has; not differentiated.
+        logits: [..., classes], cosines in [−1, 1], or other logits with a suitable `scale`.
+        labels: [...] class indices, or [..., classes] soft labels.
+        class_counts: [classes], number of training examples of each class; not differentiated.
         max_margin: ≥ 0, Δ of the rarest class, in units of the logits.
         scale: s > 0, inverse temperature.
-        axis: the class axis of `logits`.
-        axis_name: mesh axis that splits the class axis, inside `jax.shard_map`.
-        class_mask: [classes] or [..., classes], which classes exist.
-        where: [...], which examples count.
+        axis: class axis of `logits`.
+        axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
+        class_mask: [classes] or [..., classes], True for classes that exist.
+        where: [...], True for examples that count.
 
     Returns:
-        [...], nats, float32 (float64 for float64 logits).
+        [...], in nats; float32, or float64 if `logits` are float64.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit, a negative `max_margin`, a `scale` that is not above 0.
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, `max_margin` is negative, or `scale` is not above 0.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
-        >>> counts, cosines = jnp.array([1600, 100]), jnp.array([[0.4, 0.0], [0.0, 0.4]])  # both lead by 0.4
+        >>> counts, cosines = jnp.array([1600, 100]), jnp.array([[0.4, 0.0], [0.0, 0.4]])  # both labels lead by 0.4
         >>> xentjax.ldam_loss(cosines, jnp.array([0, 1]), class_counts=counts, scale=10.0).tolist()  # margins 0.25 and 0.5
         [0.20141..., 1.31326...]
 
@@ -116,6 +129,22 @@ def ldam_loss(
     batch = checks.examples(name, logits, labels, axis, axis_name, class_mask, where)
     counts = _one_per_class(name, "class_counts", _counts(name, class_counts), batch)
     return _ldam(batch, counts, checks.number(name, "max_margin", max_margin), checks.positive(name, "scale", scale))
+
+
+@jax.jit
+def _ldam(batch: rows.Examples, class_counts: Array, max_margin: ArrayLike | None, scale: ArrayLike) -> Array:
+    r = rows.of(batch)
+    dtype = r.values.dtype
+    scale = jnp.asarray(scale, dtype)
+    r = rows.adjusted(r, scale)
+    stats = statistics.of(r)
+    counts = lax.stop_gradient(class_counts.astype(dtype))
+    present = numerics.where(counts > 0, counts, jnp.inf)
+    fewest = rows.class_minimum(r, present)
+    fewest = numerics.where(jnp.isfinite(fewest), fewest, 1)
+    share = numerics.where(counts > 0, jnp.sqrt(jnp.sqrt(fewest / present)), 1)
+    margins = (0.0 if max_margin is None else jnp.asarray(max_margin, dtype)) * share
+    return statistics.finish(r, stats, odds.expected(r, stats, lambda a, margin: odds.surprise(a - scale * margin), of_class=margins))
 
 
 def seesaw_loss(
@@ -130,28 +159,32 @@ def seesaw_loss(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Seesaw loss: frequent labels push rare classes down less, and wrongly confident classes more, one value per example [...].
+    """Seesaw loss, which protects rare classes from the gradients of frequent labels, shape [...].
 
-    loss = −log(e^(z_y)/(e^(z_y) + Σ_{k≠y} M_k·C_k·e^(z_k))),  M_k = min(1, (n_k/n_y)^p),  C_k = max(1, (σ_k/σ_y)^q), σ = softmax(z).
-    Gradient: ∂loss/∂z = softmax of the logits that the formula shows − onehot y, for C held constant: C is not differentiated.
+    loss = −log(e^(z_y)/(e^(z_y) + Σ_{k≠y} M_k·C_k·e^(z_k))) with M_k = min(1, (n_k/n_y)^p), C_k = max(1, (σ_k/σ_y)^q), σ = softmax(z).
+    Gradient: ∂loss/∂z_k = softmax(z + log M + log C)_k − [k = y]. C is not differentiated.
+
+    M reduces the gradient of classes that are rarer than the label. C increases the gradient of classes that the model finds more probable
+    than the label.
 
     Args:
-        logits: [..., classes], unnormalised log-probabilities in nats.
-        labels: [...] class indices, or [..., classes] distributions.
-        class_counts: [classes], how many training examples each class has, or has had so far; counts below 1 are taken for 1.
-        p: ≥ 0, exponent of mitigation, which spares rare classes.
-        q: ≥ 0, exponent of compensation, which punishes confident mistakes.
-        axis: the class axis of `logits`.
-        axis_name: mesh axis that splits the class axis, inside `jax.shard_map`.
-        class_mask: [classes] or [..., classes], which classes exist.
-        where: [...], which examples count.
+        logits: [..., classes], unnormalized log-probabilities.
+        labels: [...] class indices, or [..., classes] soft labels.
+        class_counts: [classes], number of training examples of each class, in total or seen so far; not differentiated. Counts below 1 are
+            treated as 1.
+        p: ≥ 0, exponent of the mitigation factor M.
+        q: ≥ 0, exponent of the compensation factor C.
+        axis: class axis of `logits`.
+        axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
+        class_mask: [classes] or [..., classes], True for classes that exist.
+        where: [...], True for examples that count.
 
     Returns:
-        [...], nats, float32 (float64 for float64 logits).
+        [...], in nats; float32, or float64 if `logits` are float64.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit, a negative exponent.
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, or an exponent is negative.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -168,24 +201,44 @@ def seesaw_loss(
     return _seesaw(batch, counts, checks.number(name, "p", p), checks.number(name, "q", q))
 
 
+@jax.jit
+def _seesaw(batch: rows.Examples, class_counts: Array, p: ArrayLike | None, q: ArrayLike | None) -> Array:
+    r = rows.of(batch)
+    dtype = r.values.dtype
+    log_counts = jnp.log(jnp.maximum(lax.stop_gradient(class_counts.astype(dtype)), 1))
+    z = lax.stop_gradient(rows.finite_values(r))
+    zero = jnp.zeros((), dtype)
+    p, q = (zero if x is None else jnp.asarray(x, dtype) for x in (p, q))
+
+    def loss_of_index(r: rows.Rows) -> Array:
+        rarity = numerics.expand_leading(log_counts, z.ndim) - rows.at_label(r, log_counts)[..., None]  # log n_k − log n_y
+        lead = z - rows.at_label(r, z)[..., None]  # log σ_k − log σ_y
+        adjusted = rows.adjusted(r, offset=p * jnp.minimum(rarity, 0) + q * jnp.maximum(lead, 0))  # z + log M + log C
+        return odds.surprise(statistics.of_label(adjusted).log_odds)
+
+    stats = statistics.of_row(r)
+    return statistics.finish(r, stats, odds.by_label(r, loss_of_index))
+
+
 def class_balanced_weights(class_counts: ArrayLike, beta: ArrayLike = 0.999) -> Array:
-    """Class weights by the effective number of examples, one per class [classes], on average 1.
+    """Class weights from the effective number of examples, 1 on average over the classes, shape [classes].
 
-    w_k ∝ (1 − β)/(1 − β^(n_k)),  Σ_k w_k = number of classes that have examples;  classes without any weigh 0.
-    Gradient: none with respect to counts; ∂w/∂β by the formula.
+    w_k ∝ (1 − β)/(1 − β^(n_k)) for classes that have examples, and w_k = 0 for other classes. The sum Σ_k w_k is the number of classes that
+    have examples.
+    Gradient: that of the formula, with respect to `beta` and to floating `class_counts`.
 
-    Give them as `class_weights`, or as `weights[labels]` to `weighted_mean`.
+    Pass the weights as `class_weights` to a loss, or pass `weights[labels]` to `weighted_mean`.
 
     Args:
-        class_counts: [classes], how many training examples each class has.
-        beta: β in [0, 1): 0 weighs all classes alike, β → 1 by inverse frequency.
+        class_counts: [classes], number of training examples of each class.
+        beta: β in [0, 1); β = 0 gives all classes the same weight, and the limit β → 1 gives weights by inverse frequency.
 
     Returns:
-        [classes], float32 (float64 for float64 counts).
+        [classes], float32, or float64 if `class_counts` are float64.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: counts that are not one axis, `beta` outside [0, 1].
+        TypeError: an argument has the wrong dtype.
+        ValueError: `class_counts` does not have exactly one axis, or `beta` is outside [0, 1].
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -199,21 +252,33 @@ def class_balanced_weights(class_counts: ArrayLike, beta: ArrayLike = 0.999) -> 
     return _class_balanced(_vector(name, _counts(name, class_counts)), checks.fraction(name, "beta", beta))
 
 
-def inverse_frequency_weights(class_counts: ArrayLike) -> Array:
-    """Class weights by inverse frequency, one per class [classes], 1 on average over the training examples.
+@jax.jit
+def _class_balanced(class_counts: Array, beta: ArrayLike) -> Array:
+    n = class_counts.astype(numerics.accumulation_dtype(class_counts.dtype))
+    beta = jnp.asarray(beta, n.dtype)
+    some = n > 0
+    inside = beta > 0
+    log_beta = jnp.log(jnp.where(inside, beta, jnp.ones_like(beta)))
+    effective = jnp.where(inside, -jnp.expm1(numerics.where(some, n, 1) * log_beta), jnp.ones_like(n))  # 1 − β^n
+    w = numerics.where(some, 1 / effective, 0)
+    return w * jnp.sum(some.astype(n.dtype)) / jnp.maximum(jnp.sum(w), jnp.finfo(n.dtype).tiny)
 
-    w_k = Σ_j n_j/(K·n_k) for K classes that have examples;  classes without any weigh 0.
-    Gradient: none; counts are counts.
+
+def inverse_frequency_weights(class_counts: ArrayLike) -> Array:
+    """Class weights by inverse frequency, 1 on average over the training examples, shape [classes].
+
+    w_k = Σ_j n_j/(K·n_k) for the K classes that have examples, and w_k = 0 for other classes.
+    Gradient: that of the formula, with respect to floating `class_counts`.
 
     Args:
-        class_counts: [classes], how many training examples each class has.
+        class_counts: [classes], number of training examples of each class.
 
     Returns:
-        [classes], float32 (float64 for float64 counts).
+        [classes], float32, or float64 if `class_counts` are float64.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: counts that are not one axis.
+        TypeError: an argument has the wrong dtype.
+        ValueError: `class_counts` does not have exactly one axis.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -221,10 +286,18 @@ def inverse_frequency_weights(class_counts: ArrayLike) -> Array:
         [0.55555..., 5.0]
 
     Reference:
-        King, Zeng, Logistic Regression in Rare Events Data, Political Analysis 9(2), 2001.
+        King and Zeng, Logistic Regression in Rare Events Data, Political Analysis 9(2), 2001.
     """
     name = "inverse_frequency_weights"
     return _inverse_frequency(_vector(name, _counts(name, class_counts)))
+
+
+@jax.jit
+def _inverse_frequency(class_counts: Array) -> Array:
+    n = class_counts.astype(numerics.accumulation_dtype(class_counts.dtype))
+    some = n > 0
+    classes = jnp.maximum(jnp.sum(some.astype(n.dtype)), 1)
+    return numerics.where(some, jnp.sum(n) / (classes * numerics.where(some, n, 1)), 0)
 
 
 def _counts(function: str, counts: ArrayLike) -> Array:
@@ -241,69 +314,3 @@ def _vector(function: str, counts: Array) -> Array:
     if counts.ndim != 1:
         raise ValueError(f"{function}: class_counts must have shape (classes,), one count per class; got {counts.shape}.")
     return counts
-
-
-@jax.jit
-def _logit_adjusted(batch, class_log_prior, tau):
-    r = rows.of(batch)
-    if tau is not None:
-        shift = jnp.asarray(tau, r.values.dtype) * numerics.finite(class_log_prior.astype(r.values.dtype))
-        r = rows.adjusted(r, offset=numerics.expand_leading(shift, r.values.ndim))
-    stats = statistics.of(r)
-    return statistics.finish(r, stats, odds.expected(r, stats, odds.surprise))
-
-
-@jax.jit
-def _ldam(batch, class_counts, max_margin, scale):
-    r = rows.of(batch)
-    dtype = r.values.dtype
-    scale = jnp.asarray(scale, dtype)
-    r = rows.adjusted(r, scale)
-    stats = statistics.of(r)
-    counts = lax.stop_gradient(class_counts.astype(dtype))
-    present = numerics.where(counts > 0, counts, jnp.inf)
-    fewest = jnp.min(present)
-    fewest = fewest if r.axis_name is None else lax.pmin(fewest, r.axis_name)
-    fewest = numerics.where(jnp.isfinite(fewest), fewest, 1)
-    share = numerics.where(counts > 0, jnp.sqrt(jnp.sqrt(fewest / present)), 1)
-    margins = (0.0 if max_margin is None else jnp.asarray(max_margin, dtype)) * share
-    return statistics.finish(r, stats, odds.expected(r, stats, lambda a, margin: odds.surprise(a - scale * margin), of_class=margins))
-
-
-@jax.jit
-def _seesaw(batch, class_counts, p, q):
-    r = rows.of(batch)
-    dtype = r.values.dtype
-    log_counts = jnp.log(jnp.maximum(lax.stop_gradient(class_counts.astype(dtype)), 1))
-    z = lax.stop_gradient(rows.finite_values(r))
-    zero = jnp.zeros((), dtype)
-    p, q = (zero if x is None else jnp.asarray(x, dtype) for x in (p, q))
-
-    def loss_of_index(r):
-        of_others = numerics.expand_leading(log_counts, z.ndim) - rows.at_label(r, log_counts)[..., None]
-        lead = z - rows.at_label(r, z)[..., None]  # log σ_k − log σ_y
-        changed = rows.adjusted(r, offset=p * jnp.minimum(of_others, 0) + q * jnp.maximum(lead, 0))
-        return odds.surprise(statistics.of_label(changed).log_odds)
-
-    stats = statistics.of_row(r)
-    return statistics.finish(r, stats, odds.by_label(r, loss_of_index))
-
-
-@jax.jit
-def _class_balanced(class_counts, beta):
-    n = class_counts.astype(numerics.accumulation_dtype(class_counts.dtype))
-    beta = jnp.asarray(beta, n.dtype)
-    some = n > 0
-    inside = beta > 0
-    log_beta = jnp.log(jnp.where(inside, beta, jnp.ones_like(beta)))
-    effective = jnp.where(inside, -jnp.expm1(numerics.where(some, n, 1) * log_beta), jnp.ones_like(n))  # of (1 − β)
-    w = numerics.where(some, 1 / effective, 0)
-    return w * jnp.sum(some.astype(n.dtype)) / jnp.maximum(jnp.sum(w), jnp.finfo(n.dtype).tiny)
-
-
-@jax.jit
-def _inverse_frequency(class_counts):
-    n = class_counts.astype(numerics.accumulation_dtype(class_counts.dtype))
-    some = n > 0
-    classes = jnp.maximum(jnp.sum(some.astype(n.dtype)), 1)
-    return numerics.where(some, jnp.sum(n) / (classes * numerics.where(some, n, 1)), 0)

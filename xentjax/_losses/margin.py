@@ -1,11 +1,15 @@
-"""Margins between angles: embeddings whose classes (persons, products) are told apart by the angle to a direction per class."""
+"""Losses with angular margins, for embeddings such as those of faces or products.
+
+Each class has a direction, and a class is predicted from the angle between the embedding and that direction. With a margin, the
+loss is low only if the angle to the direction of the label is clearly smaller than the other angles.
+"""
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics, odds, rows, statistics, surprises
+from xentjax._core import checks, numerics, odds, rows, statistics
 
 
 def margin_cross_entropy(
@@ -21,101 +25,81 @@ def margin_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy of cosines with margins at the label's angle, one value per example [...].
+    """Cross-entropy of scaled cosines with a margin on the angle of the label, shape [...].
 
-    loss = −log(e^(s·ψ)/(e^(s·ψ) + Σ_{k≠y} e^(s·cos θ_k))),  ψ = cos(m1·θ_y + m2) − m3,  θ = arccos(cosines).
-    Gradient: with p of the logits that the formula shows, s·p_k for k ≠ y and s·(p_y − 1)·m1·sin(m1·θ_y + m2)/sin θ_y for the label.
+    loss = −log(e^(s·ψ)/(e^(s·ψ) + Σ_{k≠y} e^(s·cos θ_k))) with θ = arccos(cosines) and ψ = cos(m1·θ_y + m2) − m3.
+    Gradient: ∂loss/∂cos θ_k = s·p_k for k ≠ y, and ∂loss/∂cos θ_y = s·(p_y − 1)·m1·sin(m1·θ_y + m2)/sin θ_y, where p is the softmax of the
+    logits s·ψ for the label and s·cos θ_k for k ≠ y.
 
-    SphereFace is m1 > 1, ArcFace m2 > 0 (the default), CosFace m3 > 0; m1 = 1, m2 = m3 = 0 is normalised softmax. Where the angle of
-    the label is 0 or π the exact gradient may be infinite: there sin² θ is at least one eps of the dtype of `cosines`. Past
-    m1·θ + m2 = π the loss falls again, as in the papers. For millions of classes see the example.
+    SphereFace has m1 > 1, ArcFace (the default) has m2 > 0, and CosFace has m3 > 0. With m1 = 1 and m2 = m3 = 0, the loss is normalized
+    softmax. The loss of soft labels t is Σ_k t_k·loss(k).
+
+    At a label's angle of 0 or π, the exact gradient may be infinite. So the gradient uses max(sin² θ_y, eps) instead of sin² θ_y, where eps
+    is that of the dtype of `cosines`. Beyond m1·θ_y + m2 = π the loss decreases again, as in the papers. For millions of classes, fuse the
+    loss with its layer as in the example.
 
     Args:
-        cosines: [..., classes], cosines of the angles between an embedding and each class's direction, in [−1, 1].
-        labels: [...] class indices, or [..., classes] distributions, which cost Σ_k t_k·loss(k).
+        cosines: [..., classes], in [−1, 1], cosines of the angles between an embedding and the directions of the classes.
+        labels: [...] class indices, or [..., classes] soft labels.
         scale: s > 0, inverse temperature.
-        m1: ≥ 0, factor of the label's angle.
-        m2: ≥ 0, added to it, in radians.
-        m3: ≥ 0, subtracted from its cosine.
-        axis: the class axis of `cosines`.
-        axis_name: mesh axis that splits the class axis, inside `jax.shard_map`.
-        class_mask: [classes] or [..., classes], which classes exist.
-        where: [...], which examples count.
+        m1: ≥ 0, factor of the angle of the label.
+        m2: ≥ 0, added to m1 times the angle of the label, in radians.
+        m3: ≥ 0, subtracted from the cosine of that sum.
+        axis: class axis of `cosines`.
+        axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
+        class_mask: [classes] or [..., classes], True for classes that exist.
+        where: [...], True for examples that count.
 
     Returns:
-        [...], nats, float32 (float64 for float64 cosines).
+        [...], in nats; float32, or float64 if `cosines` are float64.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit, a negative margin, a `scale` that is not above 0.
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, a margin is negative, or `scale` is not above 0.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
         >>> def unit(x, axis):
         ...     return x / jnp.linalg.norm(x, axis=axis, keepdims=True)
         >>> hidden, kernel = jnp.eye(3)[:2] + 0.1, jnp.eye(3)
-        >>> fused = xentjax.fuse_linear(xentjax.margin_cross_entropy, reduction="none")  # the cosines never exist at once
+        >>> fused = xentjax.fuse_linear(xentjax.margin_cross_entropy, reduction="none")  # never holds all cosines at once
         >>> fused(unit(hidden, -1), unit(kernel, 0), jnp.array([0, 1])).tolist()
         [2.05...e-20, 2.05...e-20]
 
     Reference:
-        Deng et al., ArcFace: Additive Angular Margin Loss for Deep Face Recognition, 2018, arXiv 1801.07698 (all three margins); Liu et
-        al., SphereFace, 2017, arXiv 1704.08063; Wang et al., CosFace, 2018, arXiv 1801.09414.
+        Deng et al., ArcFace: Additive Angular Margin Loss for Deep Face Recognition, 2018, arXiv 1801.07698 (all three margins);
+        Liu et al., SphereFace, 2017, arXiv 1704.08063; Wang et al., CosFace, 2018, arXiv 1801.09414.
     """
     name = "margin_cross_entropy"
     batch = checks.examples(name, cosines, labels, axis, axis_name, class_mask, where, inputs="cosines")
     margins = tuple(checks.number(name, n, x) for n, x in (("m1", m1), ("m2", m2), ("m3", m3)))
-    if isinstance(m1, int | float) and m1 == 1:  # needs no angle
+    if isinstance(m1, int | float) and m1 == 1:  # then the formula needs no angle, only its sine
         return _margin(batch, checks.positive(name, "scale", scale), margins[1:])
     return _margin(batch, checks.positive(name, "scale", scale), margins)
 
 
 @jax.jit
-def _margin(batch, scale, margins):
+def _margin(batch: rows.Examples, scale: ArrayLike, margins: tuple[ArrayLike | None, ...]) -> Array:
+    """The loss for the margins (m1, m2, m3), or (m2, m3) if m1 = 1."""
     plain = rows.of(batch)
     dtype = plain.values.dtype
     scale = jnp.asarray(scale, dtype)
     *m1, m2, m3 = (jnp.zeros((), dtype) if m is None else jnp.asarray(m, dtype) for m in margins)
     r = rows.adjusted(plain, scale)
     stats = statistics.of(r)
-    least = jnp.asarray(
-        jnp.finfo(plain.raw.dtype).eps, dtype
-    )  # that of sin² θ: what the cosines are rounded to, not what they are computed in
+    # The least sin² θ in a derivative. The cosines are rounded to the caller's dtype, so its eps is used and not that of the arithmetic.
+    least = jnp.asarray(jnp.finfo(plain.raw.dtype).eps, dtype)
 
-    def phi(log_odds, cosine):
+    def phi(log_odds: Array, cosine: Array) -> Array:
         if m1:
-            moved = jnp.cos(m1[0] * _angle(cosine, least) + m2)
+            moved = jnp.cos(m1[0] * numerics.angle(cosine, least) + m2)
         else:
-            moved = jnp.cos(m2) * cosine - jnp.sin(m2) * _sine(cosine, least)
+            moved = jnp.cos(m2) * cosine - jnp.sin(m2) * numerics.sine(cosine, least)
         moved = scale * (moved - m3 - cosine)
         return odds.surprise(log_odds + numerics.where(numerics.is_infinite(-cosine), jnp.zeros_like(moved), moved))
 
     if isinstance(stats, statistics.WithLabel):
         loss = phi(stats.log_odds, rows.reference(plain) + stats.gap / scale)
     else:
-        assert r.labels is not None
-        loss = rows.class_sum(r, r.labels * phi(surprises.class_log_odds(r), rows.finite_values(plain)))
+        loss = odds.expected(r, stats, phi, of_class=rows.finite_values(plain))
     return statistics.finish(r, stats, loss)
-
-
-@jax.custom_jvp
-def _angle(cosine: Array, least: Array) -> Array:
-    """The angle, with a finite derivative −1/sin at both ends."""
-    return jnp.arccos(jnp.clip(cosine, -1, 1))
-
-
-_angle.defjvp(lambda primals, tangents: (_angle(*primals), -tangents[0] / _bounded_sine(*primals)))
-
-
-@jax.custom_jvp
-def _sine(cosine: Array, least: Array) -> Array:
-    """√(1 − c²), with a finite derivative −c/sin at both ends."""
-    inside = jnp.abs(cosine) < 1
-    return numerics.where(inside, jnp.sqrt(numerics.where(inside, (1 - cosine) * (1 + cosine), jnp.ones_like(cosine))), 0)
-
-
-_sine.defjvp(lambda primals, tangents: (_sine(*primals), -primals[0] * tangents[0] / _bounded_sine(*primals)))
-
-
-def _bounded_sine(cosine: Array, least: Array) -> Array:
-    return jnp.sqrt(jnp.maximum((1 - cosine) * (1 + cosine), least))

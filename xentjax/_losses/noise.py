@@ -1,18 +1,18 @@
-"""Noisy labels of which it is known how often one class is taken for another: losses corrected by the noise matrix.
+"""Losses for noisy labels, corrected by a known noise matrix.
 
-Arguments and conventions are those of `softmax_cross_entropy`: `logits` [..., classes]; `labels` [...] class indices or [..., classes]
-distributions; `axis`, `axis_name`, `class_mask`, `where`. `noise_matrix` [classes, classes] over all classes, the same on every device:
-row i holds the probabilities with which an example of true class i is labelled j, T_ij = P(label j | class i), and sums to 1.
+All functions share the conventions of `xentjax.softmax_cross_entropy`. In the formulas, z are the logits, p = softmax(z), y is the observed
+label, and [k = y] is 1 for the label and 0 for other classes.
+
+`noise_matrix` T has shape [all classes, all classes] and is the same on every device. Its entry T_ij = P(label j | class i) is the
+probability that an example of true class i has the label j. Each row sums to 1.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, mesh, numerics, odds, rows, statistics, values
+from xentjax._core import checks, numerics, odds, rows, statistics, values
 
 
 def forward_corrected_cross_entropy(
@@ -25,34 +25,34 @@ def forward_corrected_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy of the noisy label under the prediction passed through the noise, one value per example [...].
+    """Cross-entropy between noisy labels and the predicted distribution of noisy labels, shape [...].
 
-    loss = −log Σ_i p_i T_iy:  its best p is the distribution of the true classes.
-    Gradient: with the posterior r_i = p_i T_iy/Σ_j p_j T_jy of the true class, ∂loss/∂z = p − r.
+    loss = −log Σ_i p_i T_iy. The expected loss is minimal if p is the distribution of the true classes.
+    Gradient: ∂loss/∂z = p − r, where r_i = p_i T_iy/Σ_j p_j T_jy is the posterior probability of the true class i.
 
-    A distribution costs Σ_k t_k·loss(k), one class after another.
+    The loss of soft labels t is Σ_k t_k·loss(k). It is computed for one class after another.
 
     Args:
-        logits: [..., classes], unnormalised log-probabilities of the true classes in nats.
-        labels: [...] class indices as observed, or [..., classes] distributions.
+        logits: [..., classes], unnormalized log-probabilities of the true classes.
+        labels: [...] observed class indices, or [..., classes] soft labels.
         noise_matrix: [classes, classes], T_ij = P(label j | class i), in [0, 1].
-        axis: the class axis of `logits`.
-        axis_name: mesh axis that splits the class axis, inside `jax.shard_map`.
-        class_mask: [classes] or [..., classes], which true classes exist.
-        where: [...], which examples count.
+        axis: class axis of `logits`.
+        axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
+        class_mask: [classes] or [..., classes], True for true classes that exist.
+        where: [...], True for examples that count.
 
     Returns:
-        [...], nats, float32 (float64 for float64 logits).
+        [...], in nats; float32, or float64 if `logits` are float64.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit.
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
-        >>> noise = jnp.array([[0.8, 0.2], [0.0, 1.0]])  # a fifth of class 0 is labelled 1
-        >>> sure_of_0 = jnp.array([50.0, 0.0])
-        >>> float(xentjax.forward_corrected_cross_entropy(sure_of_0, jnp.array(1), noise_matrix=noise))  # −log 0.2, not 50
+        >>> noise = jnp.array([[0.8, 0.2], [0.0, 1.0]])  # a fifth of class 0 has the label 1
+        >>> logits = jnp.array([50.0, 0.0])
+        >>> float(xentjax.forward_corrected_cross_entropy(logits, jnp.array(1), noise_matrix=noise))  # −log 0.2, not 50
         1.60943...
 
     Reference:
@@ -61,6 +61,27 @@ def forward_corrected_cross_entropy(
     name = "forward_corrected_cross_entropy"
     batch = checks.examples(name, logits, labels, axis, axis_name, class_mask, where)
     return _forward(batch, _noise(name, noise_matrix, batch))
+
+
+@jax.jit
+def _forward(batch: rows.Examples, noise_matrix: Array) -> Array:
+    r = rows.of(batch)
+    noise = noise_matrix.astype(r.values.dtype)
+    to_label, to_others = (rows.of_this_device(r, _log(x).T) for x in (noise, 1 - noise))  # [labels, true classes]
+
+    def log_sum(r: rows.Rows, log_weights: Array) -> Array:
+        """Log of Σ_i w_yi e^(z_i), where y is the label; −INFINITE if the sum is 0. `log_weights` holds log w [labels, true classes]."""
+        weighted = rows.adjusted(r, offset=rows.table_row(r, log_weights))
+        stats = statistics.of_row(weighted)
+        return numerics.where(stats.dead, -numerics.INFINITE, stats.reference + stats.log_sum)
+
+    def loss_of_index(r: rows.Rows) -> Array:
+        loss = odds.surprise(log_sum(r, to_label) - log_sum(r, to_others))  # of the log-odds of the noisy label
+        return numerics.nan_unless(rows.in_range(r), loss)  # a maximum over devices may lose a NaN
+
+    stats = statistics.of_row(r)
+    loss = odds.by_label(r, loss_of_index)
+    return statistics.finish(r, stats, numerics.where(stats.dead, numerics.INFINITE, loss))
 
 
 def backward_corrected_cross_entropy(
@@ -73,32 +94,32 @@ def backward_corrected_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Unbiased estimate of the cross-entropy of the true label from the noisy one, one value per example [...].
+    """Unbiased estimate of the cross-entropy of the true label, from the noisy label, shape [...].
 
-    loss = −Σ_j (T⁻¹)_yj log p_j:  its mean over the noise is −log p of the true class. It may be negative, and is not bounded below.
-    Gradient: ∂loss/∂z = p − (T⁻¹)_y,  because the rows of T⁻¹ sum to 1.
+    loss = −Σ_j (T⁻¹)_yj log p_j. Its expectation over the noise is −log p of the true class. It may be negative, and has no lower bound.
+    Gradient: ∂loss/∂z_k = p_k − (T⁻¹)_yk, because the rows of T⁻¹ sum to 1.
 
     Args:
-        logits: [..., classes], unnormalised log-probabilities of the true classes in nats.
-        labels: [...] class indices as observed, or [..., classes] distributions.
+        logits: [..., classes], unnormalized log-probabilities of the true classes.
+        labels: [...] observed class indices, or [..., classes] soft labels.
         noise_matrix: [classes, classes], T_ij = P(label j | class i), invertible.
-        axis: the class axis of `logits`.
-        axis_name: mesh axis that splits the class axis, inside `jax.shard_map`.
-        class_mask: [classes] or [..., classes], which true classes exist; the noise must not mix them with the others.
-        where: [...], which examples count.
+        axis: class axis of `logits`.
+        axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
+        class_mask: [classes] or [..., classes], True for true classes that exist; between these and the others, T must be 0.
+        where: [...], True for examples that count.
 
     Returns:
-        [...], nats, float32 (float64 for float64 logits); ±∞ where an impossible class has weight.
+        [...], in nats, ±∞ if an impossible class has a nonzero weight (T⁻¹)_yj; float32, or float64 if `logits` are float64.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit.
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
         >>> noise, logits = jnp.array([[0.8, 0.2], [0.0, 1.0]]), jnp.array([[1.0, 0.0]] * 2)
         >>> observed = xentjax.backward_corrected_cross_entropy(logits, jnp.array([0, 1]), noise_matrix=noise)
-        >>> float(noise[0] @ observed), float(xentjax.softmax_cross_entropy(logits, jnp.array([0, 0]))[0])  # mean over the noise
+        >>> float(noise[0] @ observed), float(xentjax.softmax_cross_entropy(logits, jnp.array([0, 0]))[0])  # the mean over the noise
         (0.31326..., 0.31326...)
 
     Reference:
@@ -109,6 +130,18 @@ def backward_corrected_cross_entropy(
     return _backward(batch, _noise(name, noise_matrix, batch))
 
 
+@jax.jit
+def _backward(batch: rows.Examples, noise_matrix: Array) -> Array:
+    r = rows.of(batch)
+    inverse = jnp.linalg.inv(noise_matrix.astype(r.values.dtype))
+    weights = rows.table_row(r, rows.of_this_device(r, inverse)) if r.labels_are_indices else rows.table_sum(r, inverse)
+    r = r._replace(labels=weights)
+    stats = statistics.of(r)
+    loss = odds.expected(r, stats, odds.surprise)
+    loss = statistics.finish(r, stats, loss)
+    return numerics.where(numerics.is_infinite(-loss), -jnp.inf, loss)
+
+
 def _noise(function: str, noise_matrix: ArrayLike, batch: rows.Examples) -> Array:
     classes = batch.classes
     matrix = checks.real(function, "noise_matrix", noise_matrix)
@@ -116,66 +149,7 @@ def _noise(function: str, noise_matrix: ArrayLike, batch: rows.Examples) -> Arra
     return checks.shape(function, "noise_matrix", matrix, (classes, classes), "one row per true class, one column per label")
 
 
-def _of_this_device(r: rows.Rows, per_class: Array) -> Array:
-    """The part of [..., all classes] that belongs to the classes held here."""
-    if r.axis_name is None:
-        return per_class
-    size = r.values.shape[-1]
-    return lax.dynamic_slice_in_dim(per_class, lax.axis_index(r.axis_name) * size, size, per_class.ndim - 1)
-
-
-@jax.jit
-def _forward(batch, noise_matrix):
-    r = rows.of(batch)
-    noise = noise_matrix.astype(r.values.dtype)
-    to_label, to_others = (_of_this_device(r, _log(x).T) for x in (noise, 1 - noise))  # [labels, true classes]
-
-    def log_sum(r, weights):
-        """The logarithm of Σ_i e^(z_i) T_iy, −INFINITE where nothing leads to the label."""
-        some = rows.adjusted(r, offset=_at_label(r, weights))
-        stats = statistics.of_row(some)
-        return numerics.where(stats.dead, -numerics.INFINITE, stats.reference + stats.log_sum)
-
-    def loss_of_index(r):
-        loss = odds.surprise(log_sum(r, to_label) - log_sum(r, to_others))
-        return numerics.nan_unless(rows.in_range(r), loss)  # a maximum over devices may lose a NaN
-
-    stats = statistics.of_row(r)
-    loss = odds.by_label(r, loss_of_index)
-    return statistics.finish(r, stats, numerics.where(stats.dead, numerics.INFINITE, loss))
-
-
-@jax.jit
-def _backward(batch, noise_matrix):
-    r = rows.of(batch)
-    inverse = jnp.linalg.inv(noise_matrix.astype(r.values.dtype))
-    if r.labels_are_indices:
-        shares = _at_label(r, _of_this_device(r, inverse))
-    else:
-        assert r.labels is not None
-        shares = jnp.tensordot(r.labels, _of_this_device(r, inverse.T).T, 1, precision="highest")
-        if r.axis_name is not None:
-            shares = lax.psum_scatter(shares, r.axis_name, scatter_dimension=shares.ndim - 1, tiled=True)
-    r = r._replace(labels=shares)
-    stats = statistics.of(r)
-    loss = odds.expected(r, stats, odds.surprise)
-    loss = statistics.finish(r, stats, loss)
-    return numerics.where(numerics.is_infinite(-loss), -jnp.inf, loss)
-
-
-def _at_label(r: rows.Rows, table: Array) -> Array:
-    """Row y of a table [labels, classes] for every example; NaN for a label out of range, 0 where an example does not count."""
-    assert r.labels is not None
-    chosen = _rows(table, r.labels, out_sharding=mesh.split_of(r.values))
-    return rows.masked(numerics.nan_unless(rows.in_range(r)[..., None], chosen), r.where)
-
-
-@functools.partial(jax.jit, static_argnames="out_sharding")  # as in `numerics.take_last`
-def _rows(table, index, out_sharding):
-    return table.at[index].get(mode="clip", out_sharding=out_sharding)
-
-
 def _log(x: Array) -> Array:
-    """The logarithm, −∞ at 0 with derivative 0."""
+    """The logarithm; at 0 it is −∞ with derivative 0."""
     some = x > 0
     return numerics.where(some, jnp.log(numerics.where(some, x, 1)), -jnp.inf)

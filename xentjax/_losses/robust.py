@@ -1,8 +1,11 @@
-"""Noisy labels: losses that a wrong label cannot dominate.
+"""Losses for noisy labels.
 
-Arguments and conventions are those of `softmax_cross_entropy`: `logits` [..., classes]; `labels` [...] class indices or [..., classes]
-distributions, which cost Σ_k t_k·loss(k); `axis`, `axis_name`, `class_mask`, `where`. With p = softmax(z), y the label, H(p) the entropy.
-A bounded loss costs its bound where cross-entropy costs +∞: at a label whose logit is −∞ or whose class does not exist.
+Cross-entropy is unbounded: one wrong label with p_y near 0 can outweigh many correct ones. The losses here are bounded, give
+different weights to labels that the model finds unlikely, or penalize confident predictions.
+
+All functions share the conventions of `xentjax.softmax_cross_entropy`. In the formulas, z are the logits, p = softmax(z), y is the label,
+H(p) is the entropy of p, and [k = y] is 1 for the label and 0 for other classes. The loss of soft labels t is Σ_k t_k·loss(k). If a label
+has probability 0, because its logit is −∞ or its class does not exist, a bounded loss returns its bound instead of +∞.
 """
 
 import functools
@@ -25,38 +28,49 @@ def generalized_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Generalised cross-entropy, between cross-entropy (q = 0) and mean absolute error (q = 1), one value per example [...].
+    """Generalized cross-entropy, shape [...].
 
-    loss = (1 − p_y^q)/q, at most 1/q;  its limit −log p_y at q = 0.
-    Gradient: ∂loss/∂z = p_y^q·(p − onehot y).
+    loss = (1 − p_y^q)/q, which is at most 1/q. Cross-entropy is the limit q → 0.
+    At q = 1, the loss is half the absolute error Σ_k |p_k − [k = y]|.
+    Gradient: ∂loss/∂z_k = p_y^q (p_k − [k = y]).
+
+    A larger q gives less weight to labels that the model finds unlikely.
 
     Args:
-        logits: [..., classes], unnormalised log-probabilities in nats.
-        labels: [...] class indices, or [..., classes] distributions.
-        q: in [0, 1]; the larger, the less a label that the model finds unlikely weighs.
-        axis: the class axis of `logits`.
-        axis_name: mesh axis that splits the class axis, inside `jax.shard_map`.
-        class_mask: [classes] or [..., classes], which classes exist.
-        where: [...], which examples count.
+        logits: [..., classes], unnormalized log-probabilities.
+        labels: [...] class indices, or [..., classes] soft labels.
+        q: in [0, 1]; q = 0 gives cross-entropy.
+        axis: class axis of `logits`.
+        axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
+        class_mask: [classes] or [..., classes], True for classes that exist.
+        where: [...], True for examples that count.
 
     Returns:
-        [...], float32 (float64 for float64 logits).
+        [...], float32, or float64 if `logits` are float64.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit, `q` outside [0, 1].
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, or `q` is outside [0, 1].
 
     Example:
         >>> import jax.numpy as jnp, xentjax
-        >>> logits = jnp.array([[3.0, 0.0], [-3.0, 0.0], [-50.0, 0.0]])  # the last label is surely wrong
-        >>> xentjax.generalized_cross_entropy(logits, jnp.array([0, 0, 0])).tolist()  # bounded by 1/0.7
+        >>> logits = jnp.array([[3.0, 0.0], [-3.0, 0.0], [-50.0, 0.0]])  # the last label is almost certainly wrong
+        >>> xentjax.generalized_cross_entropy(logits, jnp.array([0, 0, 0])).tolist()  # never more than 1/0.7
         [0.04777..., 1.25948..., 1.42857...]
 
     Reference:
-        Zhang, Sabuncu, Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy Labels, 2018, arXiv 1805.07836.
+        Zhang and Sabuncu, Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy Labels, 2018, arXiv 1805.07836.
     """
     name = "generalized_cross_entropy"
-    return _generalized(checks.examples(name, logits, labels, axis, axis_name, class_mask, where), checks.number(name, "q", q, high=1.0))
+    batch = checks.examples(name, logits, labels, axis, axis_name, class_mask, where)
+    return _generalized(batch, checks.number(name, "q", q, high=1.0))
+
+
+@jax.jit
+def _generalized(batch: rows.Examples, q: ArrayLike | None) -> Array:
+    if q is None:  # q = 0
+        return odds.loss(batch, odds.surprise)
+    return odds.loss(batch, lambda a: numerics.tempered(odds.surprise(a), jnp.full_like(a, q)))
 
 
 def symmetric_cross_entropy(
@@ -71,28 +85,29 @@ def symmetric_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy plus reverse cross-entropy, in which label and prediction change places, one value per example [...].
+    """Cross-entropy plus reverse cross-entropy, which swaps label and prediction, shape [...].
 
-    loss = α·(−log p_y) + β·(−A)(1 − p_y):  the reverse term is −Σ_k p_k log t_k for a one-hot t with log 0 := A.
-    Gradient: ∂loss/∂z = (α − β·A·p_y)(p − onehot y).
+    loss = α·(−log p_y) − β·A·(1 − p_y). The second term is the reverse cross-entropy −β·Σ_k p_k log t_k of a one-hot label t, with log 0
+    replaced by A.
+    Gradient: ∂loss/∂z_k = (α − β·A·p_y)(p_k − [k = y]).
 
     Args:
-        logits: [..., classes], unnormalised log-probabilities in nats.
-        labels: [...] class indices, or [..., classes] distributions.
+        logits: [..., classes], unnormalized log-probabilities.
+        labels: [...] class indices, or [..., classes] soft labels.
         alpha: α ≥ 0, weight of cross-entropy.
         beta: β ≥ 0, weight of reverse cross-entropy.
-        log_zero: A ≤ 0, what stands for log 0.
-        axis: the class axis of `logits`.
-        axis_name: mesh axis that splits the class axis, inside `jax.shard_map`.
-        class_mask: [classes] or [..., classes], which classes exist.
-        where: [...], which examples count.
+        log_zero: A ≤ 0, the number that replaces log 0.
+        axis: class axis of `logits`.
+        axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
+        class_mask: [classes] or [..., classes], True for classes that exist.
+        where: [...], True for examples that count.
 
     Returns:
-        [...], float32 (float64 for float64 logits).
+        [...], float32, or float64 if `logits` are float64.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit, a negative weight, a positive `log_zero`.
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, a weight is negative, or `log_zero` is positive.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -108,6 +123,15 @@ def symmetric_cross_entropy(
     return _symmetric(batch, a, b, checks.number(name, "log_zero", log_zero, low=-jnp.inf, high=0.0))
 
 
+@jax.jit
+def _symmetric(batch: rows.Examples, alpha: ArrayLike | None, beta: ArrayLike | None, log_zero: ArrayLike | None) -> Array:
+    def phi(a: Array) -> Array:
+        forward, reverse, bound = (0.0 if x is None else jnp.asarray(x, a.dtype) for x in (alpha, beta, log_zero))
+        return forward * odds.surprise(a) - reverse * bound * numerics.sigmoid(-a)
+
+    return odds.loss(batch, phi)
+
+
 def bootstrapped_cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -119,29 +143,30 @@ def bootstrapped_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy against a mixture of the label and the model's own prediction, one value per example [...].
+    """Cross-entropy against a mixture of the label and the model's own prediction, shape [...].
 
-    loss = β·(−log p_y) + (1 − β)·H(p) (soft), or with −log max_k p_k in place of H(p) (`hard`).
-    Gradient: soft β(p − onehot y) − (1 − β)·p·(log p + H(p));  hard β(p − onehot y) + (1 − β)(p − onehot argmax p), ties sharing.
+    loss = β·(−log p_y) + (1 − β)·H(p). If `hard`, −log max_k p_k replaces H(p).
+    Gradient: ∂loss/∂z_k = β(p_k − [k = y]) − (1 − β)·p_k·(log p_k + H(p)).
+    If `hard`, it is β(p_k − [k = y]) + (1 − β)(p_k − [k = argmax p]), where each of n tied classes gets 1/n instead of 1.
 
-    The prediction is differentiated too. The paper uses β = 0.95 for the soft form and 0.8 for the hard one.
+    The prediction is differentiated too. The paper uses β = 0.95, and β = 0.8 with `hard`.
 
     Args:
-        logits: [..., classes], unnormalised log-probabilities in nats.
-        labels: [...] class indices, or [..., classes] distributions.
-        beta: β in [0, 1], the share of the label.
-        hard: whether the model's prediction is its likeliest class instead of its distribution.
-        axis: the class axis of `logits`.
-        axis_name: mesh axis that splits the class axis, inside `jax.shard_map`.
-        class_mask: [classes] or [..., classes], which classes exist.
-        where: [...], which examples count.
+        logits: [..., classes], unnormalized log-probabilities.
+        labels: [...] class indices, or [..., classes] soft labels.
+        beta: β in [0, 1], the share of the label in the mixture.
+        hard: whether the prediction is the most probable class instead of the distribution p.
+        axis: class axis of `logits`.
+        axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
+        class_mask: [classes] or [..., classes], True for classes that exist.
+        where: [...], True for examples that count.
 
     Returns:
-        [...], nats, float32 (float64 for float64 logits).
+        [...], in nats; float32, or float64 if `logits` are float64.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit, `beta` outside [0, 1].
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, or `beta` is outside [0, 1].
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -157,6 +182,16 @@ def bootstrapped_cross_entropy(
     return _bootstrapped(batch, checks.fraction(name, "beta", beta), hard)
 
 
+@functools.partial(jax.jit, static_argnames="hard")
+def _bootstrapped(batch: rows.Examples, beta: ArrayLike, hard: bool) -> Array:
+    r = rows.of(batch)
+    stats = statistics.of(r)
+    loss, total = odds.expected(r, stats, odds.surprise), odds.label_sum(r)
+    beta = jnp.asarray(beta, loss.dtype)
+    own = surprises.smallest(r, stats) if hard else surprises.entropy(r, stats)
+    return statistics.finish(r, stats, beta * loss + (1 - beta) * total * own)
+
+
 def taylor_cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -167,26 +202,26 @@ def taylor_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Taylor series of cross-entropy around p_y = 1, cut after some terms, one value per example [...].
+    """Truncated Taylor series of cross-entropy around p_y = 1, shape [...].
 
-    loss = Σ_{n=1}^{order} (1 − p_y)^n/n:  order 1 is (half the) mean absolute error, order ∞ cross-entropy.
-    Gradient: ∂loss/∂z = (1 − (1 − p_y)^order)·(p − onehot y).
+    loss = Σ_{n=1}^{order} (1 − p_y)^n/n. Order 1 is half the absolute error Σ_k |p_k − [k = y]|, and order ∞ is cross-entropy.
+    Gradient: ∂loss/∂z_k = (1 − (1 − p_y)^order)(p_k − [k = y]).
 
     Args:
-        logits: [..., classes], unnormalised log-probabilities in nats.
-        labels: [...] class indices, or [..., classes] distributions.
+        logits: [..., classes], unnormalized log-probabilities.
+        labels: [...] class indices, or [..., classes] soft labels.
         order: number of terms, a Python integer of at least 1.
-        axis: the class axis of `logits`.
-        axis_name: mesh axis that splits the class axis, inside `jax.shard_map`.
-        class_mask: [classes] or [..., classes], which classes exist.
-        where: [...], which examples count.
+        axis: class axis of `logits`.
+        axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
+        class_mask: [classes] or [..., classes], True for classes that exist.
+        where: [...], True for examples that count.
 
     Returns:
-        [...], float32 (float64 for float64 logits).
+        [...], float32, or float64 if `logits` are float64.
 
     Raises:
-        TypeError: a dtype that does not fit, an `order` that is not an integer.
-        ValueError: a shape that does not fit, `order` < 1.
+        TypeError: an argument has the wrong dtype, or `order` is not an integer.
+        ValueError: an argument has the wrong shape, or `order` is below 1.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -201,6 +236,18 @@ def taylor_cross_entropy(
     return _taylor(batch, checks.count(name, "order", order))
 
 
+@functools.partial(jax.jit, static_argnames="order")
+def _taylor(batch: rows.Examples, order: int) -> Array:
+    def phi(a: Array) -> Array:
+        rest = numerics.sigmoid(-a)  # 1 − p
+        total = jnp.full_like(a, 1 / order)
+        for n in range(order - 1, 0, -1):
+            total = 1 / n + rest * total
+        return rest * total
+
+    return odds.loss(batch, phi)
+
+
 def poly_cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -211,26 +258,26 @@ def poly_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Poly-1 cross-entropy, whose first polynomial coefficient is turned up or down, one value per example [...].
+    """Poly-1 loss, cross-entropy with another first polynomial coefficient, shape [...].
 
     loss = −log p_y + ε·(1 − p_y).
-    Gradient: ∂loss/∂z = (1 + ε·p_y)(p − onehot y).
+    Gradient: ∂loss/∂z_k = (1 + ε·p_y)(p_k − [k = y]).
 
     Args:
-        logits: [..., classes], unnormalised log-probabilities in nats.
-        labels: [...] class indices, or [..., classes] distributions.
-        epsilon: ε ≥ −1, added to the coefficient 1 of the term 1 − p_y in cross-entropy's series.
-        axis: the class axis of `logits`.
-        axis_name: mesh axis that splits the class axis, inside `jax.shard_map`.
-        class_mask: [classes] or [..., classes], which classes exist.
-        where: [...], which examples count.
+        logits: [..., classes], unnormalized log-probabilities.
+        labels: [...] class indices, or [..., classes] soft labels.
+        epsilon: ε ≥ −1, added to the coefficient 1 of the term 1 − p_y in the series −log p_y = Σ_n (1 − p_y)^n/n.
+        axis: class axis of `logits`.
+        axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
+        class_mask: [classes] or [..., classes], True for classes that exist.
+        where: [...], True for examples that count.
 
     Returns:
-        [...], float32 (float64 for float64 logits).
+        [...], float32, or float64 if `logits` are float64.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit, `epsilon` < −1.
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, or `epsilon` is below −1.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -245,7 +292,13 @@ def poly_cross_entropy(
     return _poly(batch, checks.number(name, "epsilon", epsilon, low=-1.0))
 
 
-def confidence_penalty(
+@jax.jit
+def _poly(batch: rows.Examples, epsilon: ArrayLike | None) -> Array:
+    extra = 0.0 if epsilon is None else epsilon
+    return odds.loss(batch, lambda a: odds.surprise(a) + jnp.asarray(extra, a.dtype) * numerics.sigmoid(-a))
+
+
+def confidence_penalized_cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,
     *,
@@ -255,38 +308,49 @@ def confidence_penalty(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy with a penalty on confident predictions, those of low entropy, one value per example [...].
+    """Cross-entropy with a penalty on confident predictions, which have low entropy, shape [...].
 
-    loss = −log p_y − β·H(p);  it may be negative.
-    Gradient: ∂loss/∂z = p − onehot y + β·p·(log p + H(p)).
+    loss = −log p_y − β·H(p). It may be negative.
+    Gradient: ∂loss/∂z_k = p_k − [k = y] + β·p_k·(log p_k + H(p)).
 
     Args:
-        logits: [..., classes], unnormalised log-probabilities in nats.
-        labels: [...] class indices, or [..., classes] distributions.
+        logits: [..., classes], unnormalized log-probabilities.
+        labels: [...] class indices, or [..., classes] soft labels.
         beta: β ≥ 0, weight of the penalty.
-        axis: the class axis of `logits`.
-        axis_name: mesh axis that splits the class axis, inside `jax.shard_map`.
-        class_mask: [classes] or [..., classes], which classes exist.
-        where: [...], which examples count.
+        axis: class axis of `logits`.
+        axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
+        class_mask: [classes] or [..., classes], True for classes that exist.
+        where: [...], True for examples that count.
 
     Returns:
-        [...], nats, float32 (float64 for float64 logits).
+        [...], in nats; float32, or float64 if `logits` are float64.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit, a negative `beta`.
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, or `beta` is negative.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
-        >>> xentjax.confidence_penalty(jnp.zeros((1, 4)), jnp.array([0]), beta=0.25).tolist()  # (1 − β)·log 4
+        >>> loss = xentjax.confidence_penalized_cross_entropy(jnp.zeros((1, 4)), jnp.array([0]), beta=0.25)
+        >>> loss.tolist()  # (1 − β)·log 4
         [1.03972...]
 
     Reference:
         Pereyra et al., Regularizing Neural Networks by Penalizing Confident Output Distributions, 2017, arXiv 1701.06548.
     """
-    name = "confidence_penalty"
+    name = "confidence_penalized_cross_entropy"
     batch = checks.examples(name, logits, labels, axis, axis_name, class_mask, where)
-    return _penalized(batch, checks.number(name, "beta", beta))
+    return _confidence_penalized(batch, checks.number(name, "beta", beta))
+
+
+@jax.jit
+def _confidence_penalized(batch: rows.Examples, beta: ArrayLike | None) -> Array:
+    r = rows.of(batch)
+    stats = statistics.of(r)
+    loss, total = odds.expected(r, stats, odds.surprise), odds.label_sum(r)
+    if beta is not None:
+        loss -= jnp.asarray(beta, loss.dtype) * total * surprises.entropy(r, stats)
+    return statistics.finish(r, stats, loss)
 
 
 def normalized_cross_entropy(
@@ -298,29 +362,29 @@ def normalized_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy as a share of what all classes would cost as labels, one value per example [...].
+    """Cross-entropy divided by the sum of the cross-entropies of all classes, shape [...].
 
-    loss = log p_y / Σ_j log p_j, in [0, 1];  0 where there is one class only.
-    Gradient: with S = −Σ_j log p_j over K classes, ∂loss/∂z = (p − onehot y − loss·(K·p − 1))/S.
+    loss = log p_y/Σ_j log p_j, which is in [0, 1]. With a single class it is 0.
+    Gradient: with S = −Σ_j log p_j over K classes, ∂loss/∂z_k = (p_k − [k = y] − loss·(K·p_k − 1))/S.
 
     Args:
-        logits: [..., classes], unnormalised log-probabilities in nats.
-        labels: [...] class indices, or [..., classes] distributions.
-        axis: the class axis of `logits`.
-        axis_name: mesh axis that splits the class axis, inside `jax.shard_map`.
-        class_mask: [classes] or [..., classes], which classes exist.
-        where: [...], which examples count.
+        logits: [..., classes], unnormalized log-probabilities.
+        labels: [...] class indices, or [..., classes] soft labels.
+        axis: class axis of `logits`.
+        axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
+        class_mask: [classes] or [..., classes], True for classes that exist.
+        where: [...], True for examples that count.
 
     Returns:
-        [...], float32 (float64 for float64 logits).
+        [...], float32, or float64 if `logits` are float64.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit.
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
-        >>> xentjax.normalized_cross_entropy(jnp.zeros((1, 4)), jnp.array([1])).tolist()  # one of four equal shares
+        >>> xentjax.normalized_cross_entropy(jnp.zeros((1, 4)), jnp.array([1])).tolist()  # four classes with equal cross-entropies
         [0.25]
 
     Reference:
@@ -330,64 +394,10 @@ def normalized_cross_entropy(
 
 
 @jax.jit
-def _generalized(batch, q):
-    if q is None:
-        return odds.loss(batch, odds.surprise)
-    return odds.loss(batch, lambda a: numerics.tempered(odds.surprise(a), jnp.full_like(a, q)))
-
-
-@jax.jit
-def _symmetric(batch, alpha, beta, log_zero):
-    def phi(a):
-        forward, reverse = (0.0 if x is None else jnp.asarray(x, a.dtype) for x in (alpha, beta))
-        return forward * odds.surprise(a) - reverse * (0.0 if log_zero is None else jnp.asarray(log_zero, a.dtype)) * numerics.sigmoid(-a)
-
-    return odds.loss(batch, phi)
-
-
-@functools.partial(jax.jit, static_argnames="order")
-def _taylor(batch, order):
-    def phi(a):
-        rest = numerics.sigmoid(-a)
-        total = jnp.full_like(a, 1 / order)
-        for n in range(order - 1, 0, -1):
-            total = 1 / n + rest * total
-        return rest * total
-
-    return odds.loss(batch, phi)
-
-
-@jax.jit
-def _poly(batch, epsilon):
-    extra = 0.0 if epsilon is None else epsilon
-    return odds.loss(batch, lambda a: odds.surprise(a) + jnp.asarray(extra, a.dtype) * numerics.sigmoid(-a))
-
-
-@functools.partial(jax.jit, static_argnames="hard")
-def _bootstrapped(batch, beta, hard):
+def _normalized(batch: rows.Examples) -> Array:
     r = rows.of(batch)
     stats = statistics.of(r)
-    cost, total = odds.expected(r, stats, odds.surprise), odds.label_sum(r)
-    beta = jnp.asarray(beta, cost.dtype)
-    own = surprises.smallest(r, stats) if hard else surprises.entropy(r, stats)
-    return statistics.finish(r, stats, beta * cost + (1 - beta) * total * own)
-
-
-@jax.jit
-def _penalized(batch, beta):
-    r = rows.of(batch)
-    stats = statistics.of(r)
-    cost, total = odds.expected(r, stats, odds.surprise), odds.label_sum(r)
-    if beta is not None:
-        cost -= jnp.asarray(beta, cost.dtype) * total * surprises.entropy(r, stats)
-    return statistics.finish(r, stats, cost)
-
-
-@jax.jit
-def _normalized(batch):
-    r = rows.of(batch)
-    stats = statistics.of(r)
-    cost = odds.expected(r, stats, odds.surprise)
-    everything = surprises.total(r, stats)
-    alone = everything == 0
-    return statistics.finish(r, stats, cost / numerics.where(alone, jnp.ones_like(everything), everything))
+    loss = odds.expected(r, stats, odds.surprise)
+    total = surprises.total(r, stats)
+    single = total == 0  # a single class exists
+    return statistics.finish(r, stats, loss / numerics.where(single, jnp.ones_like(total), total))

@@ -1,14 +1,15 @@
-"""Yes or no per element: cross-entropy over bits, focal and asymmetric loss.
+"""Binary cross-entropy, focal and asymmetric loss: each logit is a separate decision.
 
-What every function here shares:
+Conventions of every function here:
 
-- `logits` [...] of a floating dtype, each the log-odds of its own decision. Arithmetic and results are float32, or float64
-  for float64 logits; gradients come back in the dtype of `logits`.
-- `labels` [...], exactly the shape of `logits`: boolean, integer 0 or 1, or floating probabilities in [0, 1].
-- `where` [...], the shape of `logits`: which elements count. The others cost exactly 0 with gradient exactly 0.
-- Raises: TypeError for dtypes; ValueError for shapes and for Python numbers out of range.
-- With p = σ(z) the two log-probabilities are −log p = softplus(−z) and −log(1 − p) = softplus(z); labels are
-  t = (1 − ε)·labels + ε/2.
+- `logits` [...] have a floating dtype. Each logit is the log-odds of its decision. Arithmetic and results are float32, or float64 if
+  `logits` are float64. Gradients have the dtype of `logits`.
+- `labels` [...] have exactly the shape of `logits`. They are booleans, the integers 0 and 1, or floating probabilities in [0, 1].
+- `where` [...] has the shape of `logits`, and is True for elements that count. The loss and the gradient of every other element are exactly
+  0.
+- A wrong dtype raises TypeError. A wrong shape, or a Python number out of range, raises ValueError.
+- In the formulas, p = σ(z) for a logit z, so −log p = softplus(−z) and −log(1 − p) = softplus(z). ε is the label smoothing, and the
+  targets are t = (1 − ε)·labels + ε/2.
 """
 
 import jax
@@ -16,8 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics
-from xentjax._core.odds import focal
+from xentjax._core import checks, numerics, odds
 
 
 def sigmoid_cross_entropy(
@@ -28,25 +28,25 @@ def sigmoid_cross_entropy(
     pos_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy between bits and the sigmoid of logits, one value per element [...].
+    """Cross-entropy between binary labels and the sigmoid of logits, shape [...].
 
     loss = w·t·(−log σ(z)) + (1 − t)·(−log σ(−z)).
     Gradient: ∂loss/∂z = (1 − t)·σ(z) − w·t·σ(−z), which is σ(z) − t for w = 1.
 
     Args:
-        logits: [...], log-odds in nats.
-        labels: [...], 0 or 1 (boolean, integer), or probabilities in [0, 1].
+        logits: [...], log-odds.
+        labels: [...], booleans, the integers 0 and 1, or probabilities in [0, 1].
         label_smoothing: ε in [0, 1]; t = (1 − ε)·labels + ε/2.
-        pos_weight: w ≥ 0 multiplies the positive term: a scalar, [classes] along the last axis, or an array with the axes of `logits`,
-            each of their size or of size 1 (`pos_weight[:, None, None]` for classes on the first of three axes).
-        where: [...], which elements count.
+        pos_weight: w ≥ 0, factor of the positive term; a scalar, [classes] along the last axis of `logits`, or an array with as many axes
+            as `logits`, each of the same size or of size 1 (`pos_weight[:, None, None]` for classes on the first of three axes).
+        where: [...], True for elements that count.
 
     Returns:
-        [...], nats, float32 (float64 for float64 logits).
+        [...], in nats; float32, or float64 if `logits` are float64.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit, `label_smoothing` outside [0, 1], a negative `pos_weight`.
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, `label_smoothing` is outside [0, 1], or `pos_weight` is negative.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -62,6 +62,13 @@ def sigmoid_cross_entropy(
     return _cross_entropy(z, t, counts, smoothing, checks.pos_weight(name, pos_weight, z))
 
 
+@jax.jit
+def _cross_entropy(logits: Array, labels: Array, where: Array | None, smoothing: ArrayLike | None, pos_weight: ArrayLike | None) -> Array:
+    z, t = _finite_logits_and_targets(logits, labels, where, smoothing)
+    positive = t if pos_weight is None else t * numerics.expand_leading(jnp.asarray(pos_weight, z.dtype), z.ndim)
+    return _finish(positive * numerics.softplus(-z) + (1 - t) * numerics.softplus(z), where)
+
+
 def sigmoid_focal_loss(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -71,27 +78,28 @@ def sigmoid_focal_loss(
     label_smoothing: ArrayLike = 0.0,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Focal loss over bits, one value per element [...].
+    """Binary focal loss, a cross-entropy that gives less weight to easy elements, shape [...].
 
-    loss = α·t·(1 − p)^γ·(−log p) + (1 − α)·(1 − t)·p^γ·(−log(1 − p)),  p = σ(z);  without `alpha` both factors are 1.
-    Gradient for t = 1: ∂loss/∂z = α·(1 − p)^γ·(γ·p·log p − (1 − p)); for t = 0 the same with −z, 1 − α and the sign turned.
+    loss = α·t·(1 − p)^γ·(−log p) + (1 − α)·(1 − t)·p^γ·(−log(1 − p)) with p = σ(z). If `alpha` is None, both weights
+    are 1.
+    Gradient: for t = 1, ∂loss/∂z = α·(1 − p)^γ·(γ·p·log p − (1 − p)). For t = 0, replace z by −z and α by 1 − α, and change the sign.
 
-    Finite with all derivatives for every γ ≥ 0 at any logit.
+    The loss and all its derivatives are finite for every γ ≥ 0 and all logits.
 
     Args:
-        logits: [...], log-odds in nats.
-        labels: [...], 0 or 1 (boolean, integer), or probabilities in [0, 1].
+        logits: [...], log-odds.
+        labels: [...], booleans, the integers 0 and 1, or probabilities in [0, 1].
         gamma: γ ≥ 0, the focusing exponent.
-        alpha: α in [0, 1], weight of the positive term, 1 − α that of the negative; None weighs neither.
+        alpha: α in [0, 1], weight of the positive term; the negative term has weight 1 − α. None gives both terms weight 1.
         label_smoothing: ε in [0, 1]; t = (1 − ε)·labels + ε/2.
-        where: [...], which elements count.
+        where: [...], True for elements that count.
 
     Returns:
-        [...], nats, float32 (float64 for float64 logits).
+        [...], in nats; float32, or float64 if `logits` are float64.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit, a negative `gamma`, `alpha` or `label_smoothing` outside [0, 1].
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, `gamma` is negative, or `alpha` or `label_smoothing` is outside [0, 1].
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -108,6 +116,16 @@ def sigmoid_focal_loss(
     return _focal(z, t, counts, checks.number(name, "gamma", gamma), balance, smoothing)
 
 
+@jax.jit
+def _focal(
+    logits: Array, labels: Array, where: Array | None, gamma: ArrayLike | None, alpha: ArrayLike | None, smoothing: ArrayLike | None
+) -> Array:
+    z, t = _finite_logits_and_targets(logits, labels, where, smoothing)
+    a = None if alpha is None else jnp.asarray(alpha, z.dtype)
+    positive, negative = (t, 1 - t) if a is None else (a * t, (1 - a) * (1 - t))
+    return _finish(positive * odds.focal(z, gamma) + negative * odds.focal(-z, gamma), where)
+
+
 def asymmetric_loss(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -117,32 +135,32 @@ def asymmetric_loss(
     clip: ArrayLike = 0.05,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Asymmetric loss for many labels per example, mostly negative, one value per element [...].
+    """Asymmetric loss for multi-label classification with mostly negative labels, shape [...].
 
-    loss = t·(1 − p)^γ₊·(−log p) + (1 − t)·q^γ₋·(−log(1 − q)),  p = σ(z), q = max(p − clip, 0).
-    Gradient for t = 1: (1 − p)^γ₊·(γ₊·p·log p − (1 − p));  for t = 0, where q > 0:
-    p(1 − p)·(q^γ₋/(1 − q) − γ₋·q^(γ₋ − 1)·log(1 − q)), and 0 where q = 0.
+    loss = t·(1 − p)^γ₊·(−log p) + (1 − t)·q^γ₋·(−log(1 − q)) with p = σ(z) and q = max(p − clip, 0).
+    Gradient: for t = 1, ∂loss/∂z = (1 − p)^γ₊·(γ₊·p·log p − (1 − p)). For t = 0, it is
+    p(1 − p)·(q^γ₋/(1 − q) − γ₋·q^(γ₋ − 1)·log(1 − q)) where q > 0, and 0 where q = 0.
 
-    A negative easier than `clip` costs nothing. The gradient is the exact one: the modulating factors are differentiated too.
+    If p is below `clip`, the loss of a negative label is 0. The gradient is exact: the factors (1 − p)^γ₊ and q^γ₋ are differentiated too.
 
     Args:
-        logits: [...], log-odds in nats.
-        labels: [...], 0 or 1 (boolean, integer), or probabilities in [0, 1].
-        gamma_negative: γ₋ ≥ 0, the focusing exponent of negatives.
-        gamma_positive: γ₊ ≥ 0, the focusing exponent of positives.
-        clip: in [0, 1], the probability margin by which negatives are shifted.
-        where: [...], which elements count.
+        logits: [...], log-odds.
+        labels: [...], booleans, the integers 0 and 1, or probabilities in [0, 1].
+        gamma_negative: γ₋ ≥ 0, the focusing exponent of negative labels.
+        gamma_positive: γ₊ ≥ 0, the focusing exponent of positive labels.
+        clip: in [0, 1], subtracted from the probability in the negative term.
+        where: [...], True for elements that count.
 
     Returns:
-        [...], nats, float32 (float64 for float64 logits).
+        [...], in nats; float32, or float64 if `logits` are float64.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit, a negative exponent, `clip` outside [0, 1].
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, an exponent is negative, or `clip` is outside [0, 1].
 
     Example:
         >>> import jax.numpy as jnp, xentjax
-        >>> xentjax.asymmetric_loss(jnp.array([-4.0, 0.0, 0.0]), jnp.array([0, 0, 1])).tolist()  # the first is below `clip`
+        >>> xentjax.asymmetric_loss(jnp.array([-4.0, 0.0, 0.0]), jnp.array([0, 0, 1])).tolist()  # the first probability is below `clip`
         [0.0, 0.02451..., 0.34657...]
 
     Reference:
@@ -156,31 +174,23 @@ def asymmetric_loss(
 
 
 @jax.jit
-def _cross_entropy(logits, labels, where, smoothing, pos_weight):
-    z, t = _prepare(logits, labels, where, smoothing)
-    positive = t if pos_weight is None else t * numerics.expand_leading(jnp.asarray(pos_weight, z.dtype), z.ndim)
-    return _close(positive * numerics.softplus(-z) + (1 - t) * numerics.softplus(z), where)
+def _asymmetric(
+    logits: Array,
+    labels: Array,
+    where: Array | None,
+    gamma_negative: ArrayLike | None,
+    gamma_positive: ArrayLike | None,
+    clip: ArrayLike | None,
+) -> Array:
+    z, t = _finite_logits_and_targets(logits, labels, where, None)
+    negative = odds.focal(-z, gamma_negative) if clip is None else _shifted_focal(z, gamma_negative, jnp.asarray(clip, z.dtype))
+    return _finish(t * odds.focal(z, gamma_positive) + (1 - t) * negative, where)
 
 
-@jax.jit
-def _focal(logits, labels, where, gamma, alpha, smoothing):
-    z, t = _prepare(logits, labels, where, smoothing)
-    a = None if alpha is None else jnp.asarray(alpha, z.dtype)
-    positive, negative = (t, 1 - t) if a is None else (a * t, (1 - a) * (1 - t))
-    return _close(positive * focal(z, gamma) + negative * focal(-z, gamma), where)
+def _shifted_focal(z: Array, gamma: ArrayLike | None, clip: Array) -> Array:
+    """q^γ·(−log(1 − q)) with q = max(σ(z) − clip, 0); where q = 0, it and all its derivatives are 0.
 
-
-@jax.jit
-def _asymmetric(logits, labels, where, gamma_negative, gamma_positive, clip):
-    z, t = _prepare(logits, labels, where, None)
-    negative = focal(-z, gamma_negative) if clip is None else _shifted_focal(z, gamma_negative, jnp.asarray(clip, z.dtype))
-    return _close(t * focal(z, gamma_positive) + (1 - t) * negative, where)
-
-
-def _shifted_focal(z, gamma, clip):
-    """q^γ·(−log(1 − q)) with q = max(σ(z) − clip, 0); 0 with all derivatives where q is.
-
-    −log(1 − q) is a log1p for small q, and for large q the logarithm of 1 − q = σ(−z) + clip, a sum without cancellation.
+    For small q, −log(1 − q) is a log1p. For large q, it is the logarithm of 1 − q = σ(−z) + clip, a sum without cancellation.
     """
     above = numerics.sigmoid(z) > clip
     q = numerics.sigmoid_excess(z, clip)
@@ -189,17 +199,16 @@ def _shifted_focal(z, gamma, clip):
     return jnp.where(above, modulation * surprise, jnp.zeros_like(z))
 
 
-def _prepare(logits, labels, where, smoothing):
-    """Finite logits and labels in the accumulation dtype, of 0 where an element does not count; the labels smoothed."""
+def _finite_logits_and_targets(logits: Array, labels: Array, where: Array | None, smoothing: ArrayLike | None) -> tuple[Array, Array]:
+    """Finite logits and smoothed labels in the accumulation dtype; logits and labels of elements that do not count become 0."""
     dtype = numerics.accumulation_dtype(logits.dtype)
     z, t = numerics.finite(logits.astype(dtype)), labels.astype(dtype)
-    if where is not None:  # before the smoothing, whose derivative is 1/2 − t
+    if where is not None:  # before smoothing, because the derivative of the smoothed label in ε is 1/2 − label
         z, t = jnp.where(where, z, 0), jnp.where(where, t, 0)
     if smoothing is not None:
         t = (1 - jnp.asarray(smoothing, dtype)) * t + jnp.asarray(smoothing, dtype) / 2
     return z, t
 
 
-def _close(loss, where):
-    loss = numerics.restore_infinity(loss)
-    return loss if where is None else jnp.where(where, loss, jnp.zeros_like(loss))
+def _finish(loss: Array, where: Array | None) -> Array:
+    return numerics.nan_or_zero(numerics.restore_infinity(loss), None, where)

@@ -1,18 +1,20 @@
-"""One class of K: cross-entropy, log-probability, focal loss, sparse distributions, statistics of a row.
+"""Softmax cross-entropy over K classes, log-probability, focal loss, sparse soft labels and row statistics.
 
-What every function here shares:
+Conventions of every function here:
 
-- `logits` [..., classes] of a floating dtype, the class axis at `axis`. Arithmetic and results are float32, or float64 for
-  float64 logits; gradients come back in the dtype of `logits`.
-- `labels`: an integer dtype means class indices, the shape of `logits` without the class axis; a floating dtype means a
-  distribution over classes, the shape of `logits`. An index outside [0, classes) makes the value and the gradient of its
-  example NaN; pad with `where=labels != -100`.
-- `axis_name`: inside `jax.shard_map`, the mesh axis over which the class axis is split. Indices are global.
-- `class_mask` [classes] or the shape of `logits`: which classes exist. A missing class has probability 0 and gradient 0; a
-  label on it costs +∞.
-- `where`, the shape of the result: which examples count. The others cost exactly 0 with gradient exactly 0, whatever they hold.
-- Raises: TypeError for dtypes; ValueError for shapes and for Python numbers out of range.
-- With p = softmax(z), K classes and class weights w, labels are the distribution t_k = w_k((1 − ε)·labels_k + ε/K), s = Σ t_k.
+- `logits` [..., classes] have a floating dtype, and `axis` is their class axis. Arithmetic and results are float32, or float64 if `logits`
+  are float64. Gradients have the dtype of `logits`.
+- Integer `labels` are class indices, in the shape of `logits` without the class axis. Floating `labels` are soft labels, which are
+  distributions over the classes, in the shape of `logits`. If an index is outside [0, classes), the value and the gradient of its example
+  are NaN. Exclude padded examples with `where=labels != -100`.
+- `axis_name` is the mesh axis over which the classes are sharded, inside `jax.shard_map`. Class indices are global.
+- `class_mask` has shape [classes] or the shape of `logits`, and is True for classes that exist. A class that does not exist has probability
+  0 and gradient 0. If the label is such a class, the loss is +∞.
+- `where` has the shape of the result, and is True for examples that count. The loss and the gradient of every other example are exactly 0,
+  whatever the example contains.
+- A wrong dtype raises TypeError. A wrong shape, or a Python number out of range, raises ValueError.
+- In the formulas, z are the logits, p = softmax(z) and lse(z) = log Σ_k e^(z_k). K is the number of classes that exist, w are the class
+  weights and ε is the label smoothing. The targets are t_k = w_k((1 − ε)·labels_k + ε/K), and s = Σ_k t_k.
 """
 
 import functools
@@ -38,44 +40,55 @@ def softmax_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy between labels and the softmax of logits, one value per example [...].
+    """Cross-entropy between labels and the softmax of logits, shape [...].
 
-    loss = Σ_k t_k (lse(z) − z_k) + ζ·s·lse(z)²,  which is −log p_y for an index y and no options.
+    loss = Σ_k t_k (lse(z) − z_k) + ζ·s·lse(z)². For an index y and default options, this is −log p_y.
     Gradient: ∂loss/∂z = s·p − t + 2ζ·s·lse·p;  ∂loss/∂labels_k = w_k (1 − ε)(lse − z_k + ζ·lse²).
 
     Args:
-        logits: [..., classes], unnormalised log-probabilities in nats.
-        labels: [...] class indices, or [..., classes] distributions (they need not sum to 1).
-        label_smoothing: ε in [0, 1], the share of the label spread evenly over the classes that exist.
-        class_weights: [classes], w ≥ 0, multiplies each class's term.
-        z_loss: ζ ≥ 0, weight of the penalty on lse(z)² that keeps logits near normalised.
-        axis: the class axis of `logits`.
-        axis_name: mesh axis that splits the class axis, inside `jax.shard_map`.
-        class_mask: [classes] or [..., classes], which classes exist.
-        where: [...], which examples count.
+        logits: [..., classes], unnormalized log-probabilities.
+        labels: [...] class indices, or [..., classes] soft labels, which need not sum to 1.
+        label_smoothing: ε in [0, 1], the share of each label that is spread evenly over the classes that exist.
+        class_weights: [classes], w ≥ 0; w_k multiplies the term of class k.
+        z_loss: ζ ≥ 0, weight of the penalty lse(z)², which keeps the logits nearly normalized.
+        axis: class axis of `logits`.
+        axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
+        class_mask: [classes] or [..., classes], True for classes that exist.
+        where: [...], True for examples that count.
 
     Returns:
-        [...], nats, float32 (float64 for float64 logits).
+        [...], in nats; float32, or float64 if `logits` are float64.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit, `label_smoothing` outside [0, 1], a negative `z_loss`.
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, `label_smoothing` is outside [0, 1], or `z_loss` is negative.
 
     Example:
         >>> import jax, jax.numpy as jnp, xentjax
         >>> logits = jnp.array([[2.0, 0.0, 0.0], [80.0, 0.0, 0.0]])
-        >>> xentjax.softmax_cross_entropy(logits, jnp.array([0, 0])).tolist()  # a margin of 80 nats keeps its loss
+        >>> xentjax.softmax_cross_entropy(logits, jnp.array([0, 0])).tolist()  # at a margin of 80 nats, the loss is still accurate
         [0.23954..., 3.60969...e-35]
 
     Reference:
-        Szegedy et al., Rethinking the Inception Architecture, 2015, arXiv 1512.00567 (smoothing); Chowdhery et al., PaLM,
-        2022, arXiv 2204.02311 (z-loss).
+        Szegedy et al., Rethinking the Inception Architecture, 2015, arXiv 1512.00567 (label smoothing); Chowdhery et al., PaLM, 2022,
+        arXiv 2204.02311 (z-loss).
     """
     name = "softmax_cross_entropy"
     batch = checks.examples(name, logits, labels, axis, axis_name, class_mask, where)
     weights = checks.class_weights(name, class_weights, batch)
     smoothing = checks.number(name, "label_smoothing", label_smoothing, high=1.0)
     return _cross_entropy(batch, smoothing, weights, checks.number(name, "z_loss", z_loss))
+
+
+@jax.jit
+def _cross_entropy(batch: rows.Examples, smoothing: ArrayLike | None, class_weights: Array | None, z_loss: ArrayLike | None) -> Array:
+    r = rows.of(batch)
+    stats = statistics.of(r)
+    loss = odds.expected(r, stats, odds.surprise, smoothing, class_weights)
+    if z_loss is not None:
+        total = odds.label_sum(r, smoothing, class_weights)
+        loss += jnp.asarray(z_loss, loss.dtype) * total * (stats.reference + stats.log_sum) ** 2
+    return statistics.finish(r, stats, loss)
 
 
 def softmax_log_prob(
@@ -87,25 +100,25 @@ def softmax_log_prob(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Log-probability of the label under the softmax of logits, one value per example [...].
+    """Log-probability of the label under the softmax of logits, shape [...].
 
-    log p_y = z_y − lse(z);  for distributions the expected log-probability Σ_k labels_k (z_k − lse(z)).
+    log p_y = z_y − lse(z). For soft labels, the expected log-probability Σ_k labels_k (z_k − lse(z)).
     Gradient: ∂/∂z = labels − s·p.
 
     Args:
-        logits: [..., classes], unnormalised log-probabilities in nats.
-        labels: [...] class indices (actions, tokens), or [..., classes] distributions.
-        axis: the class axis of `logits`.
-        axis_name: mesh axis that splits the class axis, inside `jax.shard_map`.
-        class_mask: [classes] or [..., classes], which classes exist.
-        where: [...], which examples count.
+        logits: [..., classes], unnormalized log-probabilities.
+        labels: [...] class indices (such as actions or tokens), or [..., classes] soft labels.
+        axis: class axis of `logits`.
+        axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
+        class_mask: [classes] or [..., classes], True for classes that exist.
+        where: [...], True for examples that count.
 
     Returns:
-        [...], nats, ≤ 0; −∞ for an impossible label.
+        [...], in nats, at most 0, and −∞ for an impossible label; float32, or float64 if `logits` are float64.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit.
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -134,30 +147,30 @@ def softmax_focal_loss(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Focal loss, cross-entropy with easy examples turned down, one value per example [...].
+    """Focal loss, a cross-entropy that gives less weight to easy examples, shape [...].
 
-    loss = Σ_k t_k (1 − p_k)^γ (−log p_k);  γ = 0 is cross-entropy.
-    Gradient: with g_k = t_k (1 − p_k)^γ (γ·p_k·log p_k/(1 − p_k) − 1), ∂loss/∂z = g − p·Σ g.
+    loss = Σ_k t_k (1 − p_k)^γ (−log p_k). At γ = 0 it is cross-entropy.
+    Gradient: ∂loss/∂z = g − p·Σ_k g_k with g_k = t_k (1 − p_k)^γ (γ·p_k·log p_k/(1 − p_k) − 1).
 
-    Finite with all derivatives for every γ ≥ 0 at any logits. The α of the paper is `class_weights`.
+    The loss and all its derivatives are finite for every γ ≥ 0 and all logits. The paper's α is `class_weights`.
 
     Args:
-        logits: [..., classes], unnormalised log-probabilities in nats.
-        labels: [...] class indices, or [..., classes] distributions.
+        logits: [..., classes], unnormalized log-probabilities.
+        labels: [...] class indices, or [..., classes] soft labels.
         gamma: γ ≥ 0, the focusing exponent.
-        label_smoothing: ε in [0, 1], the share of the label spread evenly over the classes that exist.
-        class_weights: [classes], w ≥ 0, multiplies each class's term.
-        axis: the class axis of `logits`.
-        axis_name: mesh axis that splits the class axis, inside `jax.shard_map`.
-        class_mask: [classes] or [..., classes], which classes exist.
-        where: [...], which examples count.
+        label_smoothing: ε in [0, 1], the share of each label that is spread evenly over the classes that exist.
+        class_weights: [classes], w ≥ 0; w_k multiplies the term of class k.
+        axis: class axis of `logits`.
+        axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
+        class_mask: [classes] or [..., classes], True for classes that exist.
+        where: [...], True for examples that count.
 
     Returns:
-        [...], nats, float32 (float64 for float64 logits).
+        [...], in nats; float32, or float64 if `logits` are float64.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit, a negative `gamma`, `label_smoothing` outside [0, 1].
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, `gamma` is negative, or `label_smoothing` is outside [0, 1].
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -175,6 +188,14 @@ def softmax_focal_loss(
     return _focal(batch, checks.number(name, "gamma", gamma), smoothing, weights)
 
 
+@jax.jit
+def _focal(batch: rows.Examples, gamma: ArrayLike | None, smoothing: ArrayLike | None, class_weights: Array | None) -> Array:
+    r = rows.of(batch)
+    stats = statistics.of(r)
+    loss = odds.expected(r, stats, functools.partial(odds.focal, gamma=gamma), smoothing, class_weights)
+    return statistics.finish(r, stats, loss)
+
+
 def softmax_cross_entropy_with_top_k_labels(
     logits: ArrayLike,
     label_ids: ArrayLike,
@@ -185,28 +206,29 @@ def softmax_cross_entropy_with_top_k_labels(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy against sparse distributions, k classes with their probabilities per example, one value per example [...].
+    """Cross-entropy with sparse soft labels, k classes and probabilities per example, shape [...].
 
-    loss = Σ_j label_probs_j (lse(z) − z_{label_ids_j});  ids may repeat, probabilities need not sum to 1.
-    Gradient: ∂loss/∂z = s·p − t with t scattered from `label_probs`;  ∂loss/∂label_probs_j = −log p_{label_ids_j}.
+    loss = Σ_j label_probs_j (lse(z) − z_{label_ids_j}). Ids may repeat, and probabilities need not sum to 1.
+    Gradient: ∂loss/∂z = s·p − t, where t_k is the sum of the probabilities given to class k, and s = Σ_k t_k;
+    ∂loss/∂label_probs_j = −log p_{label_ids_j}.
 
-    The distribution is never made dense: teachers' top-k predictions can be cached and used as they are.
+    No array with the probabilities of all classes is made, so a teacher's top-k predictions can be cached and used directly.
 
     Args:
-        logits: [..., classes], unnormalised log-probabilities in nats.
-        label_ids: [..., k], class indices; the last axis is k, whatever `axis` is.
-        label_probs: [..., k], their probabilities.
-        axis: the class axis of `logits`.
-        axis_name: mesh axis that splits the class axis, inside `jax.shard_map`.
-        class_mask: [classes] or [..., classes], which classes exist.
-        where: [...], which examples count.
+        logits: [..., classes], unnormalized log-probabilities.
+        label_ids: [..., k], class indices; k is the last axis for every value of `axis`.
+        label_probs: [..., k], probabilities of the classes in `label_ids`.
+        axis: class axis of `logits`.
+        axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
+        class_mask: [classes] or [..., classes], True for classes that exist.
+        where: [...], True for examples that count.
 
     Returns:
-        [...], nats, float32 (float64 for float64 logits).
+        [...], in nats; float32, or float64 if `logits` are float64.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit.
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -215,7 +237,7 @@ def softmax_cross_entropy_with_top_k_labels(
         [0.74018...]
 
     Reference:
-        Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, 2015, arXiv 1503.02531.
+        Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015, arXiv 1503.02531.
     """
     name = "softmax_cross_entropy_with_top_k_labels"
     batch = checks.examples(name, logits, None, axis, axis_name, class_mask, where, labelled=False)
@@ -223,11 +245,19 @@ def softmax_cross_entropy_with_top_k_labels(
     return _top_k(batch, ids, probs)
 
 
+@jax.jit
+def _top_k(batch: rows.Examples, ids: Array, probs: Array) -> Array:
+    r = rows.of(batch)
+    stats = statistics.of_row(r)
+    loss = jnp.sum(probs.astype(r.values.dtype) * surprises.surprise_at(r, stats, ids), axis=-1)
+    return statistics.finish(r, stats, loss)
+
+
 class RowStatistics(NamedTuple):
-    """What one pass over a row of logits tells; each field has the leading shape [...] of the logits."""
+    """Statistics of each row of logits, made by `row_statistics`; each field has shape [...]."""
 
     log_prob: Array
-    """log p of the label (expected under labels that are distributions); differentiable."""
+    """log p of the label, or its expectation under soft labels; differentiable."""
     log_normalizer: Array
     """lse(z) = log Σ_k e^(z_k); differentiable."""
     entropy: Array
@@ -235,9 +265,9 @@ class RowStatistics(NamedTuple):
     expected_logit: Array
     """Σ_k p_k z_k; differentiable."""
     max_logit: Array
-    """max_k z_k; differentiation stopped."""
+    """max_k z_k; not differentiated."""
     correct: Array
-    """Whether the label has the largest logit (ties count); boolean."""
+    """Whether the label has the largest logit, ties included; boolean. For soft labels, the label is the most probable class."""
 
 
 def row_statistics(
@@ -249,70 +279,43 @@ def row_statistics(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> RowStatistics:
-    """Log-probability, normaliser, entropy, expected and largest logit, and top-1 hit, six values per example [...] from one pass.
+    """Six statistics of each row of logits from one pass, shape [...] each.
 
-    log p_y = z_y − lse,  lse = log Σ e^(z_k),  H = −Σ p_k log p_k = lse − Σ p_k z_k.
-    Gradients: ∂lse/∂z = p;  ∂H/∂z_k = −p_k(log p_k + H);  ∂(Σ p z)/∂z_k = p_k(1 + z_k − Σ p z).
+    They are the log-probability of the label, the normalizer, the entropy, the expected logit, the largest logit, and whether the label has
+    the largest logit.
+
+    log p_y = z_y − lse,  lse = log Σ_k e^(z_k),  H = −Σ_k p_k log p_k = lse − Σ_k p_k z_k.
+    Gradients: ∂lse/∂z = p;  ∂H/∂z_k = −p_k(log p_k + H);  ∂(Σ_j p_j z_j)/∂z_k = p_k(1 + z_k − Σ_j p_j z_j).
 
     Args:
-        logits: [..., classes], unnormalised log-probabilities in nats.
-        labels: [...] class indices, or [..., classes] distributions.
-        axis: the class axis of `logits`.
-        axis_name: mesh axis that splits the class axis, inside `jax.shard_map`.
-        class_mask: [classes] or [..., classes], which classes exist.
-        where: [...], which examples count; the others give 0 and False.
+        logits: [..., classes], unnormalized log-probabilities.
+        labels: [...] class indices, or [..., classes] soft labels.
+        axis: class axis of `logits`.
+        axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
+        class_mask: [classes] or [..., classes], True for classes that exist.
+        where: [...], True for examples that count; the statistics of the others are 0 and False.
 
     Returns:
-        `RowStatistics` with fields `log_prob`, `log_normalizer`, `entropy`, `expected_logit`, `max_logit`, `correct`, each [...].
+        `RowStatistics` with the fields `log_prob`, `log_normalizer`, `entropy`, `expected_logit`, `max_logit` and `correct`, each [...].
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit.
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
         >>> stats = xentjax.row_statistics(jnp.zeros((1, 4)), jnp.array([3]))
-        >>> stats.entropy.tolist(), stats.correct.tolist()  # log 4, and the label is among the tied classes
+        >>> stats.entropy.tolist(), stats.correct.tolist()  # log 4; the label is one of the tied classes
         ([1.38629...], [True])
 
     Reference:
-        Cover, Thomas, Elements of Information Theory, 2006, chapter 2.
+        Cover and Thomas, Elements of Information Theory, 2006, chapter 2.
     """
     return _statistics(checks.examples("row_statistics", logits, labels, axis, axis_name, class_mask, where))
 
 
-# The compiled parts: outside jit a call runs one cached program, and its derivative another; inside a user's jit XLA inlines them.
-
-
 @jax.jit
-def _cross_entropy(batch, smoothing, class_weights, z_loss):
-    r = rows.of(batch)
-    stats = statistics.of(r)
-    loss = odds.expected(r, stats, odds.surprise, smoothing, class_weights)
-    if z_loss is not None:
-        total = odds.label_sum(r, smoothing, class_weights)
-        loss += jnp.asarray(z_loss, loss.dtype) * total * (stats.reference + stats.log_sum) ** 2
-    return statistics.finish(r, stats, loss)
-
-
-@jax.jit
-def _focal(batch, gamma, smoothing, class_weights):
-    r = rows.of(batch)
-    stats = statistics.of(r)
-    loss = odds.expected(r, stats, functools.partial(odds.focal, gamma=gamma), smoothing, class_weights)
-    return statistics.finish(r, stats, loss)
-
-
-@jax.jit
-def _top_k(batch, ids, probs):
-    r = rows.of(batch)
-    stats = statistics.of_row(r)
-    loss = jnp.sum(probs.astype(r.values.dtype) * surprises.surprise_at(r, stats, ids), axis=-1)
-    return statistics.finish(r, stats, loss)
-
-
-@jax.jit
-def _statistics(batch):
+def _statistics(batch: rows.Examples) -> RowStatistics:
     r = rows.of(batch)
     stats = statistics.of(r)
     u = surprises.surprise(r, stats)

@@ -1,12 +1,18 @@
-"""Bi-tempered loss: a logarithm that is bounded and an exponential with heavy tails, in place of those of softmax cross-entropy.
+"""Bi-tempered loss: cross-entropy with a bounded logarithm, and a softmax with heavy tails.
 
-The normaliser. With exp_t(x) = (1 + (1 − t)x)^(1/(1 − t)), e^x at t = 1, the probabilities are p_k = exp_t2(z_k − λ) where λ makes them
-sum to 1. Their sum is Z(λ) = Σ (1 + (t2 − 1)(λ − z_k))^(−1/(t2 − 1)), and log_t2 Z = (1 − Z^(1 − t2))/(t2 − 1) falls, is convex in λ
-(a power mean of negative exponent is concave) and linear where all logits are equal. So Newton's method on it, started at the largest
-logit, comes from the left and needs a handful of steps; at t2 = 1 one step is exact: the log-sum-exp.
+Definitions. log_t(x) = (x^(1 − t) − 1)/(1 − t), and its inverse is exp_t(x) = (1 + (1 − t)x)^(1/(1 − t)). At t = 1 they are log and exp.
+The loss uses log_t1 as its logarithm, and the probabilities p_k = exp_t2(z_k − λ). The normalizer λ makes the probabilities sum to 1.
 
-Its derivatives. λ is found as a constant; two more Newton steps are differentiated. Each squares the order of the error, so that
-derivatives of the first to the third order are those of the root: ∂λ/∂z_k = p_k^t2/Σ_j p_j^t2.
+Normalizer. λ is the root of log_t2 Z(λ), where
+
+    Z(λ) = Σ_k p_k = Σ_k (1 + (t2 − 1)(λ − z_k))^(−1/(t2 − 1))        log_t2 Z = (1 − Z^(1 − t2))/(t2 − 1)
+
+The function log_t2 Z(λ) decreases in λ. It is convex, because a power mean of negative exponent is concave. It is linear if all logits are
+equal. So Newton's method, started at the largest logit, approaches the root from the left and needs only a few steps. At t2 = 1 a single
+step is exact, and λ is the log-sum-exp.
+
+Derivatives. The loop that finds λ is not differentiated. It is followed by two Newton steps that are differentiated. Each of them squares
+the order of the error, so the first, second and third derivatives are those of the root. The first is ∂λ/∂z_k = p_k^t2/Σ_j p_j^t2.
 """
 
 import jax
@@ -16,7 +22,7 @@ from jax.typing import ArrayLike
 
 from xentjax._core import checks, numerics, odds, rows, statistics
 
-_STEPS = 12  # of Newton; float64 needs 8 for logits 100 apart among 1,000 classes at any t2 in [1, 4]
+_STEPS = 12  # Newton steps; for logits 100 apart among 1,000 classes, float64 needs 8 at any t2 in [1, 4]
 
 
 def bi_tempered_cross_entropy(
@@ -30,35 +36,38 @@ def bi_tempered_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Bi-tempered logistic loss, one value per example [...].
+    """Bi-tempered logistic loss, shape [...].
 
-    loss = −log_t1 p_y − (1 − Σ_k p_k^(2 − t1))/(2 − t1),  p_k = exp_t2(z_k − λ) with Σ_k p_k = 1;  t1 = t2 = 1 is cross-entropy.
-    Gradient: with r_k = p_k^t2/Σ_j p_j^t2 and g_k = p_k^(t2 − t1)·(p_k − onehot y), ∂loss/∂z = g − r·Σ_k g_k.
+    loss = −log_t1 p_y − (1 − Σ_k p_k^(2 − t1))/(2 − t1) with p_k = exp_t2(z_k − λ), where λ makes Σ_k p_k = 1.
+    Gradient: ∂loss/∂z = g − r·Σ_k g_k with g_k = p_k^(t2 − t1)·(p_k − [k = y]) and r_k = p_k^t2/Σ_j p_j^t2.
 
-    log_t(x) = (x^(1 − t) − 1)/(1 − t). t1 < 1 bounds the loss, so that far outliers stop to matter; t2 > 1 gives the probabilities
-    heavy tails, so that labels near the boundary may be wrong. A distribution costs Σ_k t_k·loss(k), one class after another: the
-    paper's loss of distributions up to a constant of the labels.
+    Here log_t(x) = (x^(1 − t) − 1)/(1 − t), and exp_t is its inverse. At t1 = t2 = 1, the loss is cross-entropy. If t1 < 1, the loss is
+    bounded, so that far outliers stop mattering. If t2 > 1, the probabilities have heavy tails, so that wrong labels near the
+    decision boundary do little harm.
+
+    The loss of soft labels t is Σ_k t_k·loss(k), which equals the paper's loss up to a constant of the labels. It is computed for one
+    class after another.
 
     Args:
-        logits: [..., classes], activations.
-        labels: [...] class indices, or [..., classes] distributions.
+        logits: [..., classes], any real numbers.
+        labels: [...] class indices, or [..., classes] soft labels.
         t1: in [0, 1], temperature of the logarithm.
-        t2: ≥ 1, temperature of the exponential.
-        axis: the class axis of `logits`.
-        axis_name: mesh axis that splits the class axis, inside `jax.shard_map`.
-        class_mask: [classes] or [..., classes], which classes exist.
-        where: [...], which examples count.
+        t2: at least 1, temperature of the exponential.
+        axis: class axis of `logits`.
+        axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
+        class_mask: [classes] or [..., classes], True for classes that exist.
+        where: [...], True for examples that count.
 
     Returns:
-        [...], float32 (float64 for float64 logits).
+        [...], float32, or float64 if `logits` are float64.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit, `t1` outside [0, 1], `t2` < 1.
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, `t1` is outside [0, 1], or `t2` is below 1.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
-        >>> logits = jnp.array([[0.0, 10.0], [0.0, 1000.0]])  # the loss of a wrong label stays below 1/(1 − t1)
+        >>> logits = jnp.array([[0.0, 10.0], [0.0, 1000.0]])  # even here the loss is below 1/(1 − t1)
         >>> xentjax.bi_tempered_cross_entropy(logits, jnp.array([0, 0]), t1=0.5, t2=2.0).tolist()
         [1.32966..., 1.93580...]
 
@@ -71,70 +80,54 @@ def bi_tempered_cross_entropy(
 
 
 @jax.jit
-def _bi_tempered(batch, t1, t2):
+def _bi_tempered(batch: rows.Examples, t1: ArrayLike, t2: ArrayLike | None) -> Array:
     r = rows.of(batch)
     dtype = r.values.dtype
     alpha, heavy = 1 - jnp.asarray(t1, dtype), jnp.asarray(t2, dtype) - 1
     stats = statistics.of_row(r)
-    z = rows.finite_values(r)
-    keep = rows.masked(jnp.isfinite(r.values) | jnp.isnan(r.values), r.where, r.class_mask)
-    u = _tempered_surprise(r, z, keep, stats.reference, heavy)
+    u = _tempered_surprises(r, stats.reference, heavy)
     power = jnp.exp(-(1 + alpha) * u)  # p^(2 − t1)
 
-    def loss_of_index(r):
+    def loss_of_index(r: rows.Rows) -> Array:
         label = rows.on_label(r)
         rest = rows.class_sum(r, numerics.where(label, 0, jnp.exp(-u)))  # 1 − p_y
-        own = rows.row_value(r, rows.class_sum(r, numerics.where(label, u, 0)))  # what does not count has u = INFINITE
+        # In an example that does not count, u is INFINITE. `row_value` replaces it by 0.
+        own = rows.row_value(r, rows.class_sum(r, numerics.where(label, u, 0)))
         others = rows.class_sum(r, numerics.where(label, 0, power))
-        return numerics.nan_unless(rows.in_range(r), _excess(own, rest, alpha) + others / (1 + alpha))
+        return numerics.nan_unless(rows.in_range(r), _label_terms(own, rest, alpha) + others / (1 + alpha))
 
     return statistics.finish(r, stats, odds.by_label(r, loss_of_index))
 
 
-def _tempered_surprise(r, z, keep, top, heavy):
-    """−log p_k for every class [..., classes]; INFINITE where a class cannot be."""
+def _tempered_surprises(r: rows.Rows, top: Array, heavy: Array) -> Array:
+    """−log p_k of every class [..., classes], INFINITE for impossible classes. `top` is the largest logit, `heavy` is t2 − 1."""
+    z = rows.finite_values(r)
+    keep = rows.not_infinite(r)
     below = top[..., None] - z
 
-    def surprise(beyond):  # of λ − top
-        return numerics.where(keep, _heavy_logarithm(beyond[..., None] + below, heavy), numerics.INFINITE)
+    def surprises(offset: Array) -> Array:
+        """−log exp_t2(z_k − λ) for λ = top + offset."""
+        return numerics.where(keep, numerics.scaled_log1p(offset[..., None] + below, heavy), numerics.INFINITE)
 
-    def newton(beyond):
-        u = surprise(beyond)
+    def newton_step(offset: Array) -> Array:
+        u = surprises(offset)
         p = jnp.exp(-u)
         total, slope = rows.class_sum(r, p), rows.class_sum(r, jnp.exp(-(1 + heavy) * u))
         some = total > 0
         total, slope = numerics.where(some, total, 1), numerics.where(some, slope, 1)
         log_total = jnp.log(total)
-        return beyond + numerics.tempered(log_total, jnp.broadcast_to(heavy, log_total.shape)) * jnp.exp((1 + heavy) * log_total) / slope
+        return offset + numerics.tempered(log_total, jnp.broadcast_to(heavy, log_total.shape)) * jnp.exp((1 + heavy) * log_total) / slope
 
-    solved = lax.fori_loop(0, _STEPS, lambda _, beyond: lax.stop_gradient(newton(beyond)), lax.stop_gradient(top - top))
-    return surprise(newton(newton(lax.stop_gradient(solved))))
-
-
-@jax.custom_jvp
-def _heavy_logarithm(x: Array, heavy: Array) -> Array:
-    """log(1 + hx)/h, which is x at h = 0."""
-    y = heavy * x
-    none = y == 0
-    return x * numerics.where(none, jnp.ones_like(y), jnp.log1p(y) / numerics.where(none, jnp.ones_like(y), y))
+    solved = lax.fori_loop(0, _STEPS, lambda _, offset: lax.stop_gradient(newton_step(offset)), lax.stop_gradient(top - top))
+    return surprises(newton_step(newton_step(lax.stop_gradient(solved))))
 
 
-@_heavy_logarithm.defjvp
-def _(primals, tangents):
-    x, heavy = primals
-    y = heavy * x
-    small = jnp.abs(y) < 0.1
-    near, value = numerics.where(small, y, jnp.zeros_like(y)), _heavy_logarithm(x, heavy)
-    series = jnp.zeros_like(y)  # Σ_n (−1)^n n/(n + 1) y^(n − 1): the quotient beside it cancels for small y
-    for n in range(18 if x.dtype == jnp.float64 else 9, 0, -1):
-        series = (-1) ** n * n / (n + 1) + near * series
-    direct = (x / (1 + y) - value) / numerics.where(small, jnp.ones_like(y), jnp.broadcast_to(heavy, y.shape))
-    in_heavy = numerics.where(small, numerics.where(small, x, jnp.zeros_like(x)) ** 2 * series, direct)
-    return value, tangents[0] / (1 + y) + in_heavy * tangents[1]
+def _label_terms(own: Array, rest: Array, alpha: Array) -> Array:
+    """(1 − p^α)/α − (1 − p^(1 + α))/(1 + α), the terms of the label's probability p, with p = e^(−own) = 1 − rest.
 
-
-def _excess(own, rest, alpha):
-    """∫_0^R s(1 − s)^(α − 1) ds = (1 − p^α)/α − (1 − p^(1 + α))/(1 + α), p = 1 − R: what the two cancel down to where R is small."""
+    The difference is the integral of s(1 − s)^(α − 1) over s from 0 to `rest`. For small `rest` the two terms cancel, so the series of the
+    integral replaces them.
+    """
     near = (rest < 0.25) & (own < 1)
     small, far = numerics.where(near, rest, 0), numerics.where(near, jnp.ones_like(own), own)
     terms = 28 if rest.dtype == jnp.float64 else 13
