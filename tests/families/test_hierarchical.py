@@ -233,7 +233,7 @@ def test_tree_memory():
 def test_errors():
     name, h, y = "init_adaptive_softmax", jnp.ones((2, 8)), jnp.array([0, 1])
     for cutoffs in ([], [3, 3], [5, 2]):
-        with raises(ValueError, f"{name}: cutoffs must rise from the size of the shortlist to the number of classes; got {cutoffs}."):
+        with raises(ValueError, f"{name}: cutoffs must increase from the size of the shortlist to the number of classes; got {cutoffs}."):
             adaptive(cutoffs)
     with raises(ValueError, f"{name}: cutoffs[1] must be at least 1; got 0."):
         adaptive([3, 0])
@@ -250,12 +250,12 @@ def test_errors():
             function(h, parameters._replace(head=jnp.ones((9, 6))), *arguments)
         with raises(ValueError, f"{name}: parameters.kernels[1] must have shape (2, classes) for hidden of shape (2, 8); got (3, 12)."):
             function(h, parameters._replace(kernels=(parameters.kernels[0], jnp.ones((3, 12)))), *arguments)
-        with raises(ValueError, f"{name}: parameters.projections must be as many as kernels, 2; got 0."):
+        with raises(ValueError, f"{name}: parameters.projections must hold 2 arrays, as many as parameters.kernels; got 0."):
             function(h, parameters._replace(projections=()), *arguments)
         with raises(ValueError, f"{name}: hidden must have a feature axis; got shape ()."):
             function(h[0, 0], parameters, *arguments)
     name, tree, kernel = "hierarchical_softmax_cross_entropy", hierarchical.huffman_tree([1, 2, 3]), jnp.ones((8, 3))
-    with raises(ValueError, f"{name}: kernel must have shape (8, 2), one inner node less than the 3 classes of the tree; got (8, 3)."):
+    with raises(ValueError, f"{name}: kernel must have shape (8, 2), one inner node fewer than the 3 classes of the tree; got (8, 3)."):
         hierarchical.hierarchical_softmax_cross_entropy(h, kernel, y, tree=tree)
     with raises(ValueError, f"{name}: tree.signs must have shape (3, 2), the shape of tree.nodes; got (3,)."):
         hierarchical.hierarchical_softmax_cross_entropy(h, kernel, y, tree=tree._replace(signs=jnp.ones(3, int)))

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import xentjax
-from xentjax._many_classes import sampled, samplers
+from xentjax import samplers
+from xentjax._many_classes import sampled
 
 EPS = float(jnp.finfo(jnp.float32).eps)
 Samples = samplers.Samples
@@ -364,7 +365,7 @@ def test_errors(loss):
 def test_errors_of_batches():
     name, q = "in_batch_softmax_cross_entropy", jnp.ones((4, 3))
     for arguments, keywords, error, message in (
-        ((q[0], q), {}, ValueError, "queries must have shape (batch, features); got (3,). Use jax.vmap over further axes."),
+        ((q[0], q), {}, ValueError, "queries must have shape (batch, features); got (3,). Use jax.vmap for several batches."),
         ((q, q[:2]), {}, ValueError, "candidates must have shape (4, 3), the shape of queries; got (2, 3)."),
         ((q, q), {"temperature": 0}, ValueError, "temperature must be above 0; got 0."),
         ((q, q), {"temperature": -1.0}, ValueError, "temperature must be a finite number at least 0; got -1."),

@@ -9,18 +9,18 @@ import pytest
 from jax import export
 from scipy import stats
 
-from xentjax._many_classes import samplers
+from xentjax import samplers
 
 EPS = float(jnp.finfo(jnp.float32).eps)
 WEIGHTS = np.array([3.0, 0.0, 0.5, 10.0, 1e-3, 1.0, 1.0])
 SAMPLERS = {
-    "uniform": (samplers.uniform_sampler(7), np.full(7, 1 / 7)),
-    "log-uniform": (samplers.log_uniform_sampler(7), np.log(np.arange(2, 9) / np.arange(1, 8)) / np.log(8)),
-    "log-uniform, a thousand": (samplers.log_uniform_sampler(1000), np.log1p(1 / np.arange(1.0, 1001)) / np.log(1001)),
-    "alias": (samplers.alias_sampler(WEIGHTS), WEIGHTS / WEIGHTS.sum()),
-    "alias, a thousand": (samplers.alias_sampler(1 / np.arange(1, 1001)), 1 / np.arange(1, 1001) / np.sum(1 / np.arange(1, 1001))),
-    "one class": (samplers.alias_sampler([2]), np.ones(1)),
-    "one class, log-uniform": (samplers.log_uniform_sampler(1), np.ones(1)),
+    "uniform": (samplers.uniform(7), np.full(7, 1 / 7)),
+    "log-uniform": (samplers.log_uniform(7), np.log(np.arange(2, 9) / np.arange(1, 8)) / np.log(8)),
+    "log-uniform, a thousand": (samplers.log_uniform(1000), np.log1p(1 / np.arange(1.0, 1001)) / np.log(1001)),
+    "alias": (samplers.alias(WEIGHTS), WEIGHTS / WEIGHTS.sum()),
+    "alias, a thousand": (samplers.alias(1 / np.arange(1, 1001)), 1 / np.arange(1, 1001) / np.sum(1 / np.arange(1, 1001))),
+    "one class": (samplers.alias([2]), np.ones(1)),
+    "one class, log-uniform": (samplers.log_uniform(1), np.ones(1)),
 }
 every_sampler = pytest.mark.parametrize(("sampler", "probs"), SAMPLERS.values(), ids=SAMPLERS)
 
@@ -56,13 +56,13 @@ def test_goodness_of_fit(sampler, probs, seed):
 
 
 def test_draws_are_independent():
-    first, second = np.asarray(samplers.log_uniform_sampler(6).sample(jax.random.key(3), (2, 50_000)))
+    first, second = np.asarray(samplers.log_uniform(6).sample(jax.random.key(3), (2, 50_000)))
     table = np.histogram2d(first, second, bins=[np.arange(7)] * 2)[0]
     assert stats.chi2_contingency(table).pvalue > 1e-4
 
 
 def test_the_rarest_of_a_million_classes_are_all_drawn():
-    ids = np.concatenate([samplers.log_uniform_sampler(10**6).sample(jax.random.key(k), (4_000_000,)) for k in range(2)])
+    ids = np.concatenate([samplers.log_uniform(10**6).sample(jax.random.key(k), (4_000_000,)) for k in range(2)])
     assert ids.max() < 10**6
     rare = np.arange(900_000, 10**6)
     drawn = len(np.unique(ids[ids >= 900_000]))
@@ -77,7 +77,7 @@ def test_the_rarest_of_a_million_classes_are_all_drawn():
     "weights", [WEIGHTS, np.ones(5), 1 / np.arange(1, 3001), np.random.default_rng(0).gamma(0.1, size=2000), [0, 0, 1]]
 )
 def test_the_alias_table_holds_the_distribution(weights):
-    sampler, probs = samplers.alias_sampler(weights), np.asarray(weights) / np.sum(weights)
+    sampler, probs = samplers.alias(weights), np.asarray(weights) / np.sum(weights)
     kept = np.asarray(sampler.threshold, np.float64) / 2**32
     shares = kept.copy()
     np.add.at(shares, np.asarray(sampler.alias), 1 - kept)
@@ -86,7 +86,7 @@ def test_the_alias_table_holds_the_distribution(weights):
 
 
 def test_a_draw_does_not_search_the_table():
-    sampler = samplers.alias_sampler(np.ones(5000))
+    sampler = samplers.alias(np.ones(5000))
     jaxpr = str(jax.make_jaxpr(lambda s, k: s.sample(k, (3,)))(sampler, jax.random.key(0)))
     assert "[5000]" in jaxpr
     assert not re.findall(r"(?:while|scan|sort|cumsum)\[", jaxpr)
@@ -106,14 +106,14 @@ def test_expected_counts(sampler, probs, unique):
 
 
 def test_expected_counts_of_rare_classes_do_not_cancel():
-    sampler = samplers.uniform_sampler(10_000_000)
+    sampler = samplers.uniform(10_000_000)
     got = samplers.log_expected_count(sampler, 3, 7, unique=True)
     np.testing.assert_allclose(got, np.log(-np.expm1(7 * np.log1p(-1e-7))), rtol=4 * EPS)
 
 
 def test_as_many_classes_as_ids():
     classes = 2**31 - 1
-    sampler = samplers.uniform_sampler(classes)
+    sampler = samplers.uniform(classes)
     ids = np.asarray(sampler.sample(jax.random.key(0), (100_000,)))
     assert ids.min() >= 0
     # the share of each tenth of the classes: binomial, within five standard deviations
@@ -126,8 +126,8 @@ def test_as_many_classes_as_ids():
 
 @pytest.mark.parametrize("unique", [False, True])
 def test_drawn_samples_carry_their_expected_counts(unique):
-    sampler = samplers.log_uniform_sampler(4)
-    samples = samplers.draw_samples(jax.random.key(1), sampler, 6, shape=(300,), unique=unique)
+    sampler = samplers.log_uniform(4)
+    samples = samplers.draw(jax.random.key(1), sampler, 6, shape=(300,), unique=unique)
     ids, log_counts = np.asarray(samples.ids), np.asarray(samples.log_expected_count)
     expected = np.asarray(samplers.log_expected_count(sampler, samples.ids, 6, unique=unique))
     assert ids.shape == log_counts.shape == (300, 6)
@@ -138,8 +138,8 @@ def test_drawn_samples_carry_their_expected_counts(unique):
 
 def test_unique_samples_occur_as_often_as_expected():
     # Σ over samples of [id = k]·e^(−log_expected_count) has expectation 1 for every class: what an unbiased sum over classes needs
-    sampler, n, rows = samplers.alias_sampler([5, 1, 1, 3]), 3, 40_000
-    samples = samplers.draw_samples(jax.random.key(2), sampler, n, shape=(rows,), unique=True)
+    sampler, n, rows = samplers.alias([5, 1, 1, 3]), 3, 40_000
+    samples = samplers.draw(jax.random.key(2), sampler, n, shape=(rows,), unique=True)
     shares = np.array([np.sum(np.where(samples.ids == k, np.exp(-samples.log_expected_count), 0)) / rows for k in range(4)])
     spread = np.sqrt(np.exp(-samplers.log_expected_count(sampler, jnp.arange(4), n, unique=True)) / rows)
     assert (np.abs(shares - 1) < 4 * spread).all()
@@ -153,13 +153,13 @@ def test_the_same_key_draws_the_same_and_another_does_not():
         keys = jax.random.split(jax.random.key(0), 3)
         batched = jax.vmap(lambda k, s=sampler: s.sample(k, (8,)))(keys)
         assert (batched == jnp.stack([sampler.sample(k, (8,)) for k in keys])).all()
-    assert samplers.uniform_sampler(5).sample(jax.random.PRNGKey(0), ()).shape == ()  # older keys
+    assert samplers.uniform(5).sample(jax.random.PRNGKey(0), ()).shape == ()  # older keys
 
 
 @pytest.mark.parametrize("name", ["uniform", "log-uniform", "alias"])
 def test_export_for_every_platform(name):
     sampler, bits = SAMPLERS[name][0], jax.random.key_data(jax.random.key(5))
-    run = jax.jit(lambda s, b: samplers.draw_samples(jax.random.wrap_key_data(b), s, 9, unique=True))
+    run = jax.jit(lambda s, b: samplers.draw(jax.random.wrap_key_data(b), s, 9, unique=True))
     tree = jax.tree.leaves(sampler)
 
     def flat(bits, *leaves):
@@ -171,15 +171,15 @@ def test_export_for_every_platform(name):
 
 
 def test_errors():
-    uniform, name = samplers.uniform_sampler(5), "alias_sampler: weights must"
-    with raises(ValueError, "uniform_sampler: classes must be at least 1; got 0."):
-        samplers.uniform_sampler(0)
-    with raises(ValueError, "log_uniform_sampler: classes must be at most 16777216; got 16777217."):
-        samplers.log_uniform_sampler(2**24 + 1)
-    with raises(ValueError, "uniform_sampler: classes must be at most 2147483647; got 2147483648."):
-        samplers.uniform_sampler(2**31)
-    with raises(TypeError, "log_uniform_sampler: classes must be an integer, known before tracing; got float."):
-        samplers.log_uniform_sampler(5.0)
+    uniform, name = samplers.uniform(5), "samplers.alias: weights must"
+    with raises(ValueError, "samplers.uniform: classes must be at least 1; got 0."):
+        samplers.uniform(0)
+    with raises(ValueError, "samplers.log_uniform: classes must be at most 16777216; got 16777217."):
+        samplers.log_uniform(2**24 + 1)
+    with raises(ValueError, "samplers.uniform: classes must be at most 2147483647; got 2147483648."):
+        samplers.uniform(2**31)
+    with raises(TypeError, "samplers.log_uniform: classes must be an integer, known before tracing; got float."):
+        samplers.log_uniform(5.0)
     for weights, error, message in (
         (np.ones((2, 2)), ValueError, f"{name} have shape (classes,), one per class; got (2, 2)."),
         ([], ValueError, f"{name} have shape (classes,), one per class; got (0,)."),
@@ -189,20 +189,20 @@ def test_errors():
         ([True], TypeError, f"{name} be numbers; got bool."),
     ):
         with raises(error, message):
-            samplers.alias_sampler(weights)
-    outside = "be known before tracing; got a traced array. Call alias_sampler outside and pass its result in."
+            samplers.alias(weights)
+    outside = "be known before tracing; got a traced array. Call samplers.alias outside jax.jit and pass its result as an argument."
     with raises(TypeError, f"{name} {outside}"):
-        jax.jit(samplers.alias_sampler)(jnp.ones(3))
-    with raises(TypeError, "draw_samples: key must be a key of jax.random; got int. Use jax.random.key(0)."):
-        samplers.draw_samples(0, uniform, 3)
-    with raises(TypeError, "draw_samples: key must be a key of jax.random; got float32. Use jax.random.key(0)."):
-        samplers.draw_samples(jnp.zeros(2), uniform, 3)
-    several = "draw_samples: key must be one key; got keys of shape (4,). Use jax.vmap, or `shape` for more samples."
+        jax.jit(samplers.alias)(jnp.ones(3))
+    with raises(TypeError, "samplers.draw: key must be a JAX random key; got int. Use jax.random.key(0)."):
+        samplers.draw(0, uniform, 3)
+    with raises(TypeError, "samplers.draw: key must be a JAX random key; got float32. Use jax.random.key(0)."):
+        samplers.draw(jnp.zeros(2), uniform, 3)
+    several = "samplers.draw: key must be one key; got keys of shape (4,). Use jax.vmap, or `shape` for more samples."
     with raises(ValueError, several):
-        samplers.draw_samples(jax.random.split(jax.random.key(0), 4), uniform, 3)
-    with raises(ValueError, "draw_samples: count must be at least 1; got 0."):
-        samplers.draw_samples(jax.random.key(0), uniform, 0)
-    with raises(TypeError, "log_expected_count: ids must have an integer dtype; got float32. Use ids.astype(jnp.int32)."):
+        samplers.draw(jax.random.split(jax.random.key(0), 4), uniform, 3)
+    with raises(ValueError, "samplers.draw: count must be at least 1; got 0."):
+        samplers.draw(jax.random.key(0), uniform, 0)
+    with raises(TypeError, "samplers.log_expected_count: ids must have an integer dtype; got float32. Use ids.astype(jnp.int32)."):
         samplers.log_expected_count(uniform, 0.5, 3)
-    with raises(TypeError, "UniformSampler.log_prob: ids must be an array or convertible to one; got str."):
+    with raises(TypeError, "samplers.Uniform.log_prob: ids must be an array or convertible to one; got str."):
         uniform.log_prob("3")

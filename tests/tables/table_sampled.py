@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.tables.functions import Row
-from xentjax._many_classes import hierarchical, sampled, samplers
+from xentjax import samplers
+from xentjax._many_classes import hierarchical, sampled
 
 FEATURES, CLASSES = 6, 9
 COUNTED = [(8, 0.5), (1, 2.0), (3, 1.5), (3, 1.5), (0, 3.0), (7, np.inf)]  # 3 twice, 7 left out
