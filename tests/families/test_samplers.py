@@ -1,4 +1,4 @@
-"""Samplers: what is drawn follows the probabilities that they tell, and the counts to be expected are those of the definition."""
+"""Samplers: draws follow the stated probabilities, and expected counts follow their definition."""
 
 import re
 
@@ -34,7 +34,7 @@ def test_log_probabilities(sampler, probs):
     with np.errstate(divide="ignore"):
         expected = np.log(probs)
     got = sampler.log_prob(jnp.arange(len(probs)))
-    np.testing.assert_allclose(got, expected, rtol=4 * EPS, atol=4 * EPS)  # two logarithms of order 1 to 10 and their difference
+    np.testing.assert_allclose(got, expected, rtol=4 * EPS, atol=4 * EPS)  # the difference of two logarithms of order 1 to 10
     assert np.isnan(sampler.log_prob(jnp.array([-1, len(probs), 2**30]))).all()
     assert sampler.log_prob(np.uint8(0)).dtype == jnp.float32
 
@@ -42,13 +42,13 @@ def test_log_probabilities(sampler, probs):
 @every_sampler
 @pytest.mark.parametrize("seed", [0, 1])
 def test_goodness_of_fit(sampler, probs, seed):
-    # A right sampler fails once in 10⁴ keys; these keys are fixed, so it never does.
+    # A correct sampler fails for one key in 10⁴. The keys here are fixed, so the test is deterministic.
     draws = 200_000
     ids = np.asarray(jax.jit(lambda s, k: s.sample(k, (draws,)))(sampler, jax.random.key(seed)))
     assert ids.dtype == np.int32
     counts = np.bincount(ids, minlength=len(probs))
     assert len(counts) == len(probs) and not counts[probs == 0].any()
-    enough = draws * probs >= 10  # the rest in one cell, as the approximation by chi-square asks for
+    enough = draws * probs >= 10  # rarer classes share one cell, because the chi-square approximation needs enough draws per cell
     observed, expected = (np.append(x[enough], x[~enough].sum()) for x in (counts, draws * probs))
     filled = expected > 0
     if filled.sum() > 1:
@@ -66,7 +66,7 @@ def test_the_rarest_of_a_million_classes_are_all_drawn():
     assert ids.max() < 10**6
     rare = np.arange(900_000, 10**6)
     drawn = len(np.unique(ids[ids >= 900_000]))
-    # 0.4 % is its deviation; an exponential of one float32 number, with steps of 1.6 classes here, draws a seventh less
+    # The standard deviation is 0.4 %. A single float32 exponential, with steps of 1.6 classes here, would draw a seventh fewer classes.
     assert abs(drawn / np.sum(-np.expm1(-len(ids) * np.log1p(1 / (rare + 1)) / np.log(10**6))) - 1) < 0.02
     blocks = np.bincount((ids[ids >= 2**19 - 1] - (2**19 - 1)) // 2**14)[:29]  # the last octave
     weights = np.log1p(2**14 / (2**19 + 2**14 * np.arange(29)))
@@ -81,7 +81,7 @@ def test_the_alias_table_holds_the_distribution(weights):
     kept = np.asarray(sampler.threshold, np.float64) / 2**32
     shares = kept.copy()
     np.add.at(shares, np.asarray(sampler.alias), 1 - kept)
-    np.testing.assert_allclose(shares / len(probs), probs, rtol=0, atol=2.0**-31)  # a threshold is rounded to 2⁻³³ of a cell
+    np.testing.assert_allclose(shares / len(probs), probs, rtol=0, atol=2.0**-31)  # thresholds are rounded to within 2⁻³³ of a cell
     assert not shares[probs == 0].any()
 
 
@@ -91,7 +91,7 @@ def test_a_draw_does_not_search_the_table():
     assert "[5000]" in jaxpr
     assert not re.findall(r"(?:while|scan|sort|cumsum)\[", jaxpr)
     made = [line for line in jaxpr.splitlines() if re.search(r"\[5000\] = ", line) and "lambda" not in line and "jit[" not in line]
-    assert not made, "nothing of the size of the table is computed"
+    assert not made, "a draw computes an array of the size of the table"
 
 
 @every_sampler
@@ -116,10 +116,10 @@ def test_as_many_classes_as_ids():
     sampler = samplers.uniform(classes)
     ids = np.asarray(sampler.sample(jax.random.key(0), (100_000,)))
     assert ids.min() >= 0
-    # the share of each tenth of the classes: binomial, within five standard deviations
+    # the share of each tenth of the classes is binomial; allow five standard deviations
     shares = np.histogram(ids / classes, bins=10, range=(0, 1))[0] / len(ids)
     np.testing.assert_allclose(shares, 0.1, atol=5 * np.sqrt(0.1 * 0.9 / len(ids)))
-    assert (ids % 2 == 1).mean() > 0.49  # as float32 would hold none of them
+    assert (ids % 2 == 1).mean() > 0.49  # float32 cannot represent most odd ids
     np.testing.assert_allclose(sampler.log_prob(jnp.array([0, classes - 1])), -np.log(classes), rtol=EPS)
     assert np.isnan(sampler.log_prob(jnp.array([-1, classes]))).all()
 
@@ -137,7 +137,8 @@ def test_drawn_samples_carry_their_expected_counts(unique):
 
 
 def test_unique_samples_occur_as_often_as_expected():
-    # Σ over samples of [id = k]·e^(−log_expected_count) has expectation 1 for every class: what an unbiased sum over classes needs
+    # For every class k, Σ_samples [id = k]·e^(−log_expected_count) must have expectation 1. Then a sum over samples estimates a sum over
+    # classes without bias.
     sampler, n, rows = samplers.alias([5, 1, 1, 3]), 3, 40_000
     samples = samplers.draw(jax.random.key(2), sampler, n, shape=(rows,), unique=True)
     shares = np.array([np.sum(np.where(samples.ids == k, np.exp(-samples.log_expected_count), 0)) / rows for k in range(4)])
@@ -145,7 +146,7 @@ def test_unique_samples_occur_as_often_as_expected():
     assert (np.abs(shares - 1) < 4 * spread).all()
 
 
-def test_the_same_key_draws_the_same_and_another_does_not():
+def test_the_same_key_draws_the_same_ids_and_another_key_does_not():
     for sampler, _ in list(SAMPLERS.values())[:5]:
         first, again, other = (sampler.sample(k, (64,)) for k in (jax.random.key(0), jax.random.key(0), jax.random.key(1)))
         assert (first == again).all() and (first != other).any()
@@ -153,7 +154,7 @@ def test_the_same_key_draws_the_same_and_another_does_not():
         keys = jax.random.split(jax.random.key(0), 3)
         batched = jax.vmap(lambda k, s=sampler: s.sample(k, (8,)))(keys)
         assert (batched == jnp.stack([sampler.sample(k, (8,)) for k in keys])).all()
-    assert samplers.uniform(5).sample(jax.random.PRNGKey(0), ()).shape == ()  # older keys
+    assert samplers.uniform(5).sample(jax.random.PRNGKey(0), ()).shape == ()  # a key in the older format
 
 
 @pytest.mark.parametrize("name", ["uniform", "log-uniform", "alias"])

@@ -58,7 +58,7 @@ def info_nce(
     axis_name: str | tuple[str, ...] | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """InfoNCE: the cross-entropy of identifying each query's key among all keys, shape [batch].
+    """InfoNCE: cross-entropy of identifying each query's key among all keys, shape [batch].
 
     loss_i = −log(e^(s_ii/τ) / Σ_j e^(s_ij/τ)), where j runs over the keys of the batch and `negatives`.
     Gradient: ∂loss_i/∂s_ij = (p_ij − [j = i])/τ and ∂loss_i/∂τ = (s_ii − Σ_j p_ij·s_ij)/τ², where p_i = softmax(s_i/τ).
@@ -122,7 +122,7 @@ def nt_xent(
     axis_name: str | tuple[str, ...] | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """NT-Xent: the cross-entropy of identifying the other view of an example among all views, shape [batch].
+    """NT-Xent: cross-entropy of identifying the other view of an example among all views, shape [batch].
 
     loss_i = (ℓ(i, N + i) + ℓ(N + i, i))/2, where ℓ(a, b) = −log(e^(s_ab/τ) / Σ_{k≠a} e^(s_ak/τ)) over the 2N views x = (first, second).
     Gradient: ∂ℓ(a, b)/∂s_ak = (p_ak − [k = b])/τ and ∂ℓ(a, b)/∂τ = (s_ab − Σ_k p_ak·s_ak)/τ², where p_a = softmax(s_a/τ) over k ≠ a.
@@ -186,7 +186,7 @@ def clip_loss(
     axis_name: str | tuple[str, ...] | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """CLIP loss: the cross-entropy of identifying the text of each image and the image of each text, shape [batch].
+    """CLIP loss: cross-entropy of identifying each image's text and each text's image, shape [batch].
 
     loss_i = ½·(−log(e^(t·s_ii) / Σ_j e^(t·s_ij)) − log(e^(t·s_ii) / Σ_j e^(t·s_ji))), where s_ij is the similarity of image i and text j.
     Gradient of Σ_i loss_i: ∂/∂s_ij = t·((p_ij + q_ij)/2 − [i = j]) and ∂/∂t = Σ_ij s_ij·((p_ij + q_ij)/2 − [i = j]), where p_ij is the
@@ -259,7 +259,7 @@ def siglip_loss(
     axis_name: str | tuple[str, ...] | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """SigLIP loss: binary cross-entropy of whether each text belongs to the image, summed over texts, shape [batch].
+    """SigLIP loss: binary cross-entropy of whether texts belong to the image, summed over texts, shape [batch].
 
     loss_i = Σ_j −log σ(y_ij·z_ij), where z_ij = t·s_ij + b, y_ij = 1 if j = i, and y_ij = −1 otherwise.
     Gradient: ∂loss_i/∂z_ij = σ(z_ij) − [j = i], so ∂loss_i/∂t = Σ_j s_ij·(σ(z_ij) − [j = i]) and ∂loss_i/∂b = Σ_j (σ(z_ij) − [j = i]).
@@ -333,7 +333,7 @@ def supervised_contrastive_loss(
     axis_name: str | tuple[str, ...] | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Supervised contrastive loss: the cross-entropy of identifying the examples with the same label, shape [batch].
+    """Supervised contrastive loss: cross-entropy of identifying the examples with the same label, shape [batch].
 
     loss_i = 1/|P_i|·Σ_{p∈P_i} −log(e^(s_ip/τ) / Σ_{k≠i} e^(s_ik/τ)), where P_i = {p ≠ i: labels_p = labels_i}; 0 if P_i is empty.
     Gradient: ∂loss_i/∂s_ik = (p_ik − t_ik)/τ and ∂loss_i/∂τ = Σ_k (t_ik − p_ik)·s_ik/τ², where p_i = softmax(s_i/τ) over k ≠ i and
