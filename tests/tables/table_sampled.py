@@ -10,14 +10,8 @@ from xentjax import samplers
 from xentjax._many_classes import hierarchical, sampled
 
 FEATURES, CLASSES = 6, 9
-COUNTED = [
-    (8, 0.5),
-    (1, 2.0),
-    (3, 1.5),
-    (3, 1.5),
-    (0, 3.0),
-    (7, np.inf),
-]  # (class, expected count); class 3 is sampled twice, class 7 is left out
+# Pairs (class, expected count); class 3 is sampled twice, class 7 is left out.
+COUNTED = [(8, 0.5), (1, 2.0), (3, 1.5), (3, 1.5), (0, 3.0), (7, np.inf)]
 SHARED = samplers.Samples(np.array([k for k, _ in COUNTED], np.int32), np.log([q for _, q in COUNTED]))
 EXPECTED = np.linspace(0.3, 2.0, CLASSES)  # expected count of each class as a label
 PATHS = np.array(  # 0 | (((1 2) (3 (4 5))) ((6 7) 8)); entries after the end of a path are arbitrary

@@ -5,7 +5,7 @@ binary decisions.
 
 All losses share these conventions:
 
-- `hidden` has shape [..., features]. Matrix products are computed in its dtype and accumulate in float32.
+- `hidden` has shape [..., features]. Matrix products are computed in its dtype and accumulate in float32 or wider.
 - `labels` [...] are integer class indices. If a label is outside [0, classes), the loss of its example and the gradient of its `hidden` are
   NaN.
 - `where` [...]: True for examples that count. The others have loss exactly 0 and gradient exactly 0, whatever they contain.
@@ -34,7 +34,7 @@ class AdaptiveSoftmax(NamedTuple):
     """Parameters of an adaptive softmax, whose head has logits of shape [..., shortlist + J].
 
     Classes are in descending order of frequency. The head holds classes [0, shortlist) and one logit for each of the J clusters. Cluster
-    j holds the next `kernels[j].shape[1]` classes.
+    j (from 0) holds the next `kernels[j].shape[1]` classes.
 
     Example:
         >>> import jax, xentjax
@@ -220,8 +220,8 @@ def _adaptive_log_prob(hidden: Array, parameters: _Parameters, where: Array | No
 class BinaryTree(NamedTuple):
     """Paths from the root of a binary tree to each class, made by `huffman_tree`; arrays of shape [classes, depth].
 
-    Each inner node is a binary decision, and a tree of K classes has K − 1 inner nodes. The path to class k takes the direction `signs[k,
-    i]` at node `nodes[k, i]`. Shorter paths are padded to the length of the longest.
+    Each inner node is a binary decision, and a tree of K classes has K − 1 inner nodes. At node `nodes[k, i]`, the path to class k takes
+    the direction `signs[k, i]`. Shorter paths are padded to the length of the longest.
 
     Example:
         >>> import jax.numpy as jnp, xentjax

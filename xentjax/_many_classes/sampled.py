@@ -2,9 +2,10 @@
 
 The losses on sampled classes share these conventions:
 
-- `hidden` has shape [..., features]. Matrix products are computed in its dtype and accumulate in float32. `kernel` has shape [features,
-  classes], as in flax, or [classes, features] with `classes_first=True`, where each class is contiguous in memory. `bias` has shape
-  [classes]. The logit of class k is z_k = hidden·kernel_k + bias_k. Only the logits of labels and samples are computed.
+- `hidden` has shape [..., features]. Matrix products are computed in its dtype and accumulate in float32 or wider.
+- `kernel` has shape [features, classes], as in flax, or [classes, features] with `classes_first=True`, where each class is contiguous in
+  memory. `bias` has shape [classes]. The logit of class k is z_k = hidden·kernel_k + bias_k. Only the logits of labels and samples are
+  computed.
 - `labels` [...] are integer class indices. If a label is outside [0, classes), the loss of its example and the gradient of its `hidden` are
   NaN. A sampled id outside [0, classes) has the same effect on every example that uses this sample.
 - `samples` come from `samplers.draw`. They have shape [samples] if all examples share them, or [..., samples] if each example has its own.
@@ -13,7 +14,7 @@ The losses on sampled classes share these conventions:
 - `remove_accidental_hits`: whether samples that equal the label of an example are left out for this example.
 - `where` [...]: True for examples that count. The others have loss exactly 0 and gradient exactly 0, whatever they contain.
 - Results are float32, or float64 if `hidden` is float64. Each gradient has the dtype of its argument. The gradient of `kernel`
-  accumulates in float32 and has the full shape of `kernel`. It is 0 for classes that are neither labels nor samples.
+  accumulates in float32 or wider and has the full shape of `kernel`. It is 0 for classes that are neither labels nor samples.
 - Raises: TypeError if an argument has the wrong dtype; ValueError if an argument has the wrong shape or a Python number is out of range.
 """
 
@@ -151,7 +152,7 @@ def noise_contrastive_estimation_loss(
         samples: ids and log Q, both [samples] or [..., samples].
         label_log_expected_count: [...], log Q_y, computed by `samplers.log_expected_count(sampler, labels, count)`.
         bias: [classes], added to the logits.
-        remove_accidental_hits: whether samples equal to the label are left out. The minimum is as stated above only if they are kept.
+        remove_accidental_hits: whether samples equal to the label are left out. The minimum above requires that they are kept.
         classes_first: whether `kernel` has shape [classes, features].
         where: [...], True for examples that count.
 
