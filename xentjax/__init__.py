@@ -2,6 +2,7 @@
 
 from xentjax import information as information
 from xentjax import metrics as metrics
+from xentjax import samplers as samplers
 from xentjax._checked import checked as checked
 from xentjax._contrastive.losses import clip_loss as clip_loss
 from xentjax._contrastive.losses import info_nce as info_nce
@@ -56,15 +57,6 @@ from xentjax._many_classes.sampled import in_batch_softmax_cross_entropy as in_b
 from xentjax._many_classes.sampled import negative_sampling_loss as negative_sampling_loss
 from xentjax._many_classes.sampled import noise_contrastive_estimation_loss as noise_contrastive_estimation_loss
 from xentjax._many_classes.sampled import sampled_softmax_cross_entropy as sampled_softmax_cross_entropy
-from xentjax._many_classes.samplers import AliasSampler as AliasSampler
-from xentjax._many_classes.samplers import LogUniformSampler as LogUniformSampler
-from xentjax._many_classes.samplers import Samples as Samples
-from xentjax._many_classes.samplers import UniformSampler as UniformSampler
-from xentjax._many_classes.samplers import alias_sampler as alias_sampler
-from xentjax._many_classes.samplers import draw_samples as draw_samples
-from xentjax._many_classes.samplers import log_expected_count as log_expected_count
-from xentjax._many_classes.samplers import log_uniform_sampler as log_uniform_sampler
-from xentjax._many_classes.samplers import uniform_sampler as uniform_sampler
 from xentjax._reduction import WeightedSum as WeightedSum
 from xentjax._reduction import weighted_mean as weighted_mean
 from xentjax._reduction import weighted_sum as weighted_sum

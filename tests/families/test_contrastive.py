@@ -1,4 +1,4 @@
-"""Losses over pairs: defaults of the papers, extremes, masks, chunks, what the compiled program holds, errors."""
+"""Contrastive losses: defaults of the papers, extreme arguments, memory of the compiled programs, errors."""
 
 import functools
 import math
@@ -18,7 +18,7 @@ from tests.tables.table_contrastive import LOSSES
 from xentjax._contrastive import losses as contrastive
 
 EPS = float(jnp.finfo(jnp.float32).eps)
-SMALLEST = float(jnp.finfo(jnp.float32).tiny)  # a loss below it is 0
+SMALLEST = float(jnp.finfo(jnp.float32).tiny)  # a smaller loss underflows to 0
 each_loss = pytest.mark.parametrize("row", LOSSES, ids=str)
 OF_PAIRS = contrastive.info_nce, contrastive.nt_xent, contrastive.clip_loss, contrastive.siglip_loss
 of_pairs = pytest.mark.parametrize("loss", OF_PAIRS, ids=lambda f: f.__name__)
@@ -26,13 +26,13 @@ LABELS = jnp.array([0, 1, 0, 2, 2, 0, 1, 5, 0, 3, 3, 1])
 
 
 def draw(rng, batch=12, features=5, dtype=None):
-    """Pairs that agree in part."""
+    """Pairs of correlated embeddings."""
     x = rng.normal(size=(batch, features))
     return jnp.asarray(x, dtype), jnp.asarray(x + rng.normal(size=x.shape), dtype)
 
 
 def every_loss(**keywords):
-    """Each loss as a function of two batches of embeddings and a mask; the supervised one takes them as views."""
+    """Each loss as a function of two batches of embeddings and a mask. The supervised loss is applied to each batch."""
 
     def supervised(x, y, where=None):
         labels = jnp.resize(LABELS, len(x))
@@ -48,7 +48,7 @@ names = pytest.mark.parametrize("name", every_loss())
 
 
 def derivatives(loss, x, y):
-    """Value, gradient, and Hessian product along (y, x), of a sum whose cotangents differ."""
+    """The losses; the gradient and a Hessian-vector product of Σ sin(loss), so that the cotangents differ between examples."""
 
     def total(x, y):
         return jnp.sum(jnp.sin(loss(x, y)))
@@ -72,7 +72,7 @@ def test_defaults_are_those_of_the_papers(rng, x64):
     close(contrastive.supervised_contrastive_loss(x, labels), rows.supervised(np.asarray(x), labels, 0.1), 1e-12)
 
 
-def test_without_normalisation_similarities_are_products(rng, x64):
+def test_without_normalization_similarities_are_products(rng, x64):
     x, y = draw(rng)
     unit_x, unit_y = (jnp.asarray(rows.unit(v)) for v in (x, y))
     for plain, cosine in zip(every_loss(normalize=False).values(), every_loss().values(), strict=True):
@@ -115,7 +115,7 @@ def test_labels_of_supervised_losses_have_any_range_and_width(rng):
 
 
 @of_pairs
-def test_a_pair_by_itself(loss, rng):
+def test_a_batch_of_one_pair(loss, rng):
     x, y = draw(rng, batch=1)
     alone = float(np.sum(rows.unit(np.asarray(x)) * rows.unit(np.asarray(y))))
     expected = np.logaddexp(0, 10 - 10 * alone) if loss is contrastive.siglip_loss else 0.0
@@ -133,7 +133,7 @@ def test_one_example_without_a_positive_costs_nothing(rng):
 
 @pytest.mark.parametrize("temperature", [0.001, 0.01, 0.02])
 def test_extreme_temperatures_are_exact(temperature):
-    # cosines of 0, 1 and −1 are exact, so the losses are: log1p(2·e^(−1/τ)) where the pair fits, 1/τ and more where it does not
+    # Cosines of 0 and 1 are exact. So the loss is log1p(2·e^(−1/τ)) for a matching pair, and larger by 1/τ otherwise.
     x = jnp.eye(3)
     inverse = np.float64(1 / np.float32(temperature))
     tiny, moved = np.log1p(2 * np.exp(-inverse)), x[jnp.array([1, 0, 2])]
@@ -151,9 +151,9 @@ def test_extreme_temperatures_are_exact(temperature):
     np.testing.assert_allclose(each, [views] * 6, rtol=rtol, atol=SMALLEST)
 
 
-def test_a_siglip_pair_far_on_either_side():
+def test_siglip_with_large_logits():
     x = jnp.eye(2)
-    # logits 100 − 10 on the diagonal, −100 − 10 off it for −x; e^−90 is lost in float32 beside nothing
+    # the diagonal has logit t·s + b, all others have logit b
     np.testing.assert_allclose(
         contrastive.siglip_loss(x, x, logit_scale=100, logit_bias=-40), [np.exp(-60) + np.exp(-40)] * 2, rtol=70 * EPS
     )
@@ -168,7 +168,7 @@ def test_zero_vectors_have_cosine_and_gradient_zero(name, rng):
     loss, (x, y) = every_loss()[name], draw(rng)
     zeroed = x.at[3].set(0)
     beside = jnp.concatenate([zeroed, jnp.zeros((12, 1))], 1), jnp.concatenate([y, jnp.zeros((12, 1))], 1)
-    orthogonal = beside[0].at[3, -1].set(1.0)  # cosine 0 with every other
+    orthogonal = beside[0].at[3, -1].set(1.0)  # cosine 0 with every other vector
     jax.config.update("jax_debug_nans", True)
     try:
         value, slope, product = derivatives(loss, zeroed, y)
@@ -205,7 +205,7 @@ def test_products_of_half_precision(rng):
         return set(re.findall(r"dot_general.*?: \(tensor<[\dx]+x(\w+)>, tensor<[\dx]+x(\w+)>\) -> tensor<[\dx]+x(\w+)>", text))
 
     assert products(normalize=False) == {("bf16", "bf16", "f32")}
-    assert products() == {("f32", "f32", "f32")}  # unit vectors rounded to bfloat16 would move a cosine by 2⁻⁸
+    assert products() == {("f32", "f32", "f32")}  # rounding unit vectors to bfloat16 would change a cosine by 2⁻⁸
     mixed = contrastive.info_nce(x, y.astype(jnp.float32), normalize=False, temperature=1.0)
     close(mixed, contrastive.info_nce(x, y, normalize=False, temperature=1.0), 8 * EPS)
 
@@ -215,7 +215,7 @@ SHAPE = jax.ShapeDtypeStruct((N, D), jnp.float32)
 
 
 def largest(loss, index):
-    """The number of elements of the largest array in the compiled program of the value, the gradient or the Hessian product."""
+    """The size of the largest array in the compiled program of the value, the gradient or the Hessian-vector product."""
     program = jax.jit(lambda x, y: derivatives(loss, x, y)[index]).lower(SHAPE, SHAPE).compile().as_text()
     shapes = re.findall(r"(?:f|bf|s|u|pred)\d*\[([\d,]+)\]", program)
     return max(math.prod(map(int, shape.split(","))) for shape in shapes)
@@ -224,11 +224,11 @@ def largest(loss, index):
 @names
 @pytest.mark.parametrize("index", range(3), ids=["value", "gradient", "hvp"])
 def test_no_array_of_batch_times_batch(name, index):
-    # the similarities of two chunks of views may stand side by side
+    # the similarities of two chunks of views may exist at the same time
     assert largest(every_loss(chunk_size=CHUNK)[name], index) <= 2 * CHUNK * 2 * N < N * N
 
 
-def test_the_array_would_be_seen():
+def test_an_array_of_batch_times_batch_would_be_found():
     for name in every_loss():
         assert largest(every_loss()[name], 1) >= N * N
 
@@ -267,8 +267,8 @@ def test_only_embeddings_are_gathered(name, rng):
     sizes = {
         int(np.prod(list(map(int, s.split(","))))) for line in collectives for s in re.findall(r"\w\d+\[([\d,]+)\]", line.split("(")[0])
     }
-    assert max(sizes) <= 2 * batch * features, sizes  # the two views of NT-Xent may go together
-    # and no device holds more similarities than its own
+    assert max(sizes) <= 2 * batch * features, sizes  # the two views of NT-Xent may be gathered together
+    # no device holds the similarities of another device's examples
     held = {int(np.prod(list(map(int, s.split(","))))) for s in re.findall(r"\w\d+\[([\d,]+)\]", program)}
     assert max(held) <= 2 * batch // 8 * 2 * batch
 

@@ -1,4 +1,4 @@
-"""Losses over pairs: any order, any chunks, any subset of the examples gives the same losses and derivatives."""
+"""Contrastive losses and their derivatives do not depend on the order of examples, on chunks, or on examples that do not count."""
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,13 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @names
-def test_an_order_of_examples_is_the_order_of_losses(name, rng, x64, monkeypatch):
+def test_permuted_examples_have_permuted_losses(name, rng, x64, monkeypatch):
     loss, (x, y) = every_loss()[name], draw(rng)
 
     def run(x, y):
-        return jax.jit(lambda x, y: derivatives(loss, x, y)[:2])(x, y)  # a new program, because LABELS are in it
+        return jax.jit(lambda x, y: derivatives(loss, x, y)[:2])(
+            x, y
+        )  # a new program each time, because LABELS are constants of the program
 
     value, slope = run(x, y)
     order = rng.permutation(len(x))
@@ -42,7 +44,7 @@ def test_chunks_equal_the_whole(name, rng, x64):
 
 @names
 @pytest.mark.parametrize("chunk_size", [None, 4])
-def test_examples_that_do_not_count_do_not_exist(name, chunk_size, rng, x64, monkeypatch):
+def test_examples_that_do_not_count_have_no_effect(name, chunk_size, rng, x64, monkeypatch):
     loss, (x, y) = every_loss(chunk_size=chunk_size)[name], draw(rng)
     where = jnp.asarray(rng.permutation(12) < 8).at[0].set(False)
     kept = np.flatnonzero(where)
@@ -57,7 +59,7 @@ def test_examples_that_do_not_count_do_not_exist(name, chunk_size, rng, x64, mon
     assert not any(np.any(v) for v in jax.tree.leaves(run(*bad, jnp.zeros_like(where))))
 
 
-def test_further_negatives(rng, x64):
+def test_additional_negatives(rng, x64):
     x, y = draw(rng)
     more, _ = draw(rng, batch=7)
     where = jnp.arange(12) != 4

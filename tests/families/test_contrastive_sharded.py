@@ -1,4 +1,7 @@
-"""A batch split over devices: losses and all derivatives equal those of the whole batch; `test_contrastive.py` has what is gathered."""
+"""Contrastive losses of a batch that is sharded over devices: losses and derivatives equal those of the whole batch.
+
+`test_contrastive.py` tests what the devices exchange.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +20,7 @@ TOLERANCE = 1e-12  # float64
 
 
 def of_pairs(loss, parameter):
-    """The losses of this device's part of x and y, a learned parameter, labels that may be of no use, and a mask."""
+    """A loss as a function of x, y, a learned parameter, labels, which it ignores, and a mask, all of this device."""
     return lambda x, y, value, labels, where, **more: loss(x, y, where=where, **{parameter: value}, **more)
 
 
@@ -50,7 +53,7 @@ def draw(rng):
 
 
 def derivatives(losses, arguments, directions):
-    """Losses and their tangent; value, gradient and Hessian product of Σ w·loss, w given by `losses`."""
+    """Losses and their tangents; value, gradient and Hessian-vector product of Σ w·loss. `losses` are functions of both."""
     each, weighted = losses
 
     def total(*x):
@@ -61,7 +64,7 @@ def derivatives(losses, arguments, directions):
 
 
 def sharded(name, mesh, where, chunk_size):
-    """The losses [batch] and Σ w·loss over devices, by psum inside."""
+    """Functions that return the losses [batch] and Σ w·loss. The sum over devices is a psum inside `jax.shard_map`."""
     axes = mesh.axis_names if len(mesh.axis_names) > 1 else mesh.axis_names[0]
     rows = P(axes)
 
@@ -86,7 +89,7 @@ def dense(name, where):
 
 
 def assert_equal(several, expected, rng, where):
-    """Each of several ways to split gives what the whole batch gives."""
+    """Every way to shard the batch gives the losses and derivatives of the whole batch."""
     arguments = draw(rng)
     directions = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), arguments)
     x, y, value = arguments
@@ -100,7 +103,7 @@ def assert_equal(several, expected, rng, where):
 
 @names
 def test_equal_to_the_whole_batch(name, rng, x64):
-    where = (jnp.arange(BATCH) % 7 != 3) & (jnp.arange(BATCH) < 14)  # of eight devices the last has nothing
+    where = (jnp.arange(BATCH) % 7 != 3) & (jnp.arange(BATCH) < 14)  # no example of the last of eight devices counts
     settings = ((2, None), (4, 3), (8, None))
     several = [sharded(name, mesh_of(devices), where, chunk_size) for devices, chunk_size in settings]
     assert_equal(several, dense(name, where), rng, where)
@@ -130,7 +133,7 @@ def test_negatives_are_the_same_on_every_device(rng, x64):
 
 @names
 def test_gradients_inside_the_mapped_function(name, rng, x64):
-    """As a training step takes them: the gradient of this device's psum, summed by JAX for what all devices share."""
+    """As in a training step: the gradient of the psum on each device. JAX sums the gradient of replicated values over devices."""
     arguments, where = draw(rng), jnp.ones(BATCH, bool)
 
     def step(x, y, value, labels):
@@ -150,7 +153,7 @@ def test_gradients_inside_the_mapped_function(name, rng, x64):
 
 @names
 def test_gradients_inside_an_axis_without_types(name, rng, x64):
-    """There a gradient is that of the sum over devices, without a psum: JAX transposes the gathering of the embeddings into such a sum."""
+    """There the gradient is that of the sum over devices, even without a psum: the transpose of all_gather is a sum over devices."""
     x, y, value = draw(rng)
 
     def slopes(x, y, value, labels, **more):
@@ -160,7 +163,7 @@ def test_gradients_inside_an_axis_without_types(name, rng, x64):
     def both():
         shares = (a.reshape(4, BATCH // 4, *a.shape[1:]) for a in (x, y, LABELS))
         of_x, of_y, of_value = jax.vmap(lambda x, y, labels: slopes(x, y, value, labels, axis_name="data"), axis_name="data")(*shares)
-        # what all devices share gets the part of each
+        # the gradient of the shared value is the sum of the devices' gradients
         return (of_x.reshape(x.shape), of_y.reshape(y.shape), of_value.sum()), slopes(x, y, value, LABELS)
 
     for mine, expected in zip(*both(), strict=True):

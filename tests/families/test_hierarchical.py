@@ -1,4 +1,4 @@
-"""Adaptive softmax and trees of decisions: probabilities that sum to 1, shortest codes, and what the compiled program keeps."""
+"""Adaptive softmax and binary trees: probabilities that sum to 1, optimal codes, memory, errors."""
 
 import heapq
 import re
@@ -24,7 +24,7 @@ def adaptive(cutoffs, features=8, dtype=jnp.float32):
 
 
 def log_probs(hidden, parameters):
-    """The product of the head's and the cluster's probabilities, in float64."""
+    """Log-probabilities in float64: the product of the head's and the cluster's probability of each class."""
     h, p = np.asarray(hidden, np.float64), jax.tree.map(lambda x: np.asarray(x, np.float64), parameters)
 
     def log_softmax(z):
@@ -94,13 +94,13 @@ def test_adaptive_log_prob_hides_examples(rng):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(slopes)) and not slopes[0][1].any()
 
 
-def test_adaptive_in_half_precision_is_no_worse_than_rounding_what_is_multiplied(rng):
+def test_adaptive_in_half_precision_has_only_the_error_of_rounded_features(rng):
     parameters = adaptive([4, 7, 19], dtype=jnp.bfloat16)
     hidden, labels = jnp.asarray(rng.normal(size=(30, 8)), jnp.bfloat16), jnp.asarray(rng.integers(0, 19, 30))
     expected = -np.take_along_axis(log_probs(hidden, parameters), np.asarray(labels)[:, None], -1)[:, 0]
     loss = hierarchical.adaptive_softmax_cross_entropy(hidden, parameters, labels)
     assert loss.dtype == jnp.float32
-    # only the projected features are rounded: by eps/2 each, in logits that are sums of at most four of size 1
+    # Only the projected features are rounded, each by eps/2. A logit is a sum of at most four of them, each of size 1.
     np.testing.assert_allclose(loss, expected, atol=4 * BF16)
     np.testing.assert_allclose(loss[labels < 4], expected[np.asarray(labels) < 4], rtol=32 * EPS)
     slopes = jax.grad(lambda p: hierarchical.adaptive_softmax_cross_entropy(hidden, p, labels).sum())(parameters)
@@ -132,7 +132,7 @@ def test_adaptive_init():
 
 
 def reference_cost(counts):
-    """Σ counts·length of an optimal code: the sum of all inner nodes' weights."""
+    """Σ counts·length of an optimal code, which is the sum of the weights of all inner nodes."""
     heap, cost = list(counts), 0
     heapq.heapify(heap)
     while len(heap) > 1:
@@ -159,7 +159,7 @@ def test_huffman_codes_are_optimal(counts):
     nodes, signs = np.asarray(tree.nodes), np.asarray(tree.signs)
     assert nodes.shape == signs.shape == (len(counts), np.abs(signs).sum(1).max())
     lengths = np.abs(signs).sum(axis=1)
-    assert (signs == np.where(np.arange(signs.shape[1]) < lengths[:, None], signs, 0)).all(), "padding is behind"
+    assert (signs == np.where(np.arange(signs.shape[1]) < lengths[:, None], signs, 0)).all(), "padding is at the end"
     cost = int(np.dot(counts, lengths))
     assert cost == reference_cost(counts)
     p = np.array([c for c in counts if c]) / sum(counts)
@@ -169,13 +169,13 @@ def test_huffman_codes_are_optimal(counts):
     used = signs != 0
     assert set(nodes[used]) == set(range(len(counts) - 1)) and (nodes[:, 0] == 0).all()
     codes = {tuple(s[s != 0]) for s in signs}
-    assert len(codes) == len(counts) and not any(c[:i] in codes for c in codes for i in range(1, len(c))), "no code begins another"
+    assert len(codes) == len(counts) and not any(c[:i] in codes for c in codes for i in range(1, len(c))), "no code is a prefix of another"
 
 
 def test_huffman_tree_of_equals_is_flat():
     lengths = np.abs(np.asarray(hierarchical.huffman_tree(np.ones(37)).signs)).sum(1)
     assert set(lengths.tolist()) == {5, 6}
-    assert np.shape(hierarchical.huffman_tree([1, 1, 2, 2]).signs) == (4, 2), "lengths 1, 2, 3, 3 cost as much"
+    assert np.shape(hierarchical.huffman_tree([1, 1, 2, 2]).signs) == (4, 2), "lengths 1, 2, 3, 3 have the same cost but a larger depth"
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
@@ -233,7 +233,7 @@ def test_tree_memory():
 def test_errors():
     name, h, y = "init_adaptive_softmax", jnp.ones((2, 8)), jnp.array([0, 1])
     for cutoffs in ([], [3, 3], [5, 2]):
-        with raises(ValueError, f"{name}: cutoffs must rise from the size of the shortlist to the number of classes; got {cutoffs}."):
+        with raises(ValueError, f"{name}: cutoffs must increase from the size of the shortlist to the number of classes; got {cutoffs}."):
             adaptive(cutoffs)
     with raises(ValueError, f"{name}: cutoffs[1] must be at least 1; got 0."):
         adaptive([3, 0])
@@ -250,12 +250,12 @@ def test_errors():
             function(h, parameters._replace(head=jnp.ones((9, 6))), *arguments)
         with raises(ValueError, f"{name}: parameters.kernels[1] must have shape (2, classes) for hidden of shape (2, 8); got (3, 12)."):
             function(h, parameters._replace(kernels=(parameters.kernels[0], jnp.ones((3, 12)))), *arguments)
-        with raises(ValueError, f"{name}: parameters.projections must be as many as kernels, 2; got 0."):
+        with raises(ValueError, f"{name}: parameters.projections must hold 2 arrays, as many as parameters.kernels; got 0."):
             function(h, parameters._replace(projections=()), *arguments)
         with raises(ValueError, f"{name}: hidden must have a feature axis; got shape ()."):
             function(h[0, 0], parameters, *arguments)
     name, tree, kernel = "hierarchical_softmax_cross_entropy", hierarchical.huffman_tree([1, 2, 3]), jnp.ones((8, 3))
-    with raises(ValueError, f"{name}: kernel must have shape (8, 2), one inner node less than the 3 classes of the tree; got (8, 3)."):
+    with raises(ValueError, f"{name}: kernel must have shape (8, 2), one inner node fewer than the 3 classes of the tree; got (8, 3)."):
         hierarchical.hierarchical_softmax_cross_entropy(h, kernel, y, tree=tree)
     with raises(ValueError, f"{name}: tree.signs must have shape (3, 2), the shape of tree.nodes; got (3,)."):
         hierarchical.hierarchical_softmax_cross_entropy(h, kernel, y, tree=tree._replace(signs=jnp.ones(3, int)))

@@ -1,4 +1,4 @@
-"""Losses on sampled classes: what holds exactly, by summing over all samples of tiny problems, and what the compiled program keeps."""
+"""Losses on sampled classes: exact expectations, by enumerating all samples of tiny problems; memory; errors."""
 
 import functools
 import itertools
@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import xentjax
-from xentjax._many_classes import sampled, samplers
+from xentjax import samplers
+from xentjax._many_classes import sampled
 
 EPS = float(jnp.finfo(jnp.float32).eps)
 Samples = samplers.Samples
@@ -21,7 +22,7 @@ DATA = np.array([0.1, 0.25, 0.4, 0.25])
 
 
 def uncorrected(function):
-    """A loss that needs log Q of its labels, with log Q = 0."""
+    """A loss that requires log Q of its labels, called with log Q = 0."""
 
     def run(hidden, kernel, labels, **keywords):
         return function(hidden, kernel, labels, label_log_expected_count=jnp.zeros(jnp.shape(labels)), **keywords)
@@ -39,20 +40,20 @@ every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
 
 
 def drawn(n, noise=NOISE):
-    """All tuples of n samples [tuples, n], and how likely each is."""
+    """All tuples of n samples [tuples, n], and the probability of each."""
     ids = np.array(list(itertools.product(range(len(noise)), repeat=n)))
     return ids, np.prod(noise[ids], axis=1)
 
 
 def on_tuples(loss, logits, labels, ids, log_expected, **keywords):
-    """The loss of every label [labels] against every tuple of samples [tuples, n]: [labels, tuples]; `logits` are the parameters."""
+    """The loss of every label [labels] with every tuple of samples [tuples, n], shape [labels, tuples]; `logits` are the parameters."""
     y = jnp.broadcast_to(jnp.asarray(labels)[:, None], (len(labels), len(ids)))
     each = Samples(*(jnp.broadcast_to(jnp.asarray(x)[None], (len(labels), *x.shape)) for x in (ids, log_expected)))
     return loss(jnp.ones((*y.shape, 1)), logits[None], y, samples=each, **keywords)
 
 
 def test_an_expected_count_of_0_is_the_limit_of_small_ones():
-    """Class 0 is the label, 1 and 2 are sampled; all logits are 0, so that the loss is softplus(log Q_y − log Q_1) without class 2."""
+    """Class 0 is the label, class 1 is sampled, class 2 is left out. All logits are 0, so the loss is softplus(log Q_y − log Q_1)."""
 
     def run(logits, q):
         samples = Samples(jnp.array([1, 2]), jnp.stack([q[1], jnp.float32(jnp.inf)]))
@@ -71,7 +72,7 @@ def test_an_expected_count_of_0_is_the_limit_of_small_ones():
 
 
 def test_a_candidate_of_probability_0_is_the_limit_of_small_ones():
-    q, log_prob = jnp.zeros((2, 1)), jnp.array([0.0, -jnp.inf])  # the second candidate wins for both queries
+    q, log_prob = jnp.zeros((2, 1)), jnp.array([0.0, -jnp.inf])  # the second candidate has score +∞ for both queries
     np.testing.assert_array_equal(sampled.in_batch_softmax_cross_entropy(q, q, candidate_log_prob=log_prob), [np.inf, 0])
 
 
@@ -86,7 +87,7 @@ def test_every_class_once_is_the_full_softmax(rng):
     def ours(h, k, b):
         return sampled.sampled_softmax_cross_entropy(h, k, labels, samples=everything, bias=b)
 
-    scale = float(jnp.abs(hidden @ kernel).max())  # products differ in the order of their sums
+    scale = float(jnp.abs(hidden @ kernel).max())  # the products are summed in different orders
     np.testing.assert_allclose(ours(hidden, kernel, bias), full(hidden, kernel, bias), rtol=8 * EPS, atol=8 * EPS * scale)
     slopes = (jax.grad(lambda *x, f=f: f(*x).sum(), (0, 1, 2))(hidden, kernel, bias) for f in (ours, full))
     for slope, expected in zip(*slopes, strict=True):
@@ -105,7 +106,7 @@ def test_confident_labels_keep_their_tiny_loss():
         np.testing.assert_allclose(value, expected, rtol=4 * EPS)
     np.testing.assert_allclose(LOSSES[2](jnp.ones(1), -kernel, jnp.array(0), samples=samples), 60 + 2 * np.log(2), rtol=4 * EPS)
     wrong = LOSSES[2](jnp.ones(1), 5 * kernel, jnp.array(1), samples=Samples(jnp.array([0]), jnp.zeros(1)))
-    np.testing.assert_allclose(wrong, np.log(2) + 300, rtol=4 * EPS)  # e^300 is no float32 number
+    np.testing.assert_allclose(wrong, np.log(2) + 300, rtol=4 * EPS)  # e^300 overflows float32
     tiny = LOSSES[2](jnp.ones(1), kernel, jnp.array(0), samples=Samples(jnp.array([0]), jnp.zeros(1)), remove_accidental_hits=True)
     np.testing.assert_allclose(tiny, np.exp(-60), rtol=68 * EPS)
 
@@ -126,7 +127,8 @@ def test_the_estimate_of_the_partition_function_is_unbiased(n, unique):
 
 
 def test_the_bias_of_the_gradient_vanishes_with_samples():
-    # The ratio of two sums, one of them an average over n samples: a bias of order 1/n. Three classes, so that 3⁸ tuples are all there are.
+    # The gradient is a ratio of sums, and its denominator is an average over n samples. So its bias is of order 1/n. With three classes,
+    # 8 samples have only 3⁸ tuples.
     logits, noise = LOGITS[:3], np.array([0.5, 0.3, 0.2])
     p = np.exp(logits) / np.exp(logits).sum()
     biases = []
@@ -143,7 +145,7 @@ def test_the_bias_of_the_gradient_vanishes_with_samples():
 
 
 def expected_slope(loss, logits, n, remove=False, **counts):
-    """The gradient of the expectation over labels of DATA and samples of NOISE."""
+    """The gradient of the expected loss, with labels drawn from DATA and samples drawn from NOISE."""
     ids, chance = drawn(n)
 
     def expectation(z):
@@ -154,21 +156,23 @@ def expected_slope(loss, logits, n, remove=False, **counts):
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_noise_contrastive_estimation_is_least_at_the_data(n):
+def test_noise_contrastive_estimation_has_its_minimum_at_the_data(n):
     tuples = len(NOISE) ** n
     counts = {"label_log_expected_count": jnp.broadcast_to(jnp.log(n * jnp.asarray(NOISE, jnp.float32))[:, None], (4, tuples))}
     slope = functools.partial(expected_slope, sampled.noise_contrastive_estimation_loss, n=n, **counts)
     np.testing.assert_allclose(slope(np.log(DATA)), np.zeros(4), atol=4 * EPS)
-    for k in range(4):  # and only there: a minimum
+    for k in range(4):  # the gradient changes sign there, so it is a minimum
         off = 0.1 * np.eye(4)[k]
         assert slope(np.log(DATA) + off)[k] > 1e-3 and slope(np.log(DATA) - off)[k] < -1e-3
-    assert np.abs(slope(np.log(DATA), remove=True)).max() > 1e-3, "hits belong to it"
+    assert np.abs(slope(np.log(DATA), remove=True)).max() > 1e-3, "without accidental hits, the minimum is elsewhere"
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_sampled_softmax_with_a_corrected_label_is_least_at_the_data(n):
+def test_sampled_softmax_with_a_corrected_label_has_its_minimum_at_the_data(n):
     counts = {"label_log_expected_count": jnp.broadcast_to(jnp.log(n * jnp.asarray(NOISE, jnp.float32))[:, None], (4, len(NOISE) ** n))}
-    slope = expected_slope(sampled.sampled_softmax_cross_entropy, np.log(DATA) + 5, n, **counts)  # whatever the normaliser
+    slope = expected_slope(
+        sampled.sampled_softmax_cross_entropy, np.log(DATA) + 5, n, **counts
+    )  # a constant shift of the logits changes nothing
     np.testing.assert_allclose(slope, np.zeros(4), atol=8 * EPS)
 
 
@@ -182,7 +186,7 @@ def test_negative_sampling_has_the_expectation_of_the_paper(n):
     np.testing.assert_allclose(slope, np.zeros(4), atol=4 * EPS)
 
 
-def test_nothing_is_left_when_every_sample_is_the_label():
+def test_only_the_label_remains_when_every_sample_equals_it():
     hits = Samples(jnp.full(5, 2), jnp.zeros(5))
     for loss, expected in zip(LOSSES, (0, np.log(2), np.log(2)), strict=True):
         value, slope = jax.value_and_grad(loss, 1)(jnp.ones(3), jnp.zeros((3, 4)), jnp.array(2), samples=hits, remove_accidental_hits=True)
@@ -228,14 +232,14 @@ def test_a_batch_of_all_items_is_the_full_softmax(rng):
     queries, items = (jnp.asarray(rng.normal(size=(12, 5)), jnp.float32) for _ in range(2))
     full = xentjax.softmax_cross_entropy(jnp.dot(queries, items.T, precision="highest") / 0.3, jnp.arange(12))
     got = sampled.in_batch_softmax_cross_entropy(queries, items, temperature=0.3)
-    np.testing.assert_allclose(got, full, rtol=64 * EPS, atol=64 * EPS)  # logits up to 30, summed in another order
+    np.testing.assert_allclose(got, full, rtol=64 * EPS, atol=64 * EPS)  # logits up to 30, summed in a different order
     shifted = sampled.in_batch_softmax_cross_entropy(queries, items, temperature=0.3, candidate_log_prob=jnp.full(12, -7.0))
     np.testing.assert_allclose(shifted, full, rtol=64 * EPS, atol=64 * EPS)
 
 
 def test_candidates_drawn_by_popularity_are_corrected():
-    # Over all batches of three drawn from P, with the query's own item first: with log P taken off, and that of the item itself put
-    # back, the sum over the others of e^s is unbiased, 2·Σ_k e^(z_k) for two draws.
+    # All batches of three: item 0, which is the query's own, and two items drawn from P. Corrected by log P, the sum of e^s over the two
+    # drawn items is an unbiased estimate of 2·Σ_k e^(z_k). The loss divides it by the corrected e^s of item 0, which is multiplied back.
     ids, chance = drawn(2)
     z, log_p = jnp.asarray(LOGITS, jnp.float32), jnp.log(jnp.asarray(NOISE, jnp.float32))
 
@@ -247,7 +251,7 @@ def test_candidates_drawn_by_popularity_are_corrected():
     np.testing.assert_allclose(others @ chance, 2 * np.exp(LOGITS).sum(), rtol=32 * EPS)
 
 
-def test_the_same_item_elsewhere_in_the_batch_is_no_negative(rng):
+def test_the_same_item_elsewhere_in_the_batch_is_not_a_negative(rng):
     queries, items = (jnp.asarray(rng.normal(size=(6, 4)), jnp.float32) for _ in range(2))
     ids = jnp.array([3, 3, 8, 3, 9, 8])
     got = sampled.in_batch_softmax_cross_entropy(queries, items, candidate_ids=ids)
@@ -258,7 +262,7 @@ def test_the_same_item_elsewhere_in_the_batch_is_no_negative(rng):
     assert not sampled.in_batch_softmax_cross_entropy(queries, items, candidate_ids=jnp.zeros(6, jnp.int32)).any()
 
 
-def test_pairs_that_do_not_count_are_no_candidates(rng):
+def test_pairs_that_do_not_count_are_not_candidates(rng):
     queries, items = (jnp.asarray(rng.normal(size=(6, 4)), jnp.float32) for _ in range(2))
     where = jnp.array([True, False, True, True, False, True])
     got = sampled.in_batch_softmax_cross_entropy(queries, items, where=where)
@@ -286,15 +290,15 @@ def compiled(loss, dtype, classes_first, derive):
 @pytest.mark.parametrize("classes_first", [False, True])
 def test_memory(loss, dtype, classes_first):
     kernel = FEATURES * CLASSES * 4
-    for derive, budget in ((False, 0), (True, 0 if dtype == jnp.float32 else kernel)):  # in half precision a gradient of float32
+    for derive, budget in ((False, 0), (True, 0 if dtype == jnp.float32 else kernel)):  # in half precision, also a float32 gradient
         program = compiled(loss, dtype, classes_first, derive)
         sizes = {int(np.prod([int(n) for n in s.split(",")])) for s in re.findall(r"\w\[([\d,]+)\]", program.as_text())}
         assert max(sizes) <= FEATURES * CLASSES < EXAMPLES * CLASSES
         assert program.memory_analysis().temp_size_in_bytes <= budget + EXAMPLES * (FEATURES + 32) * 4 * 8, (derive, dtype)
 
 
-def test_gradients_of_half_precision_kernels_are_added_up_in_float32():
-    # 4,096 terms of 1/2: a sum in bfloat16 stops at 128
+def test_gradients_of_half_precision_kernels_accumulate_in_float32():
+    # 4,096 terms of 1/2: a sum in bfloat16 stops growing at 128
     hidden, kernel = jnp.ones((4096, 1), jnp.bfloat16), jnp.zeros((1, 3), jnp.bfloat16)
     samples = Samples(jnp.array([2]), jnp.zeros(1))
     for loss in LOSSES:
@@ -364,7 +368,7 @@ def test_errors(loss):
 def test_errors_of_batches():
     name, q = "in_batch_softmax_cross_entropy", jnp.ones((4, 3))
     for arguments, keywords, error, message in (
-        ((q[0], q), {}, ValueError, "queries must have shape (batch, features); got (3,). Use jax.vmap over further axes."),
+        ((q[0], q), {}, ValueError, "queries must have shape (batch, features); got (3,). Use jax.vmap for several batches."),
         ((q, q[:2]), {}, ValueError, "candidates must have shape (4, 3), the shape of queries; got (2, 3)."),
         ((q, q), {"temperature": 0}, ValueError, "temperature must be above 0; got 0."),
         ((q, q), {"temperature": -1.0}, ValueError, "temperature must be a finite number at least 0; got -1."),

@@ -14,7 +14,7 @@ import xentjax
 from tests.properties import test_functions
 from tests.tables import cases
 
-MODULES = ("information", "metrics")
+MODULES = ("information", "metrics", "samplers")
 
 
 def public(module, prefix=""):

@@ -270,7 +270,7 @@ def test_infinite_results_of_finite_arguments_are_values_like_others():
         assert np.isposinf(checked_jit(function)(put(Z, (0, 1), -np.inf), label)).tolist() == [True, False]
         assert np.isposinf(checked_jit(function)(Z, label, class_mask=np.array([True, False, True]))).tolist() == [True, False]
     assert np.isposinf(xentjax.checked(xentjax.information.self_information)(np.zeros(1, np.float32))).all()
-    samples = xentjax.checked(lambda key: xentjax.draw_samples(key, xentjax.uniform_sampler(2), 8, unique=True))(jax.random.key(0))
+    samples = xentjax.checked(lambda key: xentjax.samplers.draw(key, xentjax.samplers.uniform(2), 8, unique=True))(jax.random.key(0))
     assert np.isposinf(samples.log_expected_count).any()
 
 

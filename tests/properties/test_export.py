@@ -75,8 +75,8 @@ ELSEWHERE = {
     "confusion": lambda z, s, y, bit, w, where: xentjax.metrics.confusion(z.argmax(-1), y, classes=CLASSES, where=where),
     "calibration": lambda z, s, y, bit, w, where: xentjax.metrics.calibration(z, y, where=where),
     "fit_temperature": lambda z, s, y, bit, w, where: xentjax.metrics.fit_temperature(z, y, weights=w, where=where),
-    "draw_samples": lambda z, s, y, bit, w, where: xentjax.draw_samples(
-        jax.random.key(0), xentjax.log_uniform_sampler(CLASSES), 3, shape=y.shape
+    "samplers.draw": lambda z, s, y, bit, w, where: xentjax.samplers.draw(
+        jax.random.key(0), xentjax.samplers.log_uniform(CLASSES), 3, shape=y.shape
     ),
 }
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 import xentjax
-from xentjax import information, metrics
+from xentjax import information, metrics, samplers
 
 N, K, F = 3, 4, 2  # examples, classes, features
 RNG = np.random.default_rng(7)
@@ -61,7 +61,7 @@ def _indices(*shape):
 
 
 HIDDEN = {"hidden": _float(N, F), "kernel": _float(F, K), "labels": _indices(N)}
-SAMPLES = xentjax.Samples(np.array([3, 1], np.int32), _float(2))
+SAMPLES = samplers.Samples(np.array([3, 1], np.int32), _float(2))
 CLASSES = {"logits": _float(N, K), "labels": _indices(N)}
 BITS = {"logits": _float(N, K), "labels": (_indices(N, K) % 2).astype(np.int32)}
 WEIGHTS = {"class_weights": _float(K)}
@@ -115,7 +115,7 @@ _ARRAYS: dict[str, dict[str, Any]] = {
     "adaptive_softmax_cross_entropy": {"hidden": _float(N, F), "parameters": ADAPTIVE, "labels": _indices(N)},
     "adaptive_softmax_log_prob": {"hidden": _float(N, F), "parameters": ADAPTIVE},
     "hierarchical_softmax_cross_entropy": HIDDEN | {"kernel": _float(F, K - 1), "tree": TREE},
-    "log_expected_count": {"ids": _indices(N)},
+    "samplers.log_expected_count": {"ids": _indices(N)},
     "info_nce": {"queries": VIEWS[0], "keys": VIEWS[1], "negatives": _float(2, F)},
     "nt_xent": {"first": VIEWS[0], "second": VIEWS[1]},
     **dict.fromkeys(("clip_loss", "siglip_loss"), IMAGES),
@@ -135,7 +135,7 @@ _ARRAYS: dict[str, dict[str, Any]] = {
 _STATIC = {
     "linear_softmax_cross_entropy": {"reduction": "none"},
     "mixture_of_logistics_nll": {"levels": 4},
-    "log_expected_count": {"sampler": xentjax.uniform_sampler(K), "count": 3},
+    "samplers.log_expected_count": {"sampler": samplers.uniform(K), "count": 3},
     "metrics.confusion": {"classes": K},
     "metrics.top_k_accuracy": {"k": 2},
     "metrics.fit_temperature": {"steps": 3},
@@ -147,13 +147,13 @@ _SETTINGS = {  # of those whose default is None, or that have none
     "information.renyi_divergence_from_logits": {"alpha": 0.5},
 }
 # Public functions without arrays, or that pass them on to a function of the caller.
-WITHOUT = {"checked", "fuse_linear", "fuse_linear_sharded", "plan_linear", "metrics.perplexity", "uniform_sampler", "log_uniform_sampler"}
-WITHOUT |= {"alias_sampler", "huffman_tree", "draw_samples", "init_adaptive_softmax"}
+WITHOUT = {"checked", "fuse_linear", "fuse_linear_sharded", "plan_linear", "metrics.perplexity", "huffman_tree"}
+WITHOUT |= {"init_adaptive_softmax", *(f"samplers.{name}" for name in ("uniform", "log_uniform", "alias", "draw"))}
 
 
 def public():
     """Every public function by its name."""
-    for prefix, module in (("", xentjax), ("metrics.", metrics), ("information.", information)):
+    for prefix, module in (("", xentjax), ("metrics.", metrics), ("information.", information), ("samplers.", samplers)):
         for name, x in vars(module).items():
             if inspect.isfunction(x) and not name.startswith("_"):
                 yield prefix + name, x

@@ -1,4 +1,4 @@
-"""Losses over pairs: their definitions in the papers, and their gradients in closed form."""
+"""Contrastive losses: their definitions in the papers, and their gradients in closed form."""
 
 import dataclasses
 
@@ -14,19 +14,19 @@ def unit(x):
 
 
 def of_unit(x, cotangent):
-    """(I − x̂·x̂ᵀ)/|x| times a cotangent of x̂."""
+    """The cotangent of x for a cotangent of x̂: its product with (I − x̂·x̂ᵀ)/|x|."""
     along = np.sum(unit(x) * cotangent, axis=-1, keepdims=True)
     return (cotangent - unit(x) * along) / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def softmax(z, keep=True):
-    """Over the entries of a row that are in `keep`."""
+    """Softmax over the entries of each row that are in `keep`."""
     e = np.where(keep, np.exp(np.where(keep, z, -np.inf) - np.max(z, -1, keepdims=True)), 0)
     return e / e.sum(-1, keepdims=True)
 
 
 def others(n):
-    """Everything but oneself."""
+    """True except on the diagonal [n, n]."""
     return ~np.eye(n, dtype=bool)
 
 
@@ -91,7 +91,7 @@ def siglip_gradient(x, y, t, b):
 
 
 def same_label(labels):
-    """Which pairs have the same label, each pair itself among them."""
+    """1 where two pairs have the same label, also on the diagonal."""
     return (labels[:, None] == labels).astype(float)
 
 
@@ -118,7 +118,7 @@ def siglip_labels_gradient(x, y, labels, t, b):
 
 
 def positives(labels):
-    """1/|P_i| at the positives of i."""
+    """1/|P_i| at the positives of i, 0 elsewhere."""
     same = (labels[:, None] == labels) & others(len(labels))
     return same / np.maximum(same.sum(-1, keepdims=True), 1)
 
@@ -135,7 +135,7 @@ def supervised_gradient(x, labels, tau):
 
 
 def pairs(rng, leading):
-    """Two views that agree in part, and a temperature."""
+    """Two batches of correlated embeddings, and a temperature."""
     x = rng.normal(size=(*leading, 4))
     return x, x + rng.normal(size=x.shape), rng.uniform(0.3, 0.6)
 
@@ -190,7 +190,7 @@ LOSSES = INFO_NCE, NT_XENT, CLIP, SIGLIP, SUPERVISED
 
 
 def labelled(row, **more):
-    """A loss of pairs of which several have one label; the labels are its third argument."""
+    """The row of a loss with labels, some of which are equal; the labels are the third argument."""
 
     def function(x, y, labels, *numbers, **keywords):
         return row.function(x, y, *numbers, labels=labels, **keywords)

@@ -1,4 +1,4 @@
-"""Losses over very many classes: their definitions in the papers, with samples that are fixed and everything summed over all classes."""
+"""Losses for many classes: their definitions in the papers, with fixed samples and the logits of all classes."""
 
 import functools
 
@@ -6,13 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.tables.functions import Row
-from xentjax._many_classes import hierarchical, sampled, samplers
+from xentjax import samplers
+from xentjax._many_classes import hierarchical, sampled
 
 FEATURES, CLASSES = 6, 9
-COUNTED = [(8, 0.5), (1, 2.0), (3, 1.5), (3, 1.5), (0, 3.0), (7, np.inf)]  # 3 twice, 7 left out
+# Pairs (class, expected count); class 3 is sampled twice, class 7 is left out.
+COUNTED = [(8, 0.5), (1, 2.0), (3, 1.5), (3, 1.5), (0, 3.0), (7, np.inf)]
 SHARED = samplers.Samples(np.array([k for k, _ in COUNTED], np.int32), np.log([q for _, q in COUNTED]))
-EXPECTED = np.linspace(0.3, 2.0, CLASSES)  # expected counts of labels
-PATHS = np.array(  # 0 | (((1 2) (3 (4 5))) ((6 7) 8)); what stands behind the end of a path is nobody's business
+EXPECTED = np.linspace(0.3, 2.0, CLASSES)  # expected count of each class as a label
+PATHS = np.array(  # 0 | (((1 2) (3 (4 5))) ((6 7) 8)); entries after the end of a path are arbitrary
     [[0, 9, 9, 9, 9], *[[0, 1, 2, 3, -1]] * 2, [0, 1, 2, 4, 0], *[[0, 1, 2, 4, 5]] * 2, *[[0, 1, 6, 7, 0]] * 2, [0, 1, 6, 0, 0]]
 )
 SIGNS = np.array(
@@ -50,7 +52,7 @@ def log_softmax(z):
 
 
 def over_samples(h, kernel, bias, labels, term, remove, classes_first=False):
-    """The logits of all classes, the label's, and Σ_j term(z_{k_j}, log Q_{k_j}) over samples that count."""
+    """The logit of the label, and Σ_j term(z_{k_j}, log Q_{k_j}) over samples that count."""
     z = h @ (kernel.T if classes_first else kernel) + bias
     total = np.zeros(labels.shape)
     for k, count in COUNTED:
@@ -76,7 +78,7 @@ def negative_sampling(h, kernel, bias, labels, remove):
 
 
 def own_samples(rng, leading):
-    """Three samples for each example."""
+    """A layer, and three samples for each example."""
     return *layer(rng, leading), rng.integers(0, CLASSES, (*leading, 3)), rng.normal(size=(*leading, 3))
 
 
@@ -123,12 +125,12 @@ def tree_loss(h, kernel, bias, labels):
 
 
 def label_count(labels):
-    """log Q of labels, of the nearest class where there is none."""
+    """log Q of labels; out-of-range labels get log Q of the nearest class."""
     return jnp.log(jnp.asarray(EXPECTED)[jnp.clip(labels, 0, CLASSES - 1)])
 
 
 def call(function, **fixed):
-    """`function` with the bias behind the kernel, so that it can be differentiated."""
+    """`function` with `bias` as a positional argument after `kernel`, so that it can be differentiated."""
 
     def run(hidden, kernel, bias, labels, **keywords):
         more = {"label_log_expected_count": label_count(labels)} if fixed.get("corrected") else {}
@@ -198,7 +200,7 @@ ROWS = (
         independent=False,
         label="no ids",
     ),
-    # in half precision the projected features are rounded: test_hierarchical.py judges that
+    # half precision is tested in test_hierarchical.py, because the projected features are rounded
     Row("adaptive_softmax_cross_entropy", adaptive_call, adaptive_parameters, adaptive, (0, 1, 2, 3, 4, 5), half=False),
     Row(
         "adaptive_softmax_log_prob",
@@ -206,7 +208,7 @@ ROWS = (
         lambda rng, leading: adaptive_parameters(rng, leading)[:-1],
         adaptive_log_probs,
         (0, 1, 2, 3, 4, 5),
-        masked=False,  # `where` is one per example, the result one per class
+        masked=False,  # `where` has one entry per example, the result one per class
         half=False,
     ),
     Row(

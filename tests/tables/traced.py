@@ -112,7 +112,7 @@ def _drawn(rng, examples):
 
 def _of_samples(function):
     def run(h, k, y, b, expected, where):
-        samples = xentjax.Samples(jnp.array([1, 5]), jnp.array([0.5, -0.5]))
+        samples = xentjax.samplers.Samples(jnp.array([1, 5]), jnp.array([0.5, -0.5]))
         return function(h, k, y, bias=b, samples=samples, label_log_expected_count=expected, where=where)
 
     return run

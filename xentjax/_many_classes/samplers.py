@@ -1,159 +1,209 @@
-"""Samples of classes: samplers whose probabilities are known, and what is drawn from them.
-
-What everything here shares:
-
-- A sampler is a NamedTuple of arrays, a pytree that passes through `jax.jit`. `sample(key, shape)` draws independent ids [*shape],
-  int32, in a fixed number of steps; `log_prob(ids)` is log P(id) in nats, NaN outside [0, classes). Any pytree with these two methods
-  is a sampler.
-- `key`: from `jax.random.key`. Nothing is drawn without one, and the same key draws the same ids.
-- Classes are drawn with replacement, so that the number of times that class k is among n draws has the expectation n·P(k).
-- Gradient: none. What is drawn does not depend on anything that is learned.
-"""
+"""Samplers of classes, and the samples drawn from them. The conventions are documented in `xentjax.samplers`."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, core
+from jax import Array
 from jax.typing import ArrayLike
 
 from xentjax._core import checks, numerics
+from xentjax._many_classes import arguments
 
 _MOST_CLASSES = 2**31 - 1  # ids are int32
-_MOST_ORDERED_CLASSES = 2**24  # float32, in which a log-uniform id is made, holds no larger odd number
+_MOST_ORDERED_CLASSES = 2**24  # a log-uniform id is computed in float32, which represents every integer only up to 2²⁴
 
 
-class UniformSampler(NamedTuple):
-    """Every class alike, P(k) = 1/classes; made by `uniform_sampler`, draws ids [...]."""
-
-    classes: Array
-    """How many classes there are []."""
+class Sampler(Protocol):
+    """A distribution over classes that can be sampled; a pytree."""
 
     def sample(self, key: Array, shape: tuple[int, ...]) -> Array:
         """Independent ids [*shape], int32."""
-        return _uniform(one_key("UniformSampler.sample", key), self.classes, tuple(shape))
+        ...
 
     def log_prob(self, ids: ArrayLike) -> Array:
-        """−log classes for every id [...]; NaN for what is no class."""
-        return _uniform_log_prob(checks.integers("UniformSampler.log_prob", "ids", ids), self.classes)
+        """Log P(id) for every id [...]; NaN outside [0, classes)."""
+        ...
 
 
-class LogUniformSampler(NamedTuple):
-    """Classes in the order of their frequency under Zipf's law, P(k) ≈ 1/((k + 1)·log(classes + 1)); draws ids [...].
-
-    Made by `log_uniform_sampler`, which has the formula.
-    """
+class Uniform(NamedTuple):
+    """Uniform distribution over classes, P(k) = 1/classes, made by `samplers.uniform`; ids have shape [...]."""
 
     classes: Array
-    """How many classes there are []."""
+    """The number of classes []."""
 
     def sample(self, key: Array, shape: tuple[int, ...]) -> Array:
         """Independent ids [*shape], int32."""
-        return _log_uniform(one_key("LogUniformSampler.sample", key), self.classes, tuple(shape))
+        return _uniform(arguments.random_key("samplers.Uniform.sample", key), self.classes, tuple(shape))
 
     def log_prob(self, ids: ArrayLike) -> Array:
-        """The logarithm of P(id) for every id [...]; NaN for what is no class."""
-        return _log_uniform_log_prob(checks.integers("LogUniformSampler.log_prob", "ids", ids), self.classes)
+        """−log classes for every id [...]; NaN outside [0, classes)."""
+        return _uniform_log_prob(checks.integers("samplers.Uniform.log_prob", "ids", ids), self.classes)
 
 
-class AliasSampler(NamedTuple):
-    """Any distribution over classes, drawn from with two looks into a table; made by `alias_sampler`, draws ids [...]."""
-
-    threshold: Array
-    """How often a class that is hit is kept, in units of 2⁻³², [classes] uint32."""
-    alias: Array
-    """The class taken instead otherwise, [classes] int32."""
-    log_probs: Array
-    """log P(k), [classes]; −∞ for weight 0."""
-
-    def sample(self, key: Array, shape: tuple[int, ...]) -> Array:
-        """Ids [*shape], int32, independent."""
-        return _aliased(one_key("AliasSampler.sample", key), self.threshold, self.alias, tuple(shape))
-
-    def log_prob(self, ids: ArrayLike) -> Array:
-        """The logarithm of P(id) for every id [...]; −∞ for weight 0, NaN for what is no class."""
-        return _alias_log_prob(checks.integers("AliasSampler.log_prob", "ids", ids), self.log_probs)
+@functools.partial(jax.jit, static_argnames=("shape",))
+def _uniform(key: Array, classes: Array, shape: tuple[int, ...]) -> Array:
+    return jax.random.randint(key, shape, 0, classes, jnp.int32)
 
 
-def uniform_sampler(classes: int) -> UniformSampler:
-    """The sampler that draws every class alike, ids [...].
+@jax.jit
+def _uniform_log_prob(ids: Array, classes: Array) -> Array:
+    dtype = jnp.result_type(float)
+    return _nan_outside(ids, classes, jnp.broadcast_to(-jnp.log(jnp.asarray(classes, dtype)), ids.shape))
+
+
+def uniform(classes: int) -> Uniform:
+    """Sampler that draws all classes with equal probability, ids of shape [...].
 
     P(k) = 1/classes.
     Gradient: none.
 
     Args:
-        classes: how many classes there are, at least 1.
+        classes: number of classes, at least 1.
 
     Returns:
-        `UniformSampler`.
+        `samplers.Uniform`.
 
     Raises:
         TypeError: `classes` is not a Python integer.
-        ValueError: `classes` < 1 or above 2³¹ − 1.
+        ValueError: `classes` is below 1 or above 2³¹ − 1.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
-        >>> jnp.exp(xentjax.uniform_sampler(4).log_prob(jnp.array([0, 3, 4]))).tolist()  # there is no class 4
+        >>> jnp.exp(xentjax.samplers.uniform(4).log_prob(jnp.array([0, 3, 4]))).tolist()  # class 4 does not exist
         [0.25, 0.25, nan]
 
     Reference:
         Jean et al., On Using Very Large Target Vocabulary for Neural Machine Translation, 2014, arXiv 1412.2007.
     """
-    return UniformSampler(_classes("uniform_sampler", classes, _MOST_CLASSES))
+    return Uniform(_class_count("samplers.uniform", classes, _MOST_CLASSES))
 
 
-def log_uniform_sampler(classes: int) -> LogUniformSampler:
-    """The sampler for classes in falling order of frequency under Zipf's law, ids [...]; needs no table.
+class LogUniform(NamedTuple):
+    """Zipf's law over classes in descending order of frequency, made by `samplers.log_uniform`; ids have shape [...].
+
+    P(k) ≈ 1/((k + 1)·log(classes + 1)). The docstring of `samplers.log_uniform` has the exact formula.
+    """
+
+    classes: Array
+    """The number of classes []."""
+
+    def sample(self, key: Array, shape: tuple[int, ...]) -> Array:
+        """Independent ids [*shape], int32."""
+        return _log_uniform(arguments.random_key("samplers.LogUniform.sample", key), self.classes, tuple(shape))
+
+    def log_prob(self, ids: ArrayLike) -> Array:
+        """Log P(id) for every id [...]; NaN outside [0, classes)."""
+        return _log_uniform_log_prob(checks.integers("samplers.LogUniform.log_prob", "ids", ids), self.classes)
+
+
+@functools.partial(jax.jit, static_argnames=("shape",))
+def _log_uniform(key: Array, classes: Array, shape: tuple[int, ...]) -> Array:
+    """⌊x⌋ − 1, where x is log-uniform in [1, classes + 1): first the octave of x is drawn, then the position in the octave.
+
+    A single exponential e^u would be rounded too coarsely: with more than 10⁵ classes, float32 steps are wider than a class.
+    """
+    first, second = jax.random.split(key)
+    octaves = jnp.log2(jnp.asarray(classes, jnp.float32) + 1)
+    octave = jnp.floor(jax.random.uniform(first, shape, jnp.float32) * octaves)
+    position = jax.random.uniform(second, shape, jnp.float32) * jnp.minimum(octaves - octave, 1)  # the last octave is incomplete
+    x = jnp.left_shift(1, octave.astype(jnp.int32)).astype(jnp.float32) * jnp.exp2(position)
+    return jnp.clip(x.astype(jnp.int32) - 1, 0, jnp.asarray(classes, jnp.int32) - 1)
+
+
+@jax.jit
+def _log_uniform_log_prob(ids: Array, classes: Array) -> Array:
+    dtype = jnp.result_type(float)
+    inside = jnp.maximum(ids, 0).astype(dtype)
+    return _nan_outside(ids, classes, jnp.log(jnp.log1p(1 / (inside + 1))) - jnp.log(jnp.log1p(jnp.asarray(classes, dtype))))
+
+
+def log_uniform(classes: int) -> LogUniform:
+    """Sampler that follows Zipf's law over classes in descending order of frequency, ids of shape [...].
 
     P(k) = log((k + 2)/(k + 1)) / log(classes + 1).
     Gradient: none.
 
+    The sampler needs no table. Draws are computed in float32. With more than about 10⁶ classes, float32 rounding divides probability
+    unevenly between neighbouring rare classes: the relative error of P(k) is about k·2⁻²².
+
     Args:
-        classes: how many classes there are, at least 1. Draws are made in float32: above some 10⁶ classes rare neighbours share
-            their probability unevenly, by k·2⁻²² of it.
+        classes: number of classes, at least 1.
 
     Returns:
-        `LogUniformSampler`.
+        `samplers.LogUniform`.
 
     Raises:
         TypeError: `classes` is not a Python integer.
-        ValueError: `classes` < 1 or above 2²⁴.
+        ValueError: `classes` is below 1 or above 2²⁴.
 
     Example:
         >>> import jax, jax.numpy as jnp, xentjax
-        >>> ids = xentjax.log_uniform_sampler(2**20 - 1).sample(jax.random.key(0), (10_000,))
-        >>> round(float((ids < 2**10 - 1).mean()), 1)  # as many draws below a thousand as above
+        >>> ids = xentjax.samplers.log_uniform(2**20 - 1).sample(jax.random.key(0), (10_000,))
+        >>> round(float((ids < 2**10 - 1).mean()), 1)  # half of the draws are among the 1,023 most frequent classes
         0.5
 
     Reference:
         Zipf, Human Behavior and the Principle of Least Effort, 1949.
     """
-    return LogUniformSampler(_classes("log_uniform_sampler", classes, _MOST_ORDERED_CLASSES))
+    return LogUniform(_class_count("samplers.log_uniform", classes, _MOST_ORDERED_CLASSES))
 
 
-def alias_sampler(weights: ArrayLike) -> AliasSampler:
-    """The sampler of a distribution given by weights or counts, ids [...]; a draw takes two numbers of a table and no search.
+class Alias(NamedTuple):
+    """Any distribution over classes, stored as an alias table, made by `samplers.alias`; ids have shape [...]."""
+
+    threshold: Array
+    """The probability that a class is kept when its cell is hit, in units of 2⁻³², [classes] uint32."""
+    alias: Array
+    """The class that is returned if the class of the cell is not kept, [classes] int32."""
+    log_probs: Array
+    """Log P(k), [classes]; −∞ for weight 0."""
+
+    def sample(self, key: Array, shape: tuple[int, ...]) -> Array:
+        """Independent ids [*shape], int32."""
+        return _aliased(arguments.random_key("samplers.Alias.sample", key), self.threshold, self.alias, tuple(shape))
+
+    def log_prob(self, ids: ArrayLike) -> Array:
+        """Log P(id) for every id [...]; −∞ for weight 0, NaN outside [0, classes)."""
+        return _alias_log_prob(checks.integers("samplers.Alias.log_prob", "ids", ids), self.log_probs)
+
+
+@functools.partial(jax.jit, static_argnames=("shape",))
+def _aliased(key: Array, threshold: Array, alias: Array, shape: tuple[int, ...]) -> Array:
+    first, second = jax.random.split(key)
+    hit = jax.random.randint(first, shape, 0, threshold.shape[0], jnp.int32)
+    kept = jax.random.bits(second, shape, jnp.uint32) < threshold[hit]
+    return jnp.where(kept, hit, alias[hit])
+
+
+@jax.jit
+def _alias_log_prob(ids: Array, log_probs: Array) -> Array:
+    return _nan_outside(ids, log_probs.shape[0], jnp.take(log_probs, ids, mode="clip"))
+
+
+def alias(weights: ArrayLike) -> Alias:
+    """Sampler of the distribution that is proportional to given weights or counts, ids of shape [...].
 
     P(k) = weights_k / Σ weights.
     Gradient: none.
 
-    The table is made once, outside `jax.jit`, in time proportional to the number of classes.
+    Build the table once, outside `jax.jit`, in time proportional to the number of classes. Each draw then takes two look-ups and no search.
 
     Args:
-        weights: [classes], ≥ 0, not all 0; for `negative_sampling_loss` the counts of words to the power 3/4.
+        weights: [classes], ≥ 0, not all 0. For `negative_sampling_loss`, use word counts to the power 3/4.
 
     Returns:
-        `AliasSampler`.
+        `samplers.Alias`.
 
     Raises:
-        TypeError: weights that are traced or not numbers.
-        ValueError: another shape than [classes], a weight that is negative or not finite, weights that are all 0.
+        TypeError: `weights` are traced or not numbers.
+        ValueError: `weights` do not have shape [classes], are all 0, or have a negative or non-finite entry.
 
     Example:
         >>> import jax, jax.numpy as jnp, xentjax
-        >>> sampler = xentjax.alias_sampler(jnp.array([16.0, 1.0, 0.0]) ** 0.75)
+        >>> sampler = xentjax.samplers.alias(jnp.array([16.0, 1.0, 0.0]) ** 0.75)
         >>> jnp.exp(sampler.log_prob(jnp.arange(3))).tolist()
         [0.88888..., 0.11111..., 0.0]
         >>> ids = jax.jit(lambda sampler, key: sampler.sample(key, (1000,)))(sampler, jax.random.key(0))  # the table is an argument
@@ -164,172 +214,18 @@ def alias_sampler(weights: ArrayLike) -> AliasSampler:
         Walker, An Efficient Method for Generating Discrete Random Variables with General Distributions, 1977; Vose, A Linear Algorithm
         for Generating Random Numbers with a Given Distribution, 1991.
     """
-    probs = probabilities("alias_sampler", "weights", weights)
+    probs = arguments.probabilities("samplers.alias", "weights", weights)
     threshold, alias = _alias_table(probs)
     with np.errstate(divide="ignore"):
         log_probs = np.log(probs)
-    return AliasSampler(jnp.asarray(threshold), jnp.asarray(alias), jnp.asarray(log_probs, jnp.result_type(float)))
-
-
-class Samples(NamedTuple):
-    """Sampled classes and how often each was to be expected, both [samples] for all examples or [..., samples] for each its own.
-
-    Example:
-        >>> import jax.numpy as jnp, xentjax
-        >>> everything = xentjax.Samples(jnp.arange(1000), jnp.zeros(1000))  # every class once: no sampling at all
-        >>> everything.ids.shape
-        (1000,)
-    """
-
-    ids: ArrayLike
-    """Class indices, integer."""
-    log_expected_count: ArrayLike
-    """The logarithm of how often the class was to be expected among the samples; +∞ for a sample that does not count."""
-
-
-def draw_samples(key: Array, sampler: Any, count: int, *, shape: tuple[int, ...] = (), unique: bool = False) -> Samples:
-    """`count` sampled classes with the logarithms of their expected counts, both [*shape, count].
-
-    log_expected_count = `log_expected_count(sampler, ids, count, unique=unique)`: log(n·P(k)), or log(1 − (1 − P(k))^n) with `unique`.
-    Gradient: none.
-
-    Args:
-        key: of `jax.random.key`.
-        sampler: `uniform_sampler`, `log_uniform_sampler`, `alias_sampler`, or a pytree with `sample(key, shape)` and `log_prob(ids)`.
-        count: n, how many draws, at least 1.
-        shape: () for samples that all examples share, or the leading axes [...] of the examples for each its own.
-        unique: whether a class counts once however often it was drawn. Draws that repeat an earlier one get the expected count +∞, with
-            which every loss leaves them out.
-
-    Returns:
-        `Samples`.
-
-    Raises:
-        TypeError: a `key` that is none, `count` that is not a Python integer.
-        ValueError: several keys, `count` < 1.
-
-    Example:
-        >>> import jax, xentjax
-        >>> samples = xentjax.draw_samples(jax.random.key(0), xentjax.uniform_sampler(10), 20)
-        >>> samples.ids.shape, samples.log_expected_count[0].tolist()  # log(20/10)
-        ((20,), 0.69314...)
-
-    Reference:
-        Bengio, Senécal, Adaptive Importance Sampling to Accelerate Training of a Neural Probabilistic Language Model, 2008.
-    """
-    name = "draw_samples"
-    return _draw(one_key(name, key), sampler, checks.count(name, "count", count), tuple(shape), unique)
-
-
-def log_expected_count(sampler: Any, ids: ArrayLike, count: int, *, unique: bool = False) -> Array:
-    """The logarithm of how often a class is to be expected among `count` draws, [...].
-
-    log(n·P(k)), or with `unique` log(1 − (1 − P(k))^n), the probability that it is drawn at all.
-    Gradient: none.
-
-    Args:
-        sampler: what `draw_samples` was given.
-        ids: [...], class indices, integer; labels, for instance.
-        count: n, how many draws.
-        unique: what `draw_samples` was given.
-
-    Returns:
-        [...], float32 (float64 under `jax_enable_x64`); NaN for what is no class.
-
-    Raises:
-        TypeError: `ids` that are not integers, `count` that is not a Python integer.
-        ValueError: `count` < 1.
-
-    Example:
-        >>> import jax.numpy as jnp, xentjax
-        >>> counts = [xentjax.log_expected_count(xentjax.uniform_sampler(2), 0, 3, unique=u) for u in (False, True)]
-        >>> jnp.exp(jnp.stack(counts)).tolist()  # 3/2, and 1 − (1/2)³
-        [1.5, 0.875]
-
-    Reference:
-        Bengio, Senécal, Adaptive Importance Sampling to Accelerate Training of a Neural Probabilistic Language Model, 2008.
-    """
-    name = "log_expected_count"
-    return _log_expected_count(sampler, checks.integers(name, "ids", ids), checks.count(name, "count", count), unique)
-
-
-@functools.partial(jax.jit, static_argnames=("shape",))
-def _uniform(key, classes, shape):
-    return jax.random.randint(key, shape, 0, classes, jnp.int32)
-
-
-@jax.jit
-def _uniform_log_prob(ids, classes):
-    dtype = jnp.result_type(float)
-    return _of_classes(ids, classes, jnp.broadcast_to(-jnp.log(jnp.asarray(classes, dtype)), ids.shape))
-
-
-@functools.partial(jax.jit, static_argnames=("shape",))
-def _log_uniform(key, classes, shape):
-    """⌊x⌋ − 1 of an x that is log-uniform in [1, classes + 1): first its octave, then its place there.
-
-    The exponential of one number for both would be rounded to steps of more than a class above 10⁵ classes.
-    """
-    first, second = jax.random.split(key)
-    octaves = jnp.log2(jnp.asarray(classes, jnp.float32) + 1)
-    octave = jnp.floor(jax.random.uniform(first, shape, jnp.float32) * octaves)
-    place = jax.random.uniform(second, shape, jnp.float32) * jnp.minimum(octaves - octave, 1)  # the last octave is cut off
-    x = jnp.left_shift(1, octave.astype(jnp.int32)).astype(jnp.float32) * jnp.exp2(place)
-    return jnp.clip(x.astype(jnp.int32) - 1, 0, jnp.asarray(classes, jnp.int32) - 1)
-
-
-@jax.jit
-def _log_uniform_log_prob(ids, classes):
-    dtype = jnp.result_type(float)
-    inside = jnp.maximum(ids, 0).astype(dtype)
-    return _of_classes(ids, classes, jnp.log(jnp.log1p(1 / (inside + 1))) - jnp.log(jnp.log1p(jnp.asarray(classes, dtype))))
-
-
-@functools.partial(jax.jit, static_argnames=("shape",))
-def _aliased(key, threshold, alias, shape):
-    first, second = jax.random.split(key)
-    hit = jax.random.randint(first, shape, 0, threshold.shape[0], jnp.int32)
-    kept = jax.random.bits(second, shape, jnp.uint32) < threshold[hit]
-    return jnp.where(kept, hit, alias[hit])
-
-
-@jax.jit
-def _alias_log_prob(ids, log_probs):
-    return _of_classes(ids, log_probs.shape[0], jnp.take(log_probs, ids, mode="clip"))
-
-
-def _of_classes(ids, classes, log_probs):
-    """`log_probs` of ids that are classes, NaN for others."""
-    return numerics.nan_unless((ids >= 0) & (ids < jnp.asarray(classes, ids.dtype)), log_probs)
-
-
-@functools.partial(jax.jit, static_argnames=("count", "shape", "unique"))
-def _draw(key, sampler, count, shape, unique):
-    ids = sampler.sample(key, (*shape, count))
-    expected = _log_expected_count(sampler, ids, count, unique)
-    return Samples(ids, jnp.where(_repeated(ids), jnp.inf, expected) if unique else expected)
-
-
-@functools.partial(jax.jit, static_argnames=("count", "unique"))
-def _log_expected_count(sampler, ids, count, unique):
-    log_prob = sampler.log_prob(ids)
-    if not unique or count == 1:
-        return log_prob + np.log(count).astype(log_prob.dtype)
-    certain = log_prob == 0
-    missed = jnp.log1p(-jnp.exp(numerics.where(certain, -1, log_prob)))  # log(1 − P); of P = 1 nobody may ask
-    return numerics.where(certain, 0, jnp.log(-jnp.expm1(count * missed)))
-
-
-def _repeated(ids):
-    """Whether an equal id stands earlier on the last axis."""
-    order = jnp.argsort(ids, axis=-1, stable=True)
-    ordered = jnp.take_along_axis(ids, order, axis=-1)
-    again = jnp.concatenate([jnp.zeros_like(ordered[..., :1], bool), ordered[..., 1:] == ordered[..., :-1]], axis=-1)
-    return jnp.take_along_axis(again, jnp.argsort(order, axis=-1), axis=-1)
+    return Alias(jnp.asarray(threshold), jnp.asarray(alias), jnp.asarray(log_probs, jnp.result_type(float)))
 
 
 def _alias_table(probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Thresholds in units of 2⁻³² and aliases: every class fills a cell of size 1/classes, what is too much for one fills up another."""
+    """The thresholds in units of 2⁻³², and the aliases.
+
+    Each class has a cell of size 1/classes. A class with a larger probability fills the rest of the cells of rarer classes.
+    """
     fill = (probs * len(probs)).tolist()
     alias = np.full(len(fill), np.argmax(probs), np.int32)
     small = [k for k, share in enumerate(fill) if share < 1]
@@ -340,47 +236,128 @@ def _alias_table(probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         fill[high] -= 1 - fill[low]
         if fill[high] < 1:
             small.append(large.pop())
-    for k in small + large:  # 1 but for rounding
+    for k in small + large:  # 1, except for rounding errors
         fill[k] = float(probs[k] > 0)
         alias[k] = k if probs[k] > 0 else alias[k]
     return np.minimum(np.rint(np.asarray(fill) * 2.0**32), 2.0**32 - 1).astype(np.uint32), alias
 
 
-def probabilities(function: str, name: str, weights: ArrayLike) -> np.ndarray:
-    """Weights as probabilities, float64."""
-    if isinstance(weights, core.Tracer):
-        raise TypeError(
-            f"{function}: {name} must be known before tracing; got a traced array. Call {function} outside and pass its result in."
-        )
-    w = np.asarray(weights)
-    if not (jnp.issubdtype(w.dtype, jnp.floating) or jnp.issubdtype(w.dtype, jnp.integer)):
-        raise TypeError(f"{function}: {name} must be numbers; got {w.dtype}.")
-    if w.ndim != 1 or w.size == 0:
-        raise ValueError(f"{function}: {name} must have shape (classes,), one per class; got {w.shape}.")
-    w = w.astype(np.float64)
-    wrong = np.flatnonzero(~(np.isfinite(w) & (w >= 0)))
-    if wrong.size:
-        raise ValueError(f"{function}: {name} must be finite and at least 0; got {name}[{wrong[0]}] = {w[wrong[0]]:g}.")
-    if not w.any():
-        raise ValueError(f"{function}: {name} must not all be 0.")
-    w = w / w.max()
-    return w / w.sum()
+class Samples(NamedTuple):
+    """Sampled classes and their log expected counts: [samples] shared by all examples, or [..., samples] for each example.
+
+    Example:
+        >>> import jax.numpy as jnp, xentjax
+        >>> everything = xentjax.samplers.Samples(jnp.arange(1000), jnp.zeros(1000))  # every class exactly once
+        >>> everything.ids.shape
+        (1000,)
+    """
+
+    ids: ArrayLike
+    """Class indices, integer."""
+    log_expected_count: ArrayLike
+    """The log of the expected count of each sampled class among all samples; +∞ for a sample that does not count."""
 
 
-def _classes(function: str, classes: int, most: int) -> Array:
+def draw(key: Array, sampler: Sampler, count: int, *, shape: tuple[int, ...] = (), unique: bool = False) -> Samples:
+    """Sampled classes and the logarithms of their expected counts, both of shape [*shape, count].
+
+    The log expected count of class k is log(n·P(k)), or log(1 − (1 − P(k))^n) with `unique`, as in `samplers.log_expected_count`.
+    Gradient: none.
+
+    Args:
+        key: a random key from `jax.random.key`.
+        sampler: made by `samplers.uniform`, `samplers.log_uniform` or `samplers.alias`, or any pytree with methods `sample(key, shape)` and
+            `log_prob(ids)`.
+        count: n ≥ 1, number of draws.
+        shape: () if all examples share the samples, or the leading axes [...] of the examples if each example has its own.
+        unique: whether a class counts only once, no matter how often it is drawn. A repeated draw gets expected count +∞, and every loss
+            leaves it out.
+
+    Returns:
+        `samplers.Samples`.
+
+    Raises:
+        TypeError: `key` is not a JAX random key, or `count` is not a Python integer.
+        ValueError: `key` holds several keys, or `count` is below 1.
+
+    Example:
+        >>> import jax, xentjax
+        >>> samples = xentjax.samplers.draw(jax.random.key(0), xentjax.samplers.uniform(10), 20)
+        >>> samples.ids.shape, samples.log_expected_count[0].tolist()  # log(20/10)
+        ((20,), 0.69314...)
+
+    Reference:
+        Bengio, Senécal, Adaptive Importance Sampling to Accelerate Training of a Neural Probabilistic Language Model, 2008.
+    """
+    name = "samplers.draw"
+    return _draw(arguments.random_key(name, key), sampler, checks.count(name, "count", count), tuple(shape), unique)
+
+
+@functools.partial(jax.jit, static_argnames=("count", "shape", "unique"))
+def _draw(key: Array, sampler: Sampler, count: int, shape: tuple[int, ...], unique: bool) -> Samples:
+    ids = sampler.sample(key, (*shape, count))
+    expected = _log_expected_count(sampler, ids, count, unique)
+    return Samples(ids, jnp.where(_repeated(ids), jnp.inf, expected) if unique else expected)
+
+
+def log_expected_count(sampler: Sampler, ids: ArrayLike, count: int, *, unique: bool = False) -> Array:
+    """Logarithm of the expected count of each class among `count` draws, shape [...].
+
+    log(n·P(k)), or with `unique` log(1 − (1 − P(k))^n), where 1 − (1 − P(k))^n is the probability that class k is drawn at all.
+    Gradient: none.
+
+    Args:
+        sampler: the sampler that `samplers.draw` was given.
+        ids: [...], integer class indices, such as labels.
+        count: n ≥ 1, number of draws.
+        unique: the value that `samplers.draw` was given.
+
+    Returns:
+        [...], float32, or float64 under `jax_enable_x64`; NaN for ids outside [0, classes).
+
+    Raises:
+        TypeError: `ids` are not integers, or `count` is not a Python integer.
+        ValueError: `count` is below 1.
+
+    Example:
+        >>> import jax.numpy as jnp, xentjax
+        >>> coin = xentjax.samplers.uniform(2)
+        >>> counts = [xentjax.samplers.log_expected_count(coin, 0, 3, unique=u) for u in (False, True)]
+        >>> jnp.exp(jnp.stack(counts)).tolist()  # 3/2, and 1 − (1/2)³
+        [1.5, 0.875]
+
+    Reference:
+        Bengio, Senécal, Adaptive Importance Sampling to Accelerate Training of a Neural Probabilistic Language Model, 2008.
+    """
+    name = "samplers.log_expected_count"
+    return _log_expected_count(sampler, checks.integers(name, "ids", ids), checks.count(name, "count", count), unique)
+
+
+@functools.partial(jax.jit, static_argnames=("count", "unique"))
+def _log_expected_count(sampler: Sampler, ids: Array, count: int, unique: bool) -> Array:
+    log_prob = sampler.log_prob(ids)
+    if not unique or count == 1:
+        return log_prob + np.log(count).astype(log_prob.dtype)
+    certain = log_prob == 0  # P = 1: log(1 − P) is −∞, so −1 replaces log P there and the result is set to log 1 = 0
+    log_missed = jnp.log1p(-jnp.exp(numerics.where(certain, -1, log_prob)))
+    return numerics.where(certain, 0, jnp.log(-jnp.expm1(count * log_missed)))
+
+
+def _nan_outside(ids: Array, classes: Array | int, log_probs: Array) -> Array:
+    """`log_probs` where ids are in [0, classes), NaN elsewhere."""
+    return numerics.nan_unless((ids >= 0) & (ids < jnp.asarray(classes, ids.dtype)), log_probs)
+
+
+def _repeated(ids: Array) -> Array:
+    """Whether the same id occurs earlier on the last axis."""
+    order = jnp.argsort(ids, axis=-1, stable=True)
+    ordered = jnp.take_along_axis(ids, order, axis=-1)
+    again = jnp.concatenate([jnp.zeros_like(ordered[..., :1], bool), ordered[..., 1:] == ordered[..., :-1]], axis=-1)
+    return jnp.take_along_axis(again, jnp.argsort(order, axis=-1), axis=-1)
+
+
+def _class_count(function: str, classes: int, most: int) -> Array:
+    """The number of classes as an int32 array, if it is in [1, most]."""
     if checks.count(function, "classes", classes) > most:
         raise ValueError(f"{function}: classes must be at most {most}; got {classes}.")
     return jnp.asarray(classes, jnp.int32)
-
-
-def one_key(function: str, key: Array) -> Array:
-    """One key, typed or (older) as its raw bits."""
-    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", ())
-    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if not typed and dtype != jnp.uint32:
-        raise TypeError(
-            f"{function}: key must be a key of jax.random; got {type(key).__name__ if dtype is None else dtype}. Use jax.random.key(0)."
-        )
-    if shape[: len(shape) - (not typed)]:
-        raise ValueError(f"{function}: key must be one key; got keys of shape {shape}. Use jax.vmap, or `shape` for more samples.")
-    return key

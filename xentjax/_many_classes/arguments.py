@@ -1,0 +1,67 @@
+"""Arguments of the functions for many classes: checks, masks, and the parameters of selected classes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, core
+from jax.typing import ArrayLike
+
+from xentjax._core import checks, numerics
+from xentjax._linear import layers
+
+
+def class_indices(function: str, labels: ArrayLike, leading: tuple[int, ...], classes: int, where: Array | None) -> Array:
+    """Integer labels, one per example; `leading` is the shape of the examples. Soft labels raise TypeError."""
+    y = checks.integers(function, "labels", labels)
+    checks.same_shape(function, "labels", y, leading, "the shape of hidden without its feature axis")
+    return layers.labels(function, y, leading, classes, where)
+
+
+def random_key(function: str, key: Array) -> Array:
+    """A single random key: a typed key, or the uint32 array of an older key."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", ())
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not typed and dtype != jnp.uint32:
+        raise TypeError(
+            f"{function}: key must be a JAX random key; got {type(key).__name__ if dtype is None else dtype}. Use jax.random.key(0)."
+        )
+    if shape[: len(shape) - (not typed)]:
+        raise ValueError(f"{function}: key must be one key; got keys of shape {shape}. Use jax.vmap, or `shape` for more samples.")
+    return key
+
+
+def probabilities(function: str, name: str, weights: ArrayLike) -> np.ndarray:
+    """Weights [classes], normalized to probabilities in float64."""
+    if isinstance(weights, core.Tracer):
+        raise TypeError(
+            f"{function}: {name} must be known before tracing; got a traced array. "
+            f"Call {function} outside jax.jit and pass its result as an argument."
+        )
+    w = np.asarray(weights)
+    if not (jnp.issubdtype(w.dtype, jnp.floating) or jnp.issubdtype(w.dtype, jnp.integer)):
+        raise TypeError(f"{function}: {name} must be numbers; got {w.dtype}.")
+    if w.ndim != 1 or w.size == 0:
+        raise ValueError(f"{function}: {name} must have shape (classes,), one per class; got {w.shape}.")
+    w = w.astype(np.float64)
+    wrong = np.flatnonzero(~(np.isfinite(w) & (w >= 0)))
+    if wrong.size:
+        raise ValueError(f"{function}: {name} must be finite and at least 0; got {name}[{wrong[0]}] = {w[wrong[0]]:g}.")
+    if not w.any():
+        raise ValueError(f"{function}: {name} must not all be 0.")
+    w = w / w.max()
+    return w / w.sum()
+
+
+def masked(x: Array, where: Array | None) -> Array:
+    """`x` [...] or [..., n], with 0 in examples that do not count."""
+    if where is None:
+        return x
+    return numerics.where(where if x.ndim == where.ndim else where[..., None], x, 0)
+
+
+def take_classes(parameters: Array, index: Array, axis: int, dtype: jnp.dtype) -> Array:
+    """The parameters of the classes `index`; the class axis `axis` comes first in the result.
+
+    The gradients of a class that occurs several times accumulate in `dtype`. They are cast to the dtype of `parameters` once.
+    """
+    return jnp.moveaxis(jnp.take(parameters.astype(dtype), index, axis=axis, mode="clip"), axis, 0)
