@@ -23,9 +23,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--exhaustive", action="store_true", help="run every combination of parameters (tests/selection.py says what is left out)"
-    )
+    parser.addoption("--exhaustive", action="store_true", help="run every combination of parameters")
     parser.addoption(
         "--randomize", type=int, metavar="N", help="let each hypothesis test draw N new examples; without it every run draws the same ones"
     )
