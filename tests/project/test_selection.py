@@ -1,0 +1,101 @@
+"""The short run leaves out no test function, no public function and no value of an option."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import selection
+from tests.tables import cases
+from tests.tables.rows import ROWS
+
+ROOT = Path(__file__).parents[2]
+TABLES = {case.name for case in cases.LOSSES} | {row.name for row in ROWS}
+
+
+class Marked:
+    """A test as pytest collects it, as far as the selection looks at it."""
+
+    def __init__(self, name, params, *marks):
+        self.nodeid, self.marks = f"{name}[{'-'.join(map(str, params.values()))}]", marks
+        self.callspec = type("CallSpec", (), {"params": params})
+
+    def get_closest_marker(self, name):
+        return name if name in self.marks else None
+
+
+class Row:
+    """A row of a table."""
+
+    def __init__(self, name, label):
+        self.name, self.label = name, label
+
+    def __str__(self):
+        return f"{self.name}-{self.label}"
+
+
+LOSSES = [Row(name, label) for name in "abcdef" for label in "xy"]
+PRODUCT = [(row, shards, kind) for row in LOSSES for shards in (1, 2, 4) for kind in ("auto", "explicit")]
+
+
+def chosen(*marks):
+    items = [Marked("test", {"row": row, "shards": shards, "kind": kind}, *marks) for row, shards, kind in PRODUCT]
+    names = selection.short(items)
+    return [item.callspec.params for item in items if item.nodeid in names]
+
+
+def test_every_function_and_every_option_once():
+    params = chosen()
+    assert sorted(p["row"].name for p in params) == list("abcdef")  # one test for each function, not one for each row
+    assert {(p["shards"], p["kind"]) for p in params} == {(s, k) for s in (1, 2, 4) for k in ("auto", "explicit")}  # and every pair
+
+
+def test_every_row_where_it_is_asked_for():
+    assert {str(p["row"]) for p in chosen("every_row")} == set(map(str, LOSSES))
+
+
+def test_nothing_that_is_exhaustive():
+    assert not chosen("exhaustive")
+
+
+@pytest.fixture(scope="module")
+def collected():
+    """For each run, the identifiers that pytest itself collects."""
+
+    def collect(*options):
+        command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "--collect-only", *options]
+        return re.findall(r"^tests/\S.*$", subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout, re.M)
+
+    return collect(), collect("--exhaustive")
+
+
+def test_no_test_function_is_left_out(collected):
+    short, everything = ({name.split("[")[0] for name in names} for names in collected)
+    left_out = everything - short
+    assert all(name.split("::")[0] in EXHAUSTIVE or name in EXHAUSTIVE for name in left_out), left_out
+
+
+def test_every_public_function_meets_every_property(collected):
+    """A property is a test function over a table. The functions that it names in the exhaustive run are named in the short run."""
+    short, everything = (subjects(names) for names in collected)
+    assert {test: names for test, names in everything.items() if test in short and names - short[test]} == {}
+
+
+def subjects(names):
+    found = {}
+    for name in names:
+        test, _, parameters = name.partition("[")
+        if subject := re.split(r"[-\]]", parameters)[0]:
+            found.setdefault(test, set()).update({subject} & TABLES)
+    return found
+
+
+# Files and tests that the short run leaves out, with the reason.
+EXHAUSTIVE = {
+    "tests/project/test_notebook.py": "executes a notebook",
+    "tests/project/test_processes.py": "starts processes",
+    "tests/project/test_remedies.py": "trains 400 models",
+    "tests/project/test_char_lm.py": "trains a language model",
+}
