@@ -161,4 +161,4 @@ def _call(name, function):
     return Call(name, function, _ARRAYS[name], _STATIC.get(name, {}), defaults | _SETTINGS.get(name, {}))
 
 
-CALLS = tuple(_call(name, function) for name, function in public() if name not in WITHOUT)
+CALLS = tuple(_call(name, function) for name, function in public() if name in _ARRAYS)
