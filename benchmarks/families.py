@@ -81,7 +81,7 @@ def rows(shapes: tuple[Shape, ...], problem: Callable, rounds: int) -> list[dict
                     "shape": str(shape),
                     "dtype": shape.dtype,
                     "loss": name,
-                    "own normaliser": contender.own or None,
+                    "own normalizer": contender.own or None,
                     "milliseconds": time.milliseconds,
                     "time ratio": round(time.ratio, 2),
                     "temporary MB": memory,
