@@ -1,6 +1,7 @@
-"""Every categorical loss beside softmax_cross_entropy on the same logits: time and temporary memory of value and gradient.
+"""Every categorical loss compared with softmax_cross_entropy of the same logits: time and temporary memory of value and gradient.
 
-Labels are indices, parameters their defaults; class counts fall by a factor of 100, the noise matrix moves a fifth of every class.
+Labels are class indices, and parameters have their defaults. Class counts fall by a factor of 100. The noise matrix moves a fifth of
+every class.
 """
 
 import functools
