@@ -1,8 +1,11 @@
-"""Every categorical loss beside softmax_cross_entropy on the same logits: time and temporary memory of value and gradient.
+"""Every categorical loss compared with softmax_cross_entropy of the same logits: time and temporary memory of value and gradient.
 
-Labels are indices, parameters their defaults; class counts fall by a factor of 100, the noise matrix moves a fifth of every class.
+Labels are class indices, and parameters have their defaults. Class counts fall by a factor of 100. The noise matrix moves a fifth of
+every class.
 """
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,41 +23,47 @@ DEFAULT = tuple(Shape(tokens, None, classes) for tokens, classes in SIZES)
 
 
 class Contender(NamedTuple):
-    """A loss of (logits, labels), and what of it is not the common pass over a row."""
+    """A loss of (logits, labels), and the part of its work that cross-entropy does not have."""
 
     loss: Callable
-    own: str = ""  # its own normaliser, which the bar of 1.5 excepts
+    own: str = ""  # a normalizer of its own, excepted from the bar of 1.5
     most_classes: int = 10**9  # a matrix of classes x classes has to fit
 
 
 def contenders(classes: int) -> dict[str, Contender]:
-    """The losses at a number of classes."""
+    """The losses at a number of classes: every function of the front door with the arguments of `softmax_cross_entropy`."""
     counts = 1e4 * 100.0 ** (-jnp.arange(classes) / max(1, classes - 1))
-    log_prior = jnp.log(counts / counts.sum())
-    noise = 0.8 * jnp.eye(min(classes, _MOST)) + 0.2 / classes
-    return {
-        "generalized_cross_entropy": Contender(xentjax.generalized_cross_entropy),
-        "symmetric_cross_entropy": Contender(xentjax.symmetric_cross_entropy),
-        "bootstrapped_cross_entropy, soft": Contender(xentjax.bootstrapped_cross_entropy),
-        "bootstrapped_cross_entropy, hard": Contender(lambda z, y: xentjax.bootstrapped_cross_entropy(z, y, beta=0.8, hard=True)),
-        "taylor_cross_entropy": Contender(xentjax.taylor_cross_entropy),
-        "poly_cross_entropy": Contender(xentjax.poly_cross_entropy),
-        "confidence_penalized_cross_entropy": Contender(xentjax.confidence_penalized_cross_entropy),
-        "normalized_cross_entropy": Contender(xentjax.normalized_cross_entropy),
-        "logit_adjusted_cross_entropy": Contender(lambda z, y: xentjax.logit_adjusted_cross_entropy(z, y, class_log_prior=log_prior)),
-        "ldam_loss": Contender(lambda z, y: xentjax.ldam_loss(z, y, class_counts=counts)),
-        "seesaw_loss": Contender(lambda z, y: xentjax.seesaw_loss(z, y, class_counts=counts)),
-        "margin_cross_entropy": Contender(lambda z, y: xentjax.margin_cross_entropy(z, y)),
-        "softmax_focal_loss": Contender(xentjax.softmax_focal_loss),
-        "bi_tempered_cross_entropy": Contender(xentjax.bi_tempered_cross_entropy, "a root by Newton's method"),
-        "forward_corrected_cross_entropy": Contender(
-            lambda z, y: xentjax.forward_corrected_cross_entropy(z, y, noise_matrix=noise), "two sums under the noise", _MOST
-        ),
-        "backward_corrected_cross_entropy": Contender(
-            lambda z, y: xentjax.backward_corrected_cross_entropy(z, y, noise_matrix=noise), "a distribution per label", _MOST
-        ),
-        "distillation_loss": Contender(lambda z, y: xentjax.distillation_loss(z, jnp.roll(z, 1, 0)), "the teacher's normaliser"),
+    per_class = {
+        "class_counts": counts,
+        "class_log_prior": jnp.log(counts / counts.sum()),
+        "noise_matrix": 0.8 * jnp.eye(min(classes, _MOST)) + 0.2 / classes,
     }
+    losses = {name: Contender(_with_arrays(x, per_class), *_OWN.get(name, ())) for name, x in vars(xentjax).items() if _is_loss(name, x)}
+    soft = losses.pop("bootstrapped_cross_entropy")
+    hard = Contender(functools.partial(xentjax.bootstrapped_cross_entropy, beta=0.8, hard=True))
+    teacher = Contender(lambda z, y: xentjax.distillation_loss(z, jnp.roll(z, 1, 0)), "the teacher's normalizer")
+    return losses | {"bootstrapped_cross_entropy, soft": soft, "bootstrapped_cross_entropy, hard": hard, "distillation_loss": teacher}
+
+
+_BASELINES = {"softmax_cross_entropy", "softmax_log_prob", "row_statistics"}
+_OWN = {
+    "bi_tempered_cross_entropy": ("a root by Newton's method",),
+    "forward_corrected_cross_entropy": ("two sums under the noise", _MOST),
+    "backward_corrected_cross_entropy": ("a distribution per label", _MOST),
+}
+
+
+def _is_loss(name: str, x: object) -> bool:
+    if name in _BASELINES or not inspect.isfunction(x):
+        return False
+    parameters = list(inspect.signature(x).parameters)
+    return parameters[1:2] == ["labels"] and parameters[-4:] == ["axis", "axis_name", "class_mask", "where"]
+
+
+def _with_arrays(loss: Callable, per_class: dict[str, jax.Array]) -> Callable:
+    """The loss with the keywords that it requires."""
+    required = [name for name, p in inspect.signature(loss).parameters.items() if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    return functools.partial(loss, **{name: per_class[name] for name in required})
 
 
 def rows(shapes: tuple[Shape, ...], problem: Callable, rounds: int) -> list[dict]:
@@ -73,7 +82,7 @@ def rows(shapes: tuple[Shape, ...], problem: Callable, rounds: int) -> list[dict
                     "shape": str(shape),
                     "dtype": shape.dtype,
                     "loss": name,
-                    "own normaliser": contender.own or None,
+                    "own normalizer": contender.own or None,
                     "milliseconds": time.milliseconds,
                     "time ratio": round(time.ratio, 2),
                     "temporary MB": memory,

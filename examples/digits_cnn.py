@@ -1,19 +1,19 @@
 """A convolutional network learns handwritten digits with cross-entropy: SGD with momentum 0.9, batches of 64.
 
-Shows the whole of a training with xentjax: the loss per example from logits, its weighted mean, jax.grad of it, and what losses
-per example are good for afterwards: the hardest images, and each example's own gradient by jax.vmap of jax.grad.
+Shows a complete training with xentjax: the loss per example from logits, its weighted mean, and jax.grad of the mean. Then it uses the
+losses per example: it finds the hardest images, and computes the gradient of each example by jax.vmap of jax.grad.
 
 Run:      pip install "xentjax[examples]" && python examples/digits_cnn.py
           python examples/digits_cnn.py --loss focal --label-smoothing 0.1 --seed 3
           python examples/digits_cnn.py --data-dir FOLDER     the same on MNIST, from its four IDX files, plain or .gz
 Takes:    12 s on two CPU cores (measured); MNIST about a quarter of an hour (extrapolated from 100 batches of its size)
-Prints:   precision and recall of every class, the gradient norms, and last (measured, jax 0.10, CPU, seed 0)
+Prints:   precision and recall of every class, the gradient norms, and at the end (measured, jax 0.10, CPU, seed 0)
               held-out accuracy 100.00%, mean loss 0.0107 nats; picture in examples/output/digits.png
-Accuracy: on the held-out fifth, 360 images, another fifth for each of the seeds 0 to 4 (measured; one image is 0.28 %,
-          and other rounding, by another machine or version, can move a figure by an image)
+Accuracy: on the held-out fifth, 360 images, a different fifth for each of the seeds 0 to 4 (measured). One image is 0.28 %. Other
+          machines or versions round differently, which can change a figure by one image.
               cross_entropy   100.00  99.17  99.17  98.61  99.44 %     median 99.17 %
               focal            99.72  98.61  98.33  98.33  99.17 %     median 98.61 %
-          The learning rate was picked on these splits, from three trials. Seeds 5 to 9 chose nothing (older rounding, like focal):
+          The learning rate is the best of three on these splits. Seeds 5 to 9 did not influence it (older rounding, as for focal):
               cross_entropy    99.17  99.72  99.44  98.89  97.50 %     median 99.17 %
 """
 

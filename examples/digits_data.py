@@ -1,4 +1,4 @@
-"""The digits that `digits_cnn.py` learns: scikit-learn's own 1,797 of 8 × 8 pixels, or MNIST from its IDX files."""
+"""The data of `digits_cnn.py`: scikit-learn's 1,797 digits of 8 × 8 pixels, or MNIST from its IDX files."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""What `digits_cnn.py` tells about a trained network: its picture and its gradient norms."""
+"""The report of `digits_cnn.py` on a trained network: a picture and gradient norms."""
 
 from pathlib import Path
 

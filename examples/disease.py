@@ -1,20 +1,20 @@
-"""A network decides between malignant and benign tumours, with sigmoid cross-entropy from logits.
+"""A network separates malignant from benign tumors, with sigmoid cross-entropy of logits.
 
-The data are scikit-learn's bundled breast-cancer measurements: 569 tumours, 30 features. A multilayer perceptron is trained
-by Adam on 80 % of them and judged on the other 20 %, five times, so that each tumour is held out once. Then comes a mistake
-that tutorials make, logits (64, 10) against labels (64, 1): a loss that broadcasts would compare each label with ten logits
-and say nothing; xentjax refuses.
+The data are the breast-cancer measurements of scikit-learn: 569 tumors with 30 features. A multilayer perceptron is trained by
+Adam on 80 % of them and evaluated on the other 20 %, five times, so that each tumor is held out once. Then the script makes a
+mistake that is common in tutorials: logits (64, 10) against labels (64, 1). A loss that broadcasts would compare each label with ten
+logits, without an error. xentjax raises an error.
 
-Run:     pip install "xentjax[examples]" && python examples/disease.py     (--seed N picks the folds and the first parameters)
+Run:     pip install "xentjax[examples]" && python examples/disease.py     (--seed N sets the folds and the initial parameters)
 Takes:   5 s on two CPU cores (measured)
 Prints:  the accuracy of every fold, and (measured, jax 0.10, CPU, seed 0; accuracy at seeds 1 to 4: 97.9, 97.7, 98.1, 98.2 %)
-             all 569 tumours, 212 of them malignant, each held out once
+             all 569 tumors, 212 of them malignant, each held out once
                accuracy   98.4%
                precision  99.0%
                recall     96.7%
                F1         97.9%
          and the ValueError, which names the function, the argument, both shapes and the remedy.
-The L2 decay was picked among seven settings on other random splits of the same tumours, so the figures are a little kind.
+The L2 decay is the best of seven on other random splits of the same tumors, so the figures are slightly optimistic.
 """
 
 import argparse
@@ -37,8 +37,8 @@ FOLDS = 5
 
 def load_data() -> tuple[np.ndarray, np.ndarray]:
     """Features [569, 30] and labels [569], 1 for malignant."""
-    tumours = load_breast_cancer()
-    return tumours.data, np.int32(tumours.target == list(tumours.target_names).index("malignant"))
+    tumors = load_breast_cancer()
+    return tumors.data, np.int32(tumors.target == list(tumors.target_names).index("malignant"))
 
 
 class Perceptron(nnx.Module):
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> dict:
     inputs, labels = load_data()
     logits = held_out_logits(inputs, labels, arguments.seed)
     scores = judge(labels, np.int32(logits > 0))  # a logit above 0 is a probability above 1/2
-    print(f"\nall {len(labels)} tumours, {labels.sum()} of them malignant, each held out once")
+    print(f"\nall {len(labels)} tumors, {labels.sum()} of them malignant, each held out once")
     for name, score in scores.items():
         print(f"  {name:9s} {score:6.1%}")
 

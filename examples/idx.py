@@ -1,12 +1,12 @@
 """Reads IDX files, the format in which MNIST and its relatives (Fashion-MNIST, KMNIST) are published.
 
-An IDX file is a header and then the numbers, all big-endian: two zero bytes, one byte for the type of the numbers, one byte
-for the count of dimensions, each dimension as a 32-bit integer, then the numbers themselves, last dimension fastest. A file
-may be compressed by gzip; that is seen from its first bytes, not from its name.
+An IDX file consists of a header and numbers, all big-endian. The header has two zero bytes, one byte for the type of the numbers, one
+byte for the number of dimensions, and each dimension as a 32-bit integer. The numbers follow, with the last dimension fastest. A
+file may be compressed by gzip, which is recognized by its first bytes and not by its name.
 
     >>> train_images, train_labels, test_images, test_labels = load_mnist("path/to/mnist")  # uint8 [60000, 28, 28], [60000], …
 
-Every file that does not fit raises an error that names the file, what was expected, what was found, and what to do.
+An error about a file names the file, what was expected, what was found, and what to do.
 """
 
 import gzip

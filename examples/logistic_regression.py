@@ -1,12 +1,12 @@
-"""Logistic and softmax regression twice: gradients by hand in NumPy, and jax.grad of xentjax's losses. They agree.
+"""Logistic and softmax regression, with hand-written gradients in NumPy and with jax.grad of xentjax's losses. Both agree.
 
-Shows that the gradient which textbooks derive, Xᵀ(p − y)/n, is what jax.grad finds: 1,000 epochs of gradient descent on
-100 examples with 2 features and 2 classes, then with 5 features and 3 classes, in float64, every epoch's parameters compared.
-Then the two derivatives behind it: (p − y)/(p(1 − p)) by the probability p, and p − y by the logit.
+Shows that jax.grad returns the gradient of the textbooks, Xᵀ(p − y)/n. The script runs 1,000 epochs of gradient descent on 100 examples,
+in float64, with 2 features and 2 classes and then with 5 features and 3 classes. It compares the parameters of every epoch.
+Then it compares two derivatives: (p − y)/(p(1 − p)) with respect to the probability p, and p − y with respect to the logit.
 
 Run:     python examples/logistic_regression.py
 Takes:   2 s on two CPU cores (measured)
-Prints:  the last parameters of each, a table of the derivatives, and (measured, jax 0.10, CPU)
+Prints:  the final parameters of each, a table of the derivatives, and (measured, jax 0.10, CPU)
              largest differences (trajectories absolute, derivatives relative)
                logistic_trajectory      8.9e-16
                softmax_trajectory       4.4e-16

@@ -1,4 +1,4 @@
-"""What `remedies.py` trains on, and how it tells what came of it: the training sets, the scores, the table, the picture."""
+"""The training sets of `remedies.py`, and its report: scores, a table and a picture."""
 
 from pathlib import Path
 from typing import NamedTuple

@@ -1,8 +1,8 @@
-"""A language model over devices and processes: the classes of its head over one mesh axis, its tokens over another; it resumes.
+"""A language model over devices and processes: classes of the head over one mesh axis, tokens over another. The training can be resumed.
 
-Shows `fuse_linear_sharded`, the loss of a head that no device holds in full, exact however much padding a device got, with optax, orbax;
-and a run that fails as one: where a process dies, stops, hangs or was started with something else, all end with an error, after --timeout
-seconds at most. So no step may take longer, its compilation included.
+Shows `fuse_linear_sharded` with optax and orbax. No device holds the whole head, and the loss is exact for any distribution of padding.
+The processes also fail together: if one dies, stops, hangs or was started with different arguments, all end with an error within --timeout
+seconds. So each step, with its compilation, must take less time than that.
 The model, one layer over the last words (Bengio et al., A Neural Probabilistic Language Model, 2003), learns Python's standard library.
     python examples/sharded_lm.py --devices 8 --model 4 --folder /tmp/lm     39 s on two cores: perplexity 4105.87, after 200 steps 71.54
     for i in 0 1; do python examples/sharded_lm.py --devices 4 --coordinator localhost:9911 --num-processes 2 --process-id $i & done; wait

@@ -261,5 +261,5 @@ def test_the_table_on_paper_is_that_of_a_calculator(tmp_path, capsys):
     assert row["in a loop"] == pytest.approx(chunks * kernel * 1e3, abs=1)
     printed = capsys.readouterr().out.strip()
     assert "| Llama 3 405B | 64 | 8 x 8 | 64 | 25160.0 | 130.5 |" in printed
-    assert printed in (pathlib.Path(__file__).parents[2] / "benchmarks" / "README.md").read_text()
+    assert printed in (pathlib.Path(__file__).parents[2] / "benchmarks" / "NOTES.md").read_text()
     assert [row["chips"] for row in written["rows"]] == [8, 64, 512, 4096] * 2 and written["tokens of a call"] == 32_768

@@ -1,6 +1,5 @@
-"""The recipes of docs/fused-linear.md and docs/devices.md run as they are printed and equal their dense forms."""
+"""The recipes of docs/fused-linear.md and docs/devices.md run as printed and equal their dense forms."""
 
-import pathlib
 import re
 
 import jax
@@ -8,26 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-DOCS = pathlib.Path(__file__).parents[2] / "docs"
+from tests.project import pages
+
 TOLERANCE = 2e-5  # float32 sums over 40 tokens and 23 classes, relative to the largest component
 V, D, B, T = 23, 6, 4, 10
 
 
-def names_of(page):
-    names = {}
-    for block in re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.S):
-        exec(block, names)
-    return names
-
-
 @pytest.fixture(scope="module")
 def recipes():
-    return names_of("fused-linear.md")
+    return pages.names_of(pages.ROOT / "docs" / "fused-linear.md")
 
 
 @pytest.fixture(scope="module")
 def devices():
-    return names_of("devices.md")
+    return pages.names_of(pages.ROOT / "docs" / "devices.md")
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +164,7 @@ def test_accumulated(recipes, given):
 
 
 def test_every_recipe_has_a_test(recipes):
-    functions = re.findall(r"^def (\w+)\(", (DOCS / "fused-linear.md").read_text(), re.M)
+    functions = re.findall(r"^def (\w+)\(", (pages.ROOT / "docs" / "fused-linear.md").read_text(), re.M)
     assert all(f"test_{name}" in globals() for name in functions), functions
 
 

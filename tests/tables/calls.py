@@ -1,6 +1,7 @@
 """One valid call of every public function that computes with arrays: each argument by its name, for properties of single arguments.
 
-The values mean little; `table_*.py` and `cases.py` hold the formulas. `test_arguments.py` walks over the leaves of these arguments.
+The table of cases says how losses on (logits, labels) are called. The values mean little; `table_*.py` and `cases.py` hold the formulas.
+`test_arguments.py` walks over the leaves of these arguments.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 
 import xentjax
+from tests.tables import cases
 from xentjax import information, metrics, samplers
 
 N, K, F = 3, 4, 2  # examples, classes, features
@@ -66,7 +68,6 @@ CLASSES = {"logits": _float(N, K), "labels": _indices(N)}
 BITS = {"logits": _float(N, K), "labels": (_indices(N, K) % 2).astype(np.int32)}
 WEIGHTS = {"class_weights": _float(K)}
 COUNTS = {"class_counts": np.arange(1, K + 1, dtype=np.float32)}
-NOISE = {"noise_matrix": np.full((K, K), 0.1, np.float32) + 0.6 * np.eye(K, dtype=np.float32)}
 SIMPLEX = np.full((N, K), 1 / K, np.float32)
 PAIR, LOGITS = {"p": SIMPLEX, "q": SIMPLEX}, {"p_logits": _float(N, K), "q_logits": _float(N, K)}
 VIEWS = _float(N, F), _float(N, F)
@@ -77,19 +78,14 @@ TREE = jax.tree.map(np.asarray, xentjax.huffman_tree([5, 1, 2, 1]))
 TREE = TREE._replace(nodes=TREE.nodes.astype(np.int32))
 
 _ARRAYS: dict[str, dict[str, Any]] = {
+    **{case.name: CLASSES | case.of_classes(K) for case in cases.CLASSES + cases.STATISTICS},
+    **dict.fromkeys((case.name for case in cases.BITS), BITS),
     "softmax_cross_entropy": CLASSES | WEIGHTS,
     "softmax_focal_loss": CLASSES | WEIGHTS,
     "softmax_cross_entropy_with_top_k_labels": {"logits": _float(N, K), "label_ids": _indices(N, 2), "label_probs": _float(N, 2)},
-    **dict.fromkeys(("softmax_log_prob", "row_statistics", "generalized_cross_entropy", "symmetric_cross_entropy"), CLASSES),
-    **dict.fromkeys(("bootstrapped_cross_entropy", "taylor_cross_entropy", "poly_cross_entropy"), CLASSES),
-    **dict.fromkeys(("confidence_penalized_cross_entropy", "normalized_cross_entropy", "bi_tempered_cross_entropy"), CLASSES),
-    **dict.fromkeys(("forward_corrected_cross_entropy", "backward_corrected_cross_entropy"), CLASSES | NOISE),
-    "logit_adjusted_cross_entropy": CLASSES | {"class_log_prior": -_float(K)},
-    **dict.fromkeys(("ldam_loss", "seesaw_loss"), CLASSES | COUNTS),
     **dict.fromkeys(("class_balanced_weights", "inverse_frequency_weights"), COUNTS),
     "margin_cross_entropy": {"cosines": _float(N, K), "labels": _indices(N)},
     "sigmoid_cross_entropy": BITS | {"pos_weight": _float(K)},
-    **dict.fromkeys(("sigmoid_focal_loss", "asymmetric_loss"), BITS),
     "distillation_loss": {"student_logits": _float(N, K), "teacher_logits": _float(N, K)},
     "gaussian_nll": {"mean": _float(N), "targets": _float(N), "variance": _float(N)},
     "laplace_nll": {"mean": _float(N), "targets": _float(N), "log_scale": _float(N)},
@@ -165,4 +161,4 @@ def _call(name, function):
     return Call(name, function, _ARRAYS[name], _STATIC.get(name, {}), defaults | _SETTINGS.get(name, {}))
 
 
-CALLS = tuple(_call(name, function) for name, function in public() if name not in WITHOUT)
+CALLS = tuple(_call(name, function) for name, function in public() if name in _ARRAYS)
