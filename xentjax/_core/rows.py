@@ -193,7 +193,7 @@ def largest_class(rows):
     z = lax.stop_gradient(rows.raw)
     z = z if rows.class_mask is None else numerics.select_logits(rows.class_mask, z)
     top = maximum(z, None, rows.axis_name)
-    index = jnp.max(numerics.where(numerics.same(z, top[..., None]), class_index(rows), -1), axis=-1)
+    index = jnp.max(numerics.where(numerics.equal(z, top[..., None]), class_index(rows), -1), axis=-1)
     return index if rows.axis_name is None else lax.pmax(index, rows.axis_name)
 
 

@@ -222,7 +222,7 @@ def excess(rest: Array, ties: Array) -> Array:
 
 def same_as_largest(r: rows.Rows, m: Array) -> Array:
     """Whether a class has the largest logit [..., classes]."""
-    return rows.masked(numerics.same(lax.stop_gradient(r.raw), m.astype(r.raw.dtype)[..., None]), r.where, r.class_mask)
+    return rows.masked(numerics.equal(lax.stop_gradient(r.raw), m.astype(r.raw.dtype)[..., None]), r.where, r.class_mask)
 
 
 def few(r: rows.Rows) -> bool:
