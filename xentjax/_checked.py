@@ -107,9 +107,9 @@ def _is_model(x: Any) -> bool:
 def _refuse_truncation(name: str, arguments: dict[str, Any]) -> None:
     """ValueError for an integer beyond the range of JAX's integers, which `jax.jit` and `jax.vmap` truncate before any loss sees it."""
     for path, x in jax.tree_util.tree_leaves_with_path(arguments):
-        whole = checks.beyond(x) if isinstance(x, np.ndarray | np.generic) else None
+        whole = checks.oversized_integers(x) if isinstance(x, np.ndarray | np.generic) else None
         if whole is not None:
-            low, high = checks.ends()
+            low, high = checks.integer_limits()
             position = tuple(np.argwhere((whole < low) | (whole > high))[0])
             raise ValueError(
                 f"{name}: {_place(path, position)} = {whole[position]} is outside [{low}, {high}], and JAX would truncate it. "

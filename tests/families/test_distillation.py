@@ -132,7 +132,7 @@ SHAPE = f"{NAME}: teacher_logits must have shape (2, 3), the shape of student_lo
     ("arguments", "keywords", "error", "message"),
     [
         ((Z, Z.T), {}, ValueError, f"{SHAPE} (3, 2)."),
-        ((Z, Z[0]), {}, ValueError, f"{SHAPE} (3,). Use jnp.broadcast_to(teacher_logits, (2, 3)) if that is meant."),
+        ((Z, Z[0]), {}, ValueError, f"{SHAPE} (3,). Use jnp.broadcast_to(teacher_logits, (2, 3)) to broadcast it explicitly."),
         ((Z.astype(int), Z), {}, TypeError, f"{NAME}: student_logits must have a floating dtype; got int32. Use student_logits."),
         ((Z, Z.astype(int)), {}, TypeError, f"{NAME}: teacher_logits must have a floating dtype; got int32. Use teacher_logits."),
         ((Z, Z), {"divergence": "kl"}, ValueError, "must be one of 'forward', 'reverse', 'js', 'tv'; got 'kl'."),

@@ -142,7 +142,8 @@ S, Y = jnp.zeros(3), jnp.array([0, 1, 1])
         (
             lambda: metrics.ranking(S, Y, where=jnp.ones((), bool)),
             ValueError,
-            "ranking: where must have shape (3,), the shape of scores; got (). Use jnp.broadcast_to(where, (3,)) if that is meant.",
+            "ranking: where must have shape (3,), the shape of scores; got (). "
+            "Use jnp.broadcast_to(where, (3,)) to broadcast it explicitly.",
         ),
         (lambda: metrics.ranking(S, Y, points=1), ValueError, "ranking: points must be at least 2; got 1."),
         (lambda: metrics.ranking(S, Y, low=1), ValueError, "ranking: low must be below high; got 1 and 1."),

@@ -271,7 +271,7 @@ def mean(z, y):
 
 KERNEL = "kernel must have shape (3, classes) for hidden of shape (4, 3); got"
 LEADING = "must have shape (4,), the shape of hidden without its feature axis; got"
-SOFT = "labels must have shape (4, 5), the shape of logits, because they are a distribution over classes; got"
+SOFT = "labels must have shape (4, 5), the shape of logits, because floating labels are soft labels; got"
 ARGS = "must have shape (4, ...), the leading axes of hidden first; got"
 CLOSE = "What is not one per example is closed over by loss_fn."
 RESULT = "the result of loss_fn must have shape (4,), one value per example for logits of shape (4, 5); got"
@@ -288,7 +288,7 @@ REDUCTIONS_ARE = 'reduction must be "mean", "sum" or "none"; got'
         (lambda: linear(H[0, 0], K, Y), "hidden must have a feature axis; got shape ()."),
         (lambda: linear(H, K, Y[:3]), f"labels {LEADING} (3,)."),
         (lambda: linear(H, K, Y[:, None]), f"labels {LEADING} (4, 1). Use labels.squeeze(-1)."),
-        (lambda: linear(H, K, jnp.zeros(4)), f"{SOFT} (4,). For class indices use labels.astype(jnp.int32)."),
+        (lambda: linear(H, K, jnp.zeros(4)), f"{SOFT} (4,). For class indices, use labels.astype(jnp.int32)."),
         (lambda: linear(H, K, Y, weights=jnp.zeros((4, 1))), f"weights {LEADING} (4, 1). Use weights.squeeze(-1)."),
         (lambda: linear(H, K, Y, where=Y[:3] > 0), f"where {LEADING} (3,)."),
         (lambda: linear(H, K, Y, bias=jnp.zeros(3)), "bias must have shape (5,), one per class; got (3,)."),

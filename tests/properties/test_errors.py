@@ -43,9 +43,9 @@ every_loss = pytest.mark.parametrize(
 
 
 INDICES = "labels must have shape (2,), the shape of logits without its class axis; got"
-ROWS = "labels must have shape (2, 3), the shape of logits, because they are a distribution over classes; got"
-KINDS = "labels must have an integer dtype (class indices) or a floating one (distributions over classes); got"
-ONE_HOT = "For one-hot integers use labels.argmax(1), or labels.astype(float) for a distribution."
+ROWS = "labels must have shape (2, 3), the shape of logits, because floating labels are soft labels; got"
+KINDS = "labels must have an integer dtype (class indices) or a floating dtype (soft labels); got"
+ONE_HOT = "For one-hot integers, use labels.argmax(1), or labels.astype(float) for soft labels."
 
 
 @pytest.mark.parametrize(
@@ -56,10 +56,10 @@ ONE_HOT = "For one-hot integers use labels.argmax(1), or labels.astype(float) fo
         (jnp.array(0), ValueError, f"{INDICES} ()."),
         (jnp.zeros(3, jnp.int32), ValueError, f"{INDICES} (3,)."),
         (jnp.zeros((2, 3), jnp.int32), ValueError, f"{INDICES} (2, 3). {ONE_HOT}"),
-        (Y.astype(jnp.float32), ValueError, f"{ROWS} (2,). For class indices use labels.astype(jnp.int32)."),
+        (Y.astype(jnp.float32), ValueError, f"{ROWS} (2,). For class indices, use labels.astype(jnp.int32)."),
         (jnp.ones((2, 4)), ValueError, f"{ROWS} (2, 4)."),
-        (Y == 0, TypeError, f"{KINDS} bool. Use labels.astype(jnp.int32) for class indices."),
-        (Y.astype(jnp.complex64), TypeError, f"{KINDS} complex64. Use labels.astype(jnp.int32) for class indices."),
+        (Y == 0, TypeError, f"{KINDS} bool. For class indices, use labels.astype(jnp.int32)."),
+        (Y.astype(jnp.complex64), TypeError, f"{KINDS} complex64. For class indices, use labels.astype(jnp.int32)."),
         ({}, TypeError, "labels must be an array or convertible to one; got dict."),
         ("cat", TypeError, "labels must be an array or convertible to one; got str."),
     ],
@@ -93,7 +93,7 @@ CLASS_MASK = "class_mask must have shape (3,), one per class, or (2, 3), the sha
         (Z[0, 0], {}, ValueError, SCALAR),
         (Z, {"where": jnp.ones(2)}, TypeError, "where must have dtype bool; got float32. Use where != 0."),
         (Z, {"where": jnp.ones((2, 1), bool)}, ValueError, f"{WHERE} (2, 1). Use where.squeeze(-1)."),
-        (Z, {"where": True}, ValueError, f"{WHERE} (). Use jnp.broadcast_to(where, (2,)) if that is meant."),
+        (Z, {"where": True}, ValueError, f"{WHERE} (). Use jnp.broadcast_to(where, (2,)) to broadcast it explicitly."),
         (Z, {"class_mask": jnp.ones(3)}, TypeError, "class_mask must have dtype bool; got float32. Use class_mask != 0."),
         (Z, {"class_mask": jnp.ones(2, bool)}, ValueError, CLASS_MASK),
     ],
@@ -107,7 +107,7 @@ def test_what_the_categorical_losses_share(logits, keywords, error, message):
         top_k(logits, IDS, PROBS, **keywords)
 
 
-TOP_K_SHAPE = "label_ids must have shape (2, k), the shape of logits without its class axis and k classes per example; got"
+TOP_K_SHAPE = "label_ids must have shape (2, k), the shape of logits without its class axis, followed by k classes per example; got"
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_class_weights(weights, error, message):
 
 
 BIT = "the shape of logits, one label per logit; got"
-BIT_REMEDY = "For one class of several per example use softmax_cross_entropy, or jax.nn.one_hot for one decision per class."
+BIT_REMEDY = "If each example has one class of several, use softmax_cross_entropy. For one decision per class, use jax.nn.one_hot."
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_other_arguments_of_bits():
     with raises(
         ValueError,
         "sigmoid_cross_entropy: where must have shape (64, 10), the shape of logits; got (64, 1). "
-        "Use jnp.broadcast_to(where, (64, 10)) if that is meant.",
+        "Use jnp.broadcast_to(where, (64, 10)) to broadcast it explicitly.",
     ):
         bits(BITS, BITS, where=jnp.ones((64, 1), bool))
     with raises(
@@ -236,7 +236,7 @@ def test_sums_are_never_broadcast(function):
     for argument, dtype in (("weights", jnp.float32), ("where", jnp.bool_)):
         for shape in ((2, 1), (3,), ()):
             message = f"{name}: {argument} must have shape (2, 3), the shape of values; got {shape}."
-            with raises(ValueError, f"{message} Use jnp.broadcast_to({argument}, (2, 3)) if that is meant."):
+            with raises(ValueError, f"{message} Use jnp.broadcast_to({argument}, (2, 3)) to broadcast it explicitly."):
                 function(Z, **{argument: jnp.ones(shape, dtype)})
     # (N, 1) against (N,) cannot be broadcast, so nobody is told to
     with pytest.raises(ValueError, match=re.escape(f"{name}: weights must have shape (3, 1), the shape of values; got (3,).")) as caught:
@@ -276,7 +276,7 @@ WITH_AXIS = [c for c in CALLS if "axis" in inspect.signature(c.function).paramet
 @pytest.mark.parametrize("call", WITH_AXIS, ids=str)
 def test_the_class_axis_is_one_integer(call):
     name, of = call.function.__name__, next(iter(call.arrays))
-    remedy = f"Use jnp.moveaxis and reshape, so that one axis of {of} holds all classes."
+    remedy = f"Use jnp.moveaxis and reshape to put all classes of {of} on one axis."
     with raises(TypeError, f"{name}: axis must be an integer; got (0, 1). {remedy}"):
         call.function(**call.arrays, **call.settings, **call.static, axis=(0, 1))
     with raises(TypeError, f"{name}: axis must be an integer; got 1.0."):

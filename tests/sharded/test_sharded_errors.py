@@ -76,8 +76,8 @@ def test_logits_that_are_not_split():
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"class_weights": W}, r"class_weights must have shape \(4,\).*got \(16,\). Its classes must be split over mesh axis 'model'"),
-        ({"class_mask": W > 0}, r"class_mask must have shape \(4,\).*got \(16,\). Its classes must be split over mesh axis 'model'"),
+        ({"class_weights": W}, r"class_weights must have shape \(4,\).*got \(16,\). Split the classes of .* over mesh axis 'model'"),
+        ({"class_mask": W > 0}, r"class_mask must have shape \(4,\).*got \(16,\). Split the classes of .* over mesh axis 'model'"),
     ],
 )
 def test_what_there_is_per_class_on_all_devices(more, message):
@@ -86,9 +86,7 @@ def test_what_there_is_per_class_on_all_devices(more, message):
 
 
 def test_distributions_that_are_not_split():
-    with pytest.raises(
-        ValueError, match=r"labels must have shape \(4, 4\).*got \(4, 16\). Its classes must be split over mesh axis 'model'"
-    ):
+    with pytest.raises(ValueError, match=r"labels must have shape \(4, 4\).*got \(4, 16\). Split the classes of .* over mesh axis 'model'"):
         over_devices(loss, (SPLIT, P("data")), Z, Z)
 
 

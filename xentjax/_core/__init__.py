@@ -1,1 +1,1 @@
-"""Mathematics without opinions: what every loss stands on. Imports jax alone."""
+"""Mathematics shared by all losses: statistics of logits, derivative rules, masks, checks and mesh axes. It imports only JAX and NumPy."""

@@ -1,6 +1,10 @@
-"""Every error about an argument. Messages name the function, the argument, what is expected, what came, and the remedy.
+"""Checks of arguments that several public functions share: dtypes, shapes, axes, and Python numbers out of range.
 
-Errors about mesh axes are in `mesh`. Errors about values, which only `xentjax.checked` raises, are in `values`.
+All of them can be checked while tracing. A check converts its argument to an array and returns it, or raises a TypeError or ValueError. The
+message names the function, the argument, what is expected, what the caller passed, and a remedy.
+
+Other checks are elsewhere. `mesh` has the checks of mesh axes. `values` has the checks of values, which run only inside `xentjax.checked`.
+A check that only one function or one family of functions needs is in the file of that function or family.
 """
 
 import functools
@@ -19,28 +23,28 @@ from xentjax._core import mesh, numerics, rows, values
 
 
 def asarray(function: str, name: str, x: Any) -> Array:
-    """`x` as an array, of whatever dtype. Integers that no dtype of JAX holds become its last or first integer, which is no class.
+    """`x` as an array of any dtype. Integers too large for JAX become its largest or smallest integer, which is never a valid class.
 
-    `jnp.asarray` would truncate them, and 2³² + 1 would be class 1.
+    `jnp.asarray` would truncate such integers: 2³² + 1 would become class 1.
     """
     return _converted(function, name, _saturated(x))
 
 
 def integers(function: str, name: str, x: ArrayLike) -> Array:
-    """`x` as an array of indices, int32 or int64; TypeError unless its dtype is an integer one."""
+    """`x` as an array of class indices, int32 or int64; TypeError unless its dtype is an integer dtype."""
     return _integers(function, name, asarray(function, name, x))
 
 
 def identifiers(function: str, name: str, x: ArrayLike) -> Array:
-    """`x` as an array of integers that are equal where those of `x` are; they mean nothing else."""
-    whole = beyond(x)
+    """`x` as an array of integers, equal exactly where the entries of `x` are equal. Large integers are replaced by others."""
+    whole = oversized_integers(x)
     if whole is not None:
         x = np.unique(whole, return_inverse=True)[1].reshape(whole.shape).astype(np.int32)
     return _integers(function, name, _converted(function, name, x))
 
 
 def floating(function: str, name: str, x: ArrayLike) -> Array:
-    """`x` as an array; TypeError unless its dtype is floating, and has infinities."""
+    """`x` as an array; TypeError unless it has a floating dtype that can represent infinity."""
     array = asarray(function, name, x)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         remedy = "" if jnp.issubdtype(array.dtype, jnp.complexfloating) else f" Use {name}.astype(jnp.float32)."
@@ -49,24 +53,24 @@ def floating(function: str, name: str, x: ArrayLike) -> Array:
 
 
 def real(function: str, name: str, x: ArrayLike) -> Array:
-    """`x` as an array of floating dtype; integers are converted, because counts and weights may be integers."""
+    """`x` as an array of a floating dtype. Integers are converted, because counts and weights may be integers."""
     array = quantities(function, name, x)
     return array.astype(jnp.float32) if jnp.issubdtype(array.dtype, jnp.integer) else floating(function, name, array)
 
 
 def quantities(function: str, name: str, x: ArrayLike) -> Array:
-    """`x` as an array, integers kept; those that no dtype of JAX holds become floating."""
-    whole = beyond(x)
+    """`x` as an array of any dtype. Integers too large for JAX are converted to floating-point numbers."""
+    whole = oversized_integers(x)
     return _converted(function, name, x if whole is None else whole.astype(np.float64))
 
 
-def _integers(function, name, array):
+def _integers(function: str, name: str, array: Array) -> Array:
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{function}: {name} must have an integer dtype; got {array.dtype}. Use {name}.astype(jnp.int32).")
     return array.astype(numerics.index_dtype(array))
 
 
-def _converted(function, name, x):
+def _converted(function: str, name: str, x: Any) -> Array:
     try:
         return jnp.asarray(x)
     except (TypeError, ValueError) as error:
@@ -74,39 +78,43 @@ def _converted(function, name, x):
 
 
 def _saturated(x: Any) -> Any:
-    """`x`; with integers that no dtype of JAX holds, a NumPy array in which the nearest that one does hold replaces them."""
-    whole = beyond(x)
+    """`x`, or, if it has integers too large for JAX, a NumPy array with these clipped to the integers that JAX can represent."""
+    whole = oversized_integers(x)
     if whole is None:
         return x
-    low, high = ends()
+    low, high = integer_limits()
     above, below = whole > high, whole < low
     return np.where(above, high, np.where(below, low, np.where(above | below, 0, whole).astype(np.int64))).astype(_widest())
 
 
-def beyond(x: Any) -> np.ndarray | None:
-    """`x` as NumPy's integers if some of them are beyond those of JAX: int32, or int64 under `jax_enable_x64`."""
+def oversized_integers(x: Any) -> np.ndarray | None:
+    """`x` as a NumPy array of integers if one of them is too large for JAX's widest dtype, else None.
+
+    That dtype is int32, or int64 with `jax_enable_x64`.
+    """
     if isinstance(x, Array) or hasattr(x, "__jax_array__"):
         return None
     try:
         whole = np.asarray(x)
-    except Exception:  # not an array, or made of traced ones: `jnp.asarray` decides
+    except Exception:  # not an array, or it contains traced arrays; then `jnp.asarray` decides
         return None
     wide = whole.dtype in (np.int64, np.uint64) or (whole.dtype == object and all(isinstance(i, int | np.integer) for i in whole.flat))
-    low, high = ends()
+    low, high = integer_limits()
     return whole if wide and whole.size and not (low <= whole.min() and whole.max() <= high) else None
 
 
 def _widest() -> np.dtype:
+    """JAX's widest integer dtype."""
     return np.dtype(jax.dtypes.canonicalize_dtype(np.int64))
 
 
-def ends() -> tuple[int, int]:
-    """The first and the last integer of JAX's widest dtype; no number of classes reaches them."""
+def integer_limits() -> tuple[int, int]:
+    """The smallest and the largest integer of JAX's widest dtype. No number of classes reaches them."""
     info = np.iinfo(_widest())
     return int(info.min), int(info.max)
 
 
-def _with_infinities(function, name, array):
+def _with_infinities(function: str, name: str, array: Array) -> Array:
     if not _has_infinities(array.dtype):
         raise TypeError(f"{function}: {name} must have a dtype with infinities; got {array.dtype}. Use {name}.astype(jnp.bfloat16).")
     return array
@@ -114,6 +122,7 @@ def _with_infinities(function, name, array):
 
 @functools.cache
 def _has_infinities(dtype: np.dtype) -> bool:
+    """Whether a floating dtype can represent infinity."""
     return bool(np.isinf(np.asarray(np.inf, dtype)))
 
 
@@ -133,22 +142,23 @@ def shape(function: str, name: str, x: Array, expected: tuple[int, ...], meaning
 
 
 def same_shape(function: str, name: str, x: Array, expected: tuple[int, ...], meaning: str) -> Array:
-    """`x`; ValueError unless it has the shape of another argument. Nothing is broadcast, but the remedy may be to do so."""
+    """`x`; ValueError unless it has the shape of another argument. It is not broadcast, but the error may suggest to broadcast it."""
     remedy = "" if x.shape == expected else _to_shape(name, x.shape, expected)
     if not remedy and x.ndim <= len(expected) and all(n in (1, m) for n, m in zip(x.shape[::-1], expected[::-1], strict=False)):
-        remedy = f"Use jnp.broadcast_to({name}, {expected}) if that is meant."
+        remedy = f"Use jnp.broadcast_to({name}, {expected}) to broadcast it explicitly."
     return shape(function, name, x, expected, meaning, remedy)
 
 
 def counted(function: str, where: ArrayLike | None, expected: tuple[int, ...], meaning: str) -> Array | None:
-    """`where` as an array of the expected shape, or None: which examples or elements count."""
+    """`where`, the mask of examples or elements that count, as a Boolean array of the expected shape; None if all count."""
     return None if where is None else same_shape(function, "where", boolean(function, "where", where), expected, meaning)
 
 
 def number(function: str, name: str, x: ArrayLike, low: float = 0.0, high: float = math.inf) -> ArrayLike | None:
-    """A scalar hyper-parameter; None if it is the Python number 0, so that its term is left out of the program.
+    """A scalar hyper-parameter in [low, high]. The Python number 0 becomes None, so that its term is left out of the program.
 
-    A Python number outside [low, high] raises ValueError; of an array, which may hold an integer, only the shape can be known.
+    A Python number outside [low, high] raises a ValueError. An array may be traced, so only its shape is checked. It may hold an integer.
+    `xentjax.checked` also checks its value.
     """
     interval = f"at least {low:g}" if math.isinf(high) else f"at most {high:g}" if math.isinf(low) else f"in [{low:g}, {high:g}]"
     if isinstance(x, numbers.Real) or (isinstance(x, np.ndarray | np.generic) and x.ndim == 0):
@@ -162,13 +172,13 @@ def number(function: str, name: str, x: ArrayLike, low: float = 0.0, high: float
 
 
 def fraction(function: str, name: str, x: ArrayLike) -> ArrayLike:
-    """A scalar in [0, 1] for which 0 is a value like any other."""
+    """A scalar hyper-parameter in [0, 1]. Unlike in `number`, 0 stays 0."""
     checked = number(function, name, x, high=1.0)
     return 0.0 if checked is None else checked
 
 
 def positive(function: str, name: str, x: ArrayLike) -> ArrayLike:
-    """A scalar above 0: a Python number that is not raises ValueError; of an array only the shape can be known."""
+    """A scalar hyper-parameter above 0. Any other Python number raises a ValueError. An array is checked as in `number`."""
     checked = number(function, name, x)
     if checked is None:
         raise ValueError(f"{function}: {name} must be above 0; got 0.")
@@ -178,7 +188,7 @@ def positive(function: str, name: str, x: ArrayLike) -> ArrayLike:
 
 
 def count(function: str, name: str, x: int) -> int:
-    """A Python integer of at least 1."""
+    """`x` as a Python integer; ValueError unless it is at least 1."""
     if isinstance(x, bool) or not isinstance(x, int | np.integer):
         raise TypeError(f"{function}: {name} must be an integer, known before tracing; got {type(x).__name__}.")
     if x < 1:
@@ -187,7 +197,10 @@ def count(function: str, name: str, x: int) -> int:
 
 
 def pos_weight(function: str, weight: ArrayLike | None, logits: Array) -> ArrayLike | None:
-    """A weight of positive terms: a scalar, one per class along the last axis, or an array with the axes of the logits."""
+    """The weight of positive terms of a sigmoid loss.
+
+    It is a scalar, an array [classes] for the last axis, or an array with as many axes as the logits, each of full length or length 1.
+    """
     if weight is None or np.ndim(weight) == 0:
         checked = None if weight is None else number(function, "pos_weight", weight)
         return 0.0 if weight is not None and checked is None else checked
@@ -202,13 +215,13 @@ def pos_weight(function: str, weight: ArrayLike | None, logits: Array) -> ArrayL
 
 
 def class_axis(function: str, name: str, shape: tuple[int, ...], axis: int, remedy: str = "") -> int:
-    """The position of the class axis, from the front; `remedy` is for a scalar, which has none."""
+    """The class axis as a non-negative integer. `remedy` ends the error for a scalar, which has no class axis."""
     if not shape:
         raise ValueError(f"{function}: {name} must have a class axis; got a scalar.{remedy}")
     try:
         position = operator.index(axis)
     except TypeError as error:
-        several = f" Use jnp.moveaxis and reshape, so that one axis of {name} holds all classes." if isinstance(axis, tuple | list) else ""
+        several = f" Use jnp.moveaxis and reshape to put all classes of {name} on one axis." if isinstance(axis, tuple | list) else ""
         raise TypeError(f"{function}: axis must be an integer; got {axis!r}.{several}") from error
     if not -len(shape) <= position < len(shape):
         raise ValueError(f"{function}: axis must be in [{-len(shape)}, {len(shape)}) for {name} of shape {shape}; got {axis}.")
@@ -223,14 +236,17 @@ def examples(
     logits: ArrayLike,
     labels: ArrayLike | None,
     axis: int,
-    axis_name: str | tuple[str, ...] | None,
+    axis_name: mesh.AxisName,
     class_mask: ArrayLike | None,
     where: ArrayLike | None,
     *,
     labelled: bool = True,
     inputs: str = "logits",
 ) -> rows.Examples:
-    """The arguments that every categorical loss shares, checked as far as dtypes and shapes go; `labels` is None if not `labelled`."""
+    """The arguments that all categorical losses share, with checked dtypes, shapes and axes.
+
+    `inputs` is the name of the argument `logits` in errors. With `labelled=False`, the result has no labels, and `labels` is ignored.
+    """
     z = floating(function, inputs, logits)
     axis = class_axis(function, inputs, z.shape, axis, " For one logit per decision use the sigmoid losses.")
     leading = _without(z.shape, axis)
@@ -239,7 +255,7 @@ def examples(
     if mask is not None and mask.shape not in ((z.shape[axis],), z.shape):
         raise ValueError(
             f"{function}: class_mask must have shape {(z.shape[axis],)}, one per class, or {z.shape}, the shape of {inputs}; "
-            f"got {mask.shape}. {_as_the_logits('class_mask', mesh.names(axis_name))}".rstrip()
+            f"got {mask.shape}. {_split_remedy('class_mask', mesh.names(axis_name))}".rstrip()
         )
     counts = counted(function, where, leading, f"the shape of {inputs} without its class axis")
     indices = None if y is None or y.ndim == z.ndim else y
@@ -251,25 +267,25 @@ def examples(
 
 
 def class_weights(function: str, weights: ArrayLike | None, batch: rows.Examples) -> Array | None:
-    """Weights per class [classes], or None."""
+    """The class weights, shape [classes], or None."""
     if weights is None:
         return None
     w = real(function, "class_weights", weights)
     values.weights(function, "class_weights", w)
-    remedy = _as_the_logits("class_weights", mesh.names(batch.axis_name))
+    remedy = _split_remedy("class_weights", mesh.names(batch.axis_name))
     return shape(function, "class_weights", w, (batch.logits.shape[batch.axis],), "one weight per class", remedy)
 
 
 def top_k(function: str, ids: ArrayLike, probs: ArrayLike, batch: rows.Examples) -> tuple[Array, Array]:
-    """Sparse distributions, class indices and their probabilities, both [..., k]."""
+    """Sparse soft labels: k class indices per example and their probabilities, both [..., k]."""
     i, p = integers(function, "label_ids", ids), floating(function, "label_probs", probs)
     z, axis = batch.logits, batch.axis
     leading = _without(z.shape, axis)
     if i.ndim != z.ndim or i.shape[:-1] != leading:
         expected = f"({''.join(f'{n}, ' for n in leading)}k)" if leading else "(k,)"
         raise ValueError(
-            f"{function}: label_ids must have shape {expected}, the shape of logits without its class axis and k classes per example; "
-            f"got {i.shape}."
+            f"{function}: label_ids must have shape {expected}, the shape of logits without its class axis, followed by k classes per "
+            f"example; got {i.shape}."
         )
     shape(function, "label_probs", p, i.shape, "the shape of label_ids")
     values.indices(function, "label_ids", i, batch.classes, batch.where)
@@ -278,7 +294,7 @@ def top_k(function: str, ids: ArrayLike, probs: ArrayLike, batch: rows.Examples)
 
 
 def elements(function: str, logits: ArrayLike, labels: ArrayLike, where: ArrayLike | None) -> tuple[Array, Array, Array | None]:
-    """The arguments that every loss per element shares."""
+    """The arguments (logits, labels, where) that all element-wise losses share, with checked dtypes and shapes."""
     z = floating(function, "logits", logits)
     t = quantities(function, "labels", labels)
     if jnp.issubdtype(t.dtype, jnp.complexfloating):
@@ -291,37 +307,41 @@ def elements(function: str, logits: ArrayLike, labels: ArrayLike, where: ArrayLi
     return z, t, counts
 
 
-def labels_like(function: str, labels: ArrayLike | None, full: tuple[int, ...], axis: int, like: str, split: tuple = ()) -> Array:
-    """Labels of logits of the shape `full`; `like` names the argument that has their leading axes."""
+def labels_like(function: str, labels: ArrayLike | None, full: tuple[int, ...], axis: int, like: str, split: tuple[str, ...] = ()) -> Array:
+    """The labels for logits of the shape `full`: class indices or soft labels.
+
+    `like` names the argument that has the leading axes of the logits. `split` are the mesh axes that split the classes.
+    """
     y = asarray(function, "labels", labels)
     leading = _without(full, axis)
     if jnp.issubdtype(y.dtype, jnp.integer):
         remedy = _to_shape("labels", y.shape, leading)
         if y.shape == full:
-            remedy = f"For one-hot integers use labels.argmax({axis}), or labels.astype(float) for a distribution."
+            remedy = f"For one-hot integers, use labels.argmax({axis}), or labels.astype(float) for soft labels."
         without = "feature axis" if like == "hidden" else "class axis"
         return shape(function, "labels", y, leading, f"the shape of {like} without its {without}", remedy)
     if not jnp.issubdtype(y.dtype, jnp.floating):
         raise TypeError(
-            f"{function}: labels must have an integer dtype (class indices) or a floating one (distributions over classes); "
-            f"got {y.dtype}. Use labels.astype(jnp.int32) for class indices."
+            f"{function}: labels must have an integer dtype (class indices) or a floating dtype (soft labels); "
+            f"got {y.dtype}. For class indices, use labels.astype(jnp.int32)."
         )
     y = _with_infinities(function, "labels", y)
-    remedy = "For class indices use labels.astype(jnp.int32)." if y.shape == leading else _as_the_logits("labels", split)
+    remedy = "For class indices, use labels.astype(jnp.int32)." if y.shape == leading else _split_remedy("labels", split)
     of = "logits" if like == "hidden" else like
-    return shape(function, "labels", y, full, f"the shape of {of}, because they are a distribution over classes", remedy)
+    return shape(function, "labels", y, full, f"the shape of {of}, because floating labels are soft labels", remedy)
 
 
-def _as_the_logits(name: str, axes: tuple) -> str:
-    return f"Its classes must be split over mesh axis {axes[0]!r} as those of logits are." if axes else ""
+def _split_remedy(name: str, axes: tuple[str, ...]) -> str:
+    return f"Split the classes of {name} over mesh axis {axes[0]!r}, as the classes of logits are." if axes else ""
 
 
 def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    """The shape without one axis."""
     return shape[:axis] + shape[axis + 1 :]
 
 
 def _to_shape(name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    """How to get from one shape to the other, if dropping or adding an axis of length 1 does it."""
+    """The remedy for a shape that differs from the expected one by an axis of length 1; otherwise empty."""
     for position in reversed(range(len(got))):
         if got[position] == 1 and got[:position] + got[position + 1 :] == expected:
             return f"Use {name}.squeeze({position - len(got) if position == len(got) - 1 else position})."
@@ -332,9 +352,10 @@ def _to_shape(name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> str
 
 
 def _elements_remedy(got: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """The remedy for labels of an element-wise loss that do not have the shape of the logits."""
     remedy = _to_shape("labels", got, expected)
     if remedy or len(got) > len(expected):
         return remedy
     if got == expected[:-1] or got == (*expected[:-1], 1):
-        return "For one class of several per example use softmax_cross_entropy, or jax.nn.one_hot for one decision per class."
+        return "If each example has one class of several, use softmax_cross_entropy. For one decision per class, use jax.nn.one_hot."
     return ""

@@ -1,36 +1,40 @@
-"""Scalar functions that stay accurate at any argument, and the dtype policy.
+"""Element-wise functions that are accurate at every argument, and the dtype policy.
 
-Infinity: JAX differentiates 0·∞ into NaN, so a logit of −∞ enters every formula as −INFINITE, a finite number
-large enough that its exponential is exactly 0. A loss of that size is turned into +∞ at the very end (`statistics.finish`).
+Infinity: a derivative computed by JAX is NaN where it contains 0·∞. So a logit of −∞ enters every formula as −INFINITE, a finite number
+whose exponential is exactly 0. The last step of a loss turns values of that size into +∞ (`statistics.finish`).
 """
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.typing import ArrayLike
 
 from xentjax._core import mesh
 
-INFINITE = 2.0**120  # stands for ∞ inside a formula
-_THRESHOLD = 2.0**80  # what exceeds this is INFINITE times a weight: no finite logits of a model come near
+INFINITE = 2.0**120  # represents ∞ inside a formula
+_THRESHOLD = 2.0**80  # a larger number is INFINITE times a weight; finite logits of a model are far smaller
 
 
 def accumulation_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
-    """The dtype of arithmetic and results: float32, or float64 if any input has it."""
+    """The dtype of arithmetic and results: float64 if any of the dtypes is float64, otherwise float32."""
     return jnp.dtype(jnp.float64 if jnp.float64 in dtypes else jnp.float32)
 
 
 def index_dtype(labels: Array) -> jax.typing.DTypeLike:
-    """Wide enough that no index wraps: −100 stays negative in every dtype, and 64 bits stay 64."""
+    """The dtype for class indices: int64 for 64-bit labels if JAX allows it, otherwise int32. So no index wraps around."""
     return jax.dtypes.canonicalize_dtype(jnp.int64) if labels.dtype.itemsize == 8 else jnp.int32
 
 
 def where(condition: Array, x: ArrayLike, y: ArrayLike) -> Array:
-    """`jnp.where` for an array and a number, or two arrays of one shape; `condition` may have length 1 on the last axis.
+    """`x` where `condition`, elsewhere `y`. One may be a number; the last axis of `condition` may have length 1.
 
-    `jnp.where` is a jitted function, and a dozen of those are half the time of tracing a loss.
+    It replaces `jnp.where`, which is a jitted function: tracing a dozen of its calls takes half the time of tracing a loss.
     """
     like = x if isinstance(x, Array) else y
     assert isinstance(like, Array)
@@ -41,18 +45,18 @@ def where(condition: Array, x: ArrayLike, y: ArrayLike) -> Array:
 
 
 def nan_unless(inside: Array, x: Array) -> Array:
-    """`x` where `inside`, elsewhere NaN with a derivative of NaN: so a product, not a selection.
+    """`x` where `inside`, elsewhere NaN with derivative NaN.
 
-    The NaN is ∞ − ∞ and no constant, which `jax_debug_nans` would report although nothing takes it. It is added too, because XLA
-    makes a selection of a product with a number that was a Boolean.
+    A selection would have derivative 0 there, so this is a product. The NaN is computed as ∞ − ∞, because `jax_debug_nans` would report a
+    constant NaN even if no element takes it. The NaN is also added, because XLA turns a product with a converted Boolean into a selection.
     """
     infinite = where(inside, jnp.zeros_like(x), jnp.inf)
-    nothing = infinite - infinite
-    return x * (1 + nothing) + nothing
+    zero_or_nan = infinite - infinite
+    return x * (1 + zero_or_nan) + zero_or_nan
 
 
 def nan_or_zero(x: Array, valid: Array | None, counts: Array | None) -> Array:
-    """The last step of a result: NaN with derivative NaN where it is not `valid`, exactly 0 where it does not count. None means all."""
+    """`x`, but exactly 0 where not `counts`, else NaN with derivative NaN where not `valid`. A mask of None is all True."""
     if valid is not None:
         x = nan_unless(valid if counts is None else valid | ~counts, x)
     return x if counts is None else where(counts, x, jnp.zeros_like(x))
@@ -60,7 +64,7 @@ def nan_or_zero(x: Array, valid: Array | None, counts: Array | None) -> Array:
 
 @jax.custom_jvp
 def finite(x: Array) -> Array:
-    """`x` with ±∞ replaced by ±INFINITE; the derivative passes unchanged."""
+    """`x` with ±∞ replaced by ±INFINITE; the derivative is 1 everywhere."""
     return lax.clamp(jnp.asarray(-INFINITE, x.dtype), x, jnp.asarray(INFINITE, x.dtype))
 
 
@@ -68,23 +72,23 @@ finite.defjvp(lambda primals, tangents: (finite(*primals), tangents[0]))
 
 
 def expand_leading(x: Array, ndim: int) -> Array:
-    """`x` with axes of length 1 in front, up to `ndim` axes, so that it broadcasts along the last ones on purpose."""
+    """`x` with leading axes of length 1 added until it has `ndim` axes, so that broadcasting is explicit."""
     return jnp.expand_dims(x, range(ndim - x.ndim))
 
 
 def is_infinite(x: Array) -> Array:
-    """Whether x stands for +∞: INFINITE, or INFINITE times a weight."""
+    """Whether `x` represents +∞: whether it is INFINITE, or INFINITE times a weight."""
     return lax.stop_gradient(x) > _THRESHOLD
 
 
 def restore_infinity(loss: Array) -> Array:
-    """The inverse of `finite` on a loss: what stands for +∞ becomes +∞ (derivative unchanged)."""
+    """The loss with +∞ where a finite number represents +∞ (see `finite`); the derivative is unchanged."""
     return where(is_infinite(loss), loss + jnp.inf, loss)
 
 
 @jax.custom_jvp
 def sigmoid(x: Array) -> Array:
-    """σ(x) = 1/(1 + e^(−x)), accurate relative to its value on both sides, with dσ = σ(x)·σ(−x)."""
+    """σ(x) = 1/(1 + e^(−x)), with a small relative error for x of either sign. The derivative is σ(x)·σ(−x)."""
     e = jnp.exp(-jnp.abs(x))
     return where(x >= 0, jnp.ones_like(e), e) / (1 + e)
 
@@ -94,9 +98,9 @@ sigmoid.defjvp(lambda primals, tangents: (sigmoid(*primals), sigmoid(*primals) *
 
 @jax.custom_jvp
 def sigmoid_excess(x: Array, clip: Array) -> Array:
-    """σ(x) − clip for 0 < clip < σ(x), and 1/4 below, where nobody may look.
+    """σ(x) − clip where 0 < clip < σ(x); elsewhere 1/4, a placeholder that callers must not use.
 
-    Near σ(x) = clip the difference cancels; with x_c = logit(clip) it is σ(x)·(1 − clip)·(1 − e^(x_c − x)), which does not.
+    The difference cancels near σ(x) = clip. With x_c = logit(clip), it equals σ(x)·(1 − clip)·(1 − e^(x_c − x)), which does not cancel.
     """
     step = x - (jnp.log(clip) - jnp.log1p(-clip))
     above = step > 0
@@ -105,14 +109,14 @@ def sigmoid_excess(x: Array, clip: Array) -> Array:
 
 
 @sigmoid_excess.defjvp
-def _(primals, tangents):
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     x, clip = primals
     return sigmoid_excess(x, clip), sigmoid(x) * sigmoid(-x) * tangents[0] - tangents[1]
 
 
 @jax.custom_jvp
 def softplus(x: Array) -> Array:
-    """log(1 + e^x), accurate relative to its value on both sides, with derivative σ(x)."""
+    """log(1 + e^x), with a small relative error for x of either sign. The derivative is σ(x)."""
     return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
 
 
@@ -121,25 +125,25 @@ softplus.defjvp(lambda primals, tangents: (softplus(*primals), sigmoid(*primals)
 
 @jax.custom_jvp
 def log_odds_of_surprise(surprise: Array) -> Array:
-    """log(p/(1 − p)) = −log(e^u − 1) of a probability given as its surprise u = −log p ≥ 0.
+    """The log-odds a = log(p/(1 − p)) = −log(e^u − 1) for the surprise u = −log p ≥ 0.
 
-    da/du = −1/(1 − p) = −(1 + e^a), written in a so that second derivatives multiply e^a by something of size e^(−a)
-    before anything can overflow; u is kept above the smallest normal number for the same reason.
+    da/du = −1/(1 − p) = −(1 + e^a). It is written in terms of a, so that second derivatives multiply e^a by a factor of size e^(−a) before
+    anything can overflow. For the same reason u is at least the smallest normal number.
     """
     u = jnp.maximum(surprise, jnp.finfo(surprise.dtype).tiny)
-    small = jnp.minimum(u, 1)  # each branch sees only arguments at which it is finite
+    small = jnp.minimum(u, 1)  # each branch gets only arguments at which it is finite
     large = jnp.maximum(u, 1)
     return -where(u < 1, jnp.log(jnp.expm1(small)), large + jnp.log1p(-jnp.exp(-large)))
 
 
 @log_odds_of_surprise.defjvp
-def _(primals, tangents):
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     a = log_odds_of_surprise(*primals)
     return a, -(1 + jnp.exp(a)) * tangents[0]
 
 
 def relative_expm1(x: Array) -> Array:
-    """(e^x − 1)/x, 1 at 0: its series where |x| < 1, because a quotient loses its derivatives there."""
+    """(e^x − 1)/x, and 1 at x = 0. Where |x| < 1 it is a power series, because derivatives of the quotient are inaccurate there."""
     small = jnp.abs(x) < 1
     direct, near = where(small, jnp.ones_like(x), x), where(small, x, jnp.zeros_like(x))
     series = jnp.ones_like(x)
@@ -150,15 +154,16 @@ def relative_expm1(x: Array) -> Array:
 
 @jax.custom_jvp
 def tempered(surprise: Array, q: Array) -> Array:
-    """(1 − p^q)/q of a probability given as its surprise u = −log p: from u at q = 0 to 1 − p at q = 1.
+    """(1 − p^q)/q for the surprise u = −log p. It is u at q = 0 and 1 − p at q = 1.
 
-    Derivatives: e^(−qu) in u, which the quotient would make from terms of the size of 1/(qu); (u·e^(−qu) − value)/q in q.
+    The derivative with respect to u is e^(−qu). It has a rule, because the derivative of the quotient is a difference of terms of size
+    1/(qu). The derivative with respect to q is (u·e^(−qu) − value)/q.
     """
     return surprise * relative_expm1(-q * surprise)
 
 
 @tempered.defjvp
-def _(primals, tangents):
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     u, q = primals
     x = -q * u
     value, power = tempered(u, q), jnp.exp(x)
@@ -218,23 +223,23 @@ def _bounded_sine(cosine: Array, least: Array) -> Array:
 
 
 def select_logits(keep: Array, logits: Array) -> Array:
-    """`logits` where `keep`, −∞ elsewhere, in their own dtype.
+    """`logits` where `keep`, −∞ elsewhere, in the dtype of `logits`.
 
-    16-bit floats are selected as integers: XLA on CPUs does floating-point selects of half precision in float32, and
-    would store the whole array in that width.
+    In half precision, the selection works on the bits, as integers. XLA on CPUs selects half-precision numbers in float32, and would store
+    the whole array in float32.
     """
     if logits.dtype.itemsize == 2:
         return _by_bits(_select_bits, lambda z, keep: where(keep, z, 0), logits, keep)
     return where(keep, logits, jnp.array(-jnp.inf, logits.dtype))
 
 
-def _select_bits(logits, keep):
+def _select_bits(logits: Array, keep: Array) -> Array:
     fill = _bits(jnp.array(-jnp.inf, logits.dtype))
     return lax.bitcast_convert_type(where(keep, _bits(logits), fill), logits.dtype)
 
 
-def same(x: Array, y: Array) -> Array:
-    """Whether x and y are the same number, by their bits in half precision (see `select_logits`); 0 and −0 are."""
+def equal(x: Array, y: Array) -> Array:
+    """Whether x = y. Half-precision numbers are compared by their bits (see `select_logits`); 0 equals −0."""
     if x.dtype.itemsize != 2:
         return x == y
     a, b = _bits(x), _bits(y)
@@ -242,53 +247,58 @@ def same(x: Array, y: Array) -> Array:
 
 
 def take_last(x: Array, index: Array, *, differentiated: bool = False) -> Array:
-    """`x[..., index]`, one or several per row; `index` has the leading axes of `x` and lies in range after clipping.
+    """`x` [..., n] at one or several places of every row, `index` [..., k]. The index is clipped to [0, n).
 
-    What is to be differentiated through says so: checkify cannot check the transpose of a lookup that is batched over rows.
+    Pass `differentiated=True` if the result is differentiated with respect to `x`. checkify cannot check the transpose of the other lookup,
+    which is batched over rows.
     """
-    if mesh.is_apart(x):
+    if mesh.is_last_axis_split(x):
         return _take_by_comparison(x, index)
     take = _lookup if differentiated else _take
     return _by_bits(_take_bits, take, x, index) if x.dtype.itemsize == 2 else take(x, index)
 
 
-def _take(x, index):
+def _take(x: Array, index: Array) -> Array:
     return jnp.take_along_axis(x, index, axis=-1, mode="clip")
 
 
-def _take_bits(x, index):
+def _take_bits(x: Array, index: Array) -> Array:
     return lax.bitcast_convert_type(_take(_bits(x), index), x.dtype)
 
 
-@jax.jit  # inside jax.checkpoint, checkify only accepts a lookup that is a function of its own
-def _lookup(x, index):
-    """As jnp.take_along_axis, but with the rows among the indices, where the partitioner sees them only if no clipping comes after."""
+@jax.jit  # inside jax.checkpoint, checkify accepts a lookup only in a jitted function of its own
+def _lookup(x: Array, index: Array) -> Array:
+    """`jnp.take_along_axis` with the row numbers among the indices.
+
+    The partitioner recognizes row numbers only if they are not clipped afterwards. So the index is clipped first.
+    """
     shape, index = (*index.shape, 1), jnp.clip(index, 0, x.shape[-1] - 1)
     places = lax.concatenate([*(lax.broadcasted_iota(index.dtype, shape, i) for i in range(x.ndim - 1)), index[..., None]], x.ndim)
     axes = tuple(range(x.ndim))
     return lax.gather(x, places, lax.GatherDimensionNumbers((), axes, axes), (1,) * x.ndim, mode="promise_in_bounds")
 
 
-def _take_by_comparison(x, index):
-    """The same on a mesh with explicit axes, where JAX looks up nothing along an axis that is split."""
+def _take_by_comparison(x: Array, index: Array) -> Array:
+    """`_take` for a mesh with explicit axes, where JAX cannot look up values along an axis that is split."""
     position = lax.broadcasted_iota(index.dtype, x.shape, x.ndim - 1, out_sharding=mesh.split_of(x))
-    here = (position == index[..., i : i + 1] for i in range(index.shape[-1]))
-    found = [jnp.any(h & x, axis=-1) if x.dtype == jnp.bool_ else jnp.sum(where(h, x, 0), axis=-1) for h in here]  # others are 0: exact
-    return jnp.stack(found, axis=-1)
+    places = (position == index[..., i : i + 1] for i in range(index.shape[-1]))
+    if x.dtype == jnp.bool_:
+        return jnp.stack([jnp.any(here & x, axis=-1) for here in places], axis=-1)
+    return jnp.stack([jnp.sum(where(here, x, 0), axis=-1) for here in places], axis=-1)  # all other terms are 0, so the sum is exact
 
 
 def widen(x: Array) -> Array:
     """`x` in the accumulation dtype, without a conversion that XLA could share with another loop.
 
-    XLA on CPUs stores a conversion that two loops share as a full float32 array. The bits of a bfloat16 are the upper half
-    of a float32, so shifting them says the same in other operations.
+    If two loops share a conversion, XLA on CPUs stores its result as a full float32 array. The bits of a bfloat16 number are the upper half
+    of a float32 number, so shifting the bits gives the same numbers by other operations.
     """
     if x.dtype == jnp.bfloat16:
         return _by_bits(_widen_bits, lambda x: x.astype(jnp.float32), x)
     return x.astype(accumulation_dtype(x.dtype))
 
 
-def _widen_bits(x):
+def _widen_bits(x: Array) -> Array:
     return lax.bitcast_convert_type(lax.shift_left(_bits(x).astype(jnp.uint32), jnp.uint32(16)), jnp.float32)
 
 
@@ -296,29 +306,35 @@ def _bits(x: Array) -> Array:
     return lax.bitcast_convert_type(x, jnp.uint16)
 
 
-# A function of the bits of x has no derivative. JAX may drop a `custom_jvp` that gives it one: `lax.scan` drops rules from what a second
-# derivative goes through. So it is a primitive. `value` works on the bits; `tangent` is its derivative by x, in plain operations.
+# JAX cannot differentiate a function of the bits of x. A `custom_jvp` rule would give it a derivative, but JAX may drop the rule:
+# `lax.scan` drops rules from computations that a second derivative goes through. So the function is a primitive, whose derivative is always
+# used.
+# `value` works on the bits. `tangent` maps the tangent of x to the tangent of the result, in operations that JAX can differentiate.
 
 _of_bits = Primitive("of_bits")
 
 
-def _by_bits(value, tangent, x, *others):
+def _by_bits(value: Callable[..., Array], tangent: Callable[..., Array], x: Array, *others: Array) -> Array:
     axes = mesh.axes_of(x, others)
     return _of_bits.bind(*(mesh.vary(a, axes) for a in (x, *others)), value=value, tangent=tangent)
 
 
 @_of_bits.def_abstract_eval
-def _(x, *others, value, tangent):
+def _(x: ShapedArray, *others: ShapedArray, value: Callable[..., Array], tangent: Callable[..., Array]) -> ShapedArray:
     out = jax.eval_shape(value, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, *others)))
-    like = x if out.shape == x.shape else others[-1]  # what is looked up lies as the indices do
+    like = x if out.shape == x.shape else others[-1]  # the result of a lookup is split as its indices are
     return like.update(shape=out.shape, dtype=out.dtype, weak_type=False)
 
 
-def _jvp(primals, tangents, *, value, tangent):
+def _jvp(
+    primals: Sequence[Array], tangents: Sequence[Any], *, value: Callable[..., Array], tangent: Callable[..., Array]
+) -> tuple[Array, Array]:
     return _of_bits.bind(*primals, value=value, tangent=tangent), tangent(ad.instantiate_zeros(tangents[0]), *primals[1:])
 
 
-def _batch(arrays, dims, *, value, tangent):
+def _batch(
+    arrays: Sequence[Array], dims: Sequence[int | None], *, value: Callable[..., Array], tangent: Callable[..., Array]
+) -> tuple[Array, int]:
     size = next(x.shape[d] for x, d in zip(arrays, dims, strict=True) if d is not None)
     front = [jnp.broadcast_to(x, (size, *x.shape)) if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(arrays, dims, strict=True)]
     return _of_bits.bind(*front, value=value, tangent=tangent), 0

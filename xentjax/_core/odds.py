@@ -1,6 +1,6 @@
-"""Losses φ of the log-odds of a label, taken over indices and distributions alike.
+"""Losses that are functions φ of the log-odds a = log(p/(1 − p)) of the label.
 
-With a = log(p/(1 − p)): −log p = softplus(−a), 1 − p = σ(−a). An index costs φ(a_y), a distribution Σ_k t_k φ(a_k).
+With log-odds, −log p = softplus(−a) and 1 − p = σ(−a). A class index y costs φ(a_y), and soft labels t cost Σ_k t_k φ(a_k).
 """
 
 import functools
@@ -15,12 +15,15 @@ from xentjax._core import numerics, rows, statistics, surprises
 
 
 def surprise(log_odds: Array) -> Array:
-    """−log p."""
+    """The surprise −log p, in the shape of `log_odds`."""
     return numerics.softplus(-log_odds)
 
 
 def focal(log_odds: Array, gamma: ArrayLike | None) -> Array:
-    """(1 − p)^γ (−log p); as an exponential it has every derivative for every γ ≥ 0."""
+    """(1 − p)^γ (−log p), in the shape of `log_odds`; −log p if `gamma` is None.
+
+    The power is computed as an exponential, which has derivatives of any order for every γ ≥ 0.
+    """
     loss = surprise(log_odds)
     if gamma is None:
         return loss
@@ -28,7 +31,7 @@ def focal(log_odds: Array, gamma: ArrayLike | None) -> Array:
 
 
 def loss(batch: rows.Examples, phi: Callable[[Array], Array]) -> Array:
-    """The loss Σ_k t_k φ(a_k) of every example [...], finished."""
+    """The final loss Σ_k t_k φ(a_k) of every example, shape [...]."""
     r = rows.of(batch)
     stats = statistics.of(r)
     return statistics.finish(r, stats, expected(r, stats, phi))
@@ -42,16 +45,24 @@ def expected(
     class_weights: Array | None = None,
     of_class: Array | None = None,
 ) -> Array:
-    """Σ_k t_k φ(a_k) [...]. With `of_class` [classes], or [..., classes] for soft labels, φ also gets the number of each class.
+    """Σ_k t_k φ(a_k) of every row, shape [...], not yet finished (see `statistics.finish`).
 
-    An index needs only the log-odds of its own class. With label smoothing, a sum over all classes is added.
+    If the labels are class indices, only the log-odds of the label are needed. Label smoothing adds a sum over all classes.
+
+    Args:
+        r: the rows.
+        stats: their statistics.
+        phi: φ, a function of log-odds. If `of_class` is given, φ is a function of log-odds and of the parameters of the same classes.
+        smoothing: the share of the label that is spread evenly over the classes that exist; None means 0.
+        class_weights: [classes], the weight of each class's term; None means 1.
+        of_class: [classes], or [..., classes] for soft labels, one parameter of φ per class.
     """
-    own = () if of_class is None else (of_class,)
+    parameters = () if of_class is None else (of_class,)
 
     def sum_over_classes(t: Array) -> Array:
         t = _weighted(r, t, class_weights)
         if phi is not surprise:
-            per_class = (jnp.broadcast_to(numerics.expand_leading(x, t.ndim), t.shape) for x in own)
+            per_class = (jnp.broadcast_to(numerics.expand_leading(x, t.ndim), t.shape) for x in parameters)
             return rows.class_sum(r, t * phi(surprises.class_log_odds(r), *per_class))
         if isinstance(stats, statistics.WithLabel):
             return rows.class_sum(r, t * surprises.surprise(r, stats))
@@ -59,7 +70,7 @@ def expected(
 
     if not isinstance(stats, statistics.WithLabel):
         return sum_over_classes(_soft_labels(r, smoothing))
-    loss = phi(stats.log_odds, *(rows.at_label(r, x) for x in own))
+    loss = phi(stats.log_odds, *(rows.at_label(r, x) for x in parameters))
     if class_weights is not None:
         loss *= rows.at_label(r, class_weights.astype(r.values.dtype))
     if smoothing is None:
@@ -73,7 +84,7 @@ def expected(
 
 
 def label_sum(r: rows.Rows, smoothing: ArrayLike | None = None, class_weights: Array | None = None) -> Array | float:
-    """Σ_k t_k [...], which is 1 for an index without class weights."""
+    """Σ_k t_k of every row, shape [...]; the number 1 if labels are class indices and there are no class weights."""
     if not r.labels_are_indices:
         return rows.class_sum(r, _weighted(r, _soft_labels(r, smoothing), class_weights))
     if class_weights is None:
@@ -86,32 +97,32 @@ def label_sum(r: rows.Rows, smoothing: ArrayLike | None = None, class_weights: A
 
 
 def _soft_labels(r: rows.Rows, smoothing: ArrayLike | None) -> Array:
-    """Labels that are distributions, smoothed."""
-    assert r.labels is not None
+    """Soft labels after label smoothing, shape [..., classes]."""
     if smoothing is None:
-        return r.labels
+        return r.given_labels
     smoothing = jnp.asarray(smoothing, r.values.dtype)
-    return (1 - smoothing) * r.labels + rows.masked(smoothing * _uniform(r), r.where)
+    return (1 - smoothing) * r.given_labels + rows.masked(smoothing * _uniform(r), r.where)
 
 
 def _uniform(r: rows.Rows) -> Array:
-    """The uniform distribution over the classes that exist [..., classes]."""
+    """The uniform distribution over the classes that exist, shape [..., classes]."""
     count = jnp.asarray(rows.class_count(r), r.values.dtype)
     return rows.masked(jnp.broadcast_to((1 / count)[..., None], r.values.shape), None, r.class_mask)
 
 
 def _weighted(r: rows.Rows, t: Array, class_weights: Array | None) -> Array:
+    """Soft labels times class weights, shape [..., classes]."""
     return t if class_weights is None else t * numerics.expand_leading(class_weights.astype(r.values.dtype), t.ndim)
 
 
 def by_label(r: rows.Rows, loss_of_index: Callable[[rows.Rows], Array]) -> Array:
-    """A loss that is defined for indices, for any labels: a distribution costs Σ_k t_k loss(k), one class after another."""
+    """A loss of class indices, for labels of either kind, shape [...]. Soft labels t cost Σ_k t_k loss(k), computed class by class."""
     if r.labels_are_indices:
         return loss_of_index(r)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def term(k):
-        index = jnp.broadcast_to(k, r.values.shape[:-1])  # not full_like, which would vary over devices as the logits do
+    def term(k: Array) -> Array:
+        index = jnp.broadcast_to(k, r.values.shape[:-1])  # not full_like, whose result would vary over the same devices as the logits
         return rows.label_share(r, k) * loss_of_index(r._replace(labels=index))
 
     return jnp.sum(lax.map(term, jnp.arange(r.classes, dtype=jnp.int32)), axis=0)

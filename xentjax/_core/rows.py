@@ -1,14 +1,17 @@
-"""A row of logits: how it is represented, which of its classes and examples count, and how its classes are found and summed.
+"""Rows of logits: their representation, their masks, class indices, and sums over classes.
 
-Masks: a class that does not exist (`class_mask`) and every class of an example that does not count (`where`) is left out of
-all sums, by selection before the exponential: e^(−∞) = 0 with derivative 0 whatever its logit.
+A row holds the logits of one example. `of` turns the checked arguments of a loss into `Rows`, and the other functions compute from them.
 
-Classes may be split over the devices of a mesh axis. Indices are global, and sums and maxima over classes cross devices.
+Masks: `class_mask` marks the classes that exist, and `where` marks the examples that count. All other classes, and all classes of all other
+examples, are left out of every sum: their logits are replaced by −∞ before the exponential, so that e^(−∞) = 0 with derivative 0.
+
+Devices: the classes may be split over the devices of mesh axes (`axis_name`). Each device then holds some of the classes. Class indices are
+global, and sums and maxima over classes run over all devices.
 """
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -23,49 +26,59 @@ from xentjax._core import mesh, numerics
 )
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """The checked arguments of a categorical loss, as the caller gave them (`checks.examples` makes it)."""
+    """The checked arguments of a categorical loss, in the shapes and dtypes of the caller.
+
+    `checks.examples` makes them from the arguments of a public function. Functions that compute or check their logits themselves construct
+    them directly.
+    """
 
     logits: Array
     labels: Array | None
     class_mask: Array | None
     where: Array | None
     axis: int
-    axis_name: str | tuple[str, ...] | None
+    axis_name: mesh.AxisName
 
     @property
     def classes(self) -> int:
-        """The number of classes over all devices."""
+        """The number of classes on all devices together."""
         return self.logits.shape[self.axis] * mesh.size(self.axis_name)
 
 
 class Rows(NamedTuple):
-    """Logits with the class axis last and what is known of each row; made by `of` inside the compiled part of a loss."""
+    """Logits with the class axis last, their labels and their masks. `of` makes them in the compiled part of a loss."""
 
-    raw: Array  # [..., classes], the caller's dtype
-    values: Array  # [..., classes], the accumulation dtype; derivatives come here, and are cast to the caller's dtype once
-    labels: Array | None  # indices [...], or a distribution [..., classes] in the accumulation dtype; 0 in hidden examples
-    class_mask: Array | None  # [..., classes]
-    where: Array | None  # [...]
-    axis_name: str | tuple[str, ...] | None
+    raw: Array  # [..., classes], the logits in the caller's dtype
+    values: Array  # [..., classes], the logits in the accumulation dtype; gradients arrive here and are cast to the caller's dtype once
+    labels: Array | None  # [...] class indices, or [..., classes] soft labels in the accumulation dtype; 0 in examples that do not count
+    class_mask: Array | None  # [..., classes], or None if all classes exist
+    where: Array | None  # [...], or None if all examples count
+    axis_name: mesh.AxisName
 
     @property
     def classes(self) -> int:
-        """The number of classes over all devices."""
+        """The number of classes on all devices together."""
         return self.raw.shape[-1] * mesh.size(self.axis_name)
 
     @property
     def half(self) -> bool:
-        """Whether the logits are narrower than the arithmetic."""
+        """Whether the logits have a narrower dtype than the arithmetic."""
         return self.raw.dtype != self.values.dtype
 
     @property
     def labels_are_indices(self) -> bool:
-        """Whether the labels are indices."""
+        """Whether the labels are class indices; False for soft labels, and without labels."""
         return self.labels is not None and jnp.issubdtype(self.labels.dtype, jnp.integer)
+
+    @property
+    def given_labels(self) -> Array:
+        """The labels, for functions that need them."""
+        assert self.labels is not None
+        return self.labels
 
 
 def of(examples: Examples) -> Rows:
-    """The rows of checked arguments: class axis last, dtypes decided."""
+    """The rows of the checked arguments of a loss."""
     last = functools.partial(jnp.moveaxis, source=examples.axis, destination=-1)
     logits, labels, mask = examples.logits, examples.labels, examples.class_mask
     z = last(logits)
@@ -73,7 +86,7 @@ def of(examples: Examples) -> Rows:
     if labels is not None:
         if jnp.issubdtype(labels.dtype, jnp.integer):
             labels = labels.astype(numerics.index_dtype(labels))
-            if examples.where is not None:  # a hidden label becomes a class, so that nothing further looks one up that does not exist
+            if examples.where is not None:  # examples that do not count may hold any label; class 0 can be looked up
                 labels = numerics.where(examples.where, labels, 0)
         else:
             labels = masked(last(labels).astype(dtype), examples.where)
@@ -84,16 +97,23 @@ def of(examples: Examples) -> Rows:
 
 
 def adjusted(rows: Rows, scale: ArrayLike = 1.0, offset: Array | float = 0.0) -> Rows:
-    """The rows of scale·(z − m) + offset, offset [..., classes]; −∞, NaN and what is masked stay as they are."""
-    z = rows.values  # without m, a constant, a common shift of the logits would swallow the offset
+    """The rows with logits scale·(z − m) + offset, for `offset` [..., classes] and the largest logit m of each row.
+
+    Subtracting m, a constant, changes no probability. Without it, a large shift shared by all logits would swallow the offset in rounding.
+    Infinite and NaN logits stay as they are.
+    """
+    z = rows.values
     m = reference(rows)
     plain = numerics.where(jnp.isfinite(z), finite_values(rows) - m[..., None], 0)
     z = numerics.where(jnp.isfinite(z), jnp.asarray(scale, z.dtype) * plain + offset, z)
     return rows._replace(raw=z, values=z)
 
 
+# Masks -------------------------------------------------------------------------------------------------------------------
+
+
 def finite_values(rows: Rows) -> Array:
-    """The logits as finite numbers; 0 in classes that do not exist and examples that do not count."""
+    """The logits as finite numbers, shape [..., classes]; 0 in classes that do not exist and in examples that do not count."""
     return masked(numerics.finite(rows.values), rows.where, rows.class_mask)
 
 
@@ -102,25 +122,52 @@ def not_infinite(rows: Rows) -> Array:
     return masked(jnp.isfinite(rows.values) | jnp.isnan(rows.values), rows.where, rows.class_mask)
 
 
-def kept(rows: Rows) -> Array | None:
-    """Which classes exist, in examples that count [..., classes]; None means all."""
-    return all_of(None, rows.class_mask, rows.where)
+def full_mask(rows: Rows) -> Array | None:
+    """Whether a class exists and its example counts, shape [..., classes]; None if that is so for all."""
+    return combined_mask(None, rows.class_mask, rows.where)
 
 
 def masked(per_class: Array, where: Array | None, class_mask: Array | None = None) -> Array:
-    """`per_class` [..., n] with 0 in examples that do not count and classes that do not exist."""
-    keep = all_of(None, class_mask, where)
+    """`per_class` [..., n], with 0 in examples that do not count and in classes that do not exist."""
+    keep = combined_mask(None, class_mask, where)
     return per_class if keep is None else numerics.where(keep, per_class, 0)
 
 
-def over_devices(rows: Rows, partial_sum: Array) -> Array:
-    """The sum over the devices that share the class axis."""
+@overload
+def combined_mask(over_classes: Array, class_mask: Array | None, where: Array | None) -> Array: ...
+@overload
+def combined_mask(over_classes: None, class_mask: Array | None, where: Array | None) -> Array | None: ...
+def combined_mask(over_classes: Array | None, class_mask: Array | None, where: Array | None) -> Array | None:
+    """The conjunction of the masks, shape [..., classes]; None if all are None."""
+    masks = [over_classes, class_mask, None if where is None else where[..., None]]
+    return functools.reduce(lambda a, b: a if b is None else b if a is None else a & b, masks)
+
+
+def counted(rows: Rows) -> Array | None:
+    """Whether an example counts, shape [...]: it is in `where` and has at least one class. None if all count."""
+    if rows.class_mask is None:
+        return rows.where
+    some = class_sum(rows, rows.class_mask.astype(jnp.int32)) > 0
+    return some if rows.where is None else some & rows.where
+
+
+def row_value(rows: Rows, values: Array) -> Array:
+    """`values` [...], one per row, with exactly 0 (or False) in examples that do not count."""
+    count = counted(rows)
+    return values if count is None else numerics.where(count, values, jnp.zeros_like(values))
+
+
+# Sums and maxima over classes --------------------------------------------------------------------------------------------
+
+
+def sum_over_devices(rows: Rows, partial_sum: Array) -> Array:
+    """The sum of `partial_sum` over the devices that share the classes."""
     return mesh.psum(partial_sum, mesh.names(rows.axis_name))
 
 
 def class_sum(rows: Rows, x: Array) -> Array:
-    """Σ over all classes, those of other devices too."""
-    return over_devices(rows, jnp.sum(x, axis=-1))
+    """The sum of `x` [..., classes] over the classes of all devices, shape [...]."""
+    return sum_over_devices(rows, jnp.sum(x, axis=-1))
 
 
 def class_minimum(rows: Rows, per_class: Array) -> Array:
@@ -130,25 +177,122 @@ def class_minimum(rows: Rows, per_class: Array) -> Array:
 
 
 def class_count(rows: Rows) -> Array | int:
-    """How many classes exist: a number, or one per row [...] under `class_mask`; at least 1."""
+    """The number of classes that exist, at least 1: an integer, or with `class_mask` one number per row, shape [...]."""
     if rows.class_mask is None:
         return rows.classes
     return jnp.maximum(class_sum(rows, rows.class_mask.astype(rows.values.dtype)), 1)
 
 
+def as_column(rows: Rows, number: Array) -> Array:
+    """`number` [...], one per row, in shape [..., 1], to be combined with an array over classes.
+
+    The column is made to vary over the devices that share the classes before it is broadcast. Its gradient is then summed over devices as
+    one number per row, not as one number per class.
+    """
+    return mesh.vary(number, mesh.axes_of(rows.raw))[..., None]
+
+
+def largest(rows: Rows) -> Array:
+    """The largest logit of every row, shape [...], in the accumulation dtype; −∞ if the row has no class. It has no derivative."""
+    return maximum(rows.raw, rows.class_mask, rows.axis_name).astype(rows.values.dtype)
+
+
+def reference(rows: Rows) -> Array:
+    """The number m that `statistics` subtracts from every logit of a row, shape [...]. It has no derivative.
+
+    m is the largest logit. It is 0 if that is −∞ or the example does not count, and NaN if that is +∞.
+    """
+    m = largest(rows)
+    usable = m != -jnp.inf
+    m -= numerics.where(m == jnp.inf, m, jnp.zeros_like(m))
+    return numerics.where(usable if rows.where is None else usable & rows.where, m, jnp.zeros_like(m))
+
+
+def maximum(x: Array, class_mask: Array | None, axis_name: mesh.AxisName) -> Array:
+    """The largest entry of every row of `x` [..., classes], shape [...], in the dtype of `x`. It has no derivative."""
+    x = lax.stop_gradient(x)
+    x = x if class_mask is None else numerics.select_logits(class_mask, x)
+    top = jnp.max(x, axis=-1, initial=-jnp.inf)
+    return top if axis_name is None else lax.pmax(top, axis_name)
+
+
+def largest_class(rows: Rows) -> Array:
+    """The global index of a class with the largest logit, shape [...]. If several tie, it is the last one.
+
+    It is computed as a maximum of indices, because devices would have to exchange more for an argmax.
+    """
+    z = lax.stop_gradient(rows.raw)
+    z = z if rows.class_mask is None else numerics.select_logits(rows.class_mask, z)
+    top = maximum(z, None, rows.axis_name)
+    index = jnp.max(numerics.where(numerics.equal(z, top[..., None]), class_index(rows), -1), axis=-1)
+    return index if rows.axis_name is None else lax.pmax(index, rows.axis_name)
+
+
+# Class indices -----------------------------------------------------------------------------------------------------------
+
+
+def class_index(rows: Rows) -> Array:
+    """The global index of every class of this device, shape [..., classes]."""
+    z, dtype = rows.raw, rows.given_labels.dtype if rows.labels_are_indices else jnp.int32
+    index = lax.broadcasted_iota(dtype, z.shape, z.ndim - 1, out_sharding=mesh.split_of(z))
+    return index if rows.axis_name is None else index + (lax.axis_index(rows.axis_name) * z.shape[-1]).astype(index.dtype)
+
+
+def on_label(rows: Rows) -> Array:
+    """Whether a class is the label of its row, shape [..., classes], for labels that are indices."""
+    return class_index(rows) == rows.given_labels[..., None]
+
+
+def in_range(rows: Rows) -> Array:
+    """Whether the label, a class index, lies in [0, classes), shape [...]; `class_mask` is ignored."""
+    return is_class(rows, rows.given_labels)
+
+
+def is_class(rows: Rows, index: Array) -> Array:
+    """Whether a global class index lies in [0, classes), in the shape of `index`; `class_mask` is ignored."""
+    return local_index(rows, index)[1]
+
+
 def at_label(rows: Rows, per_class: Array) -> Array:
-    """`per_class` [classes] or [..., classes] at the label of every example [...]."""
-    return _taken(rows, per_class, rows.labels)
+    """`per_class` [classes] or [..., classes] at the label of every row, a class index, shape [...].
+
+    As in `at_index`, callers must not use the result for a label out of range.
+    """
+    return _at_class(rows, per_class, rows.given_labels)
 
 
 def at_index(rows: Rows, per_class: Array, index: Array, *, differentiated: bool = False) -> Array:
-    """`per_class` [..., classes] at several global class indices of every row, `index` [..., k]; 0 or False where there is none."""
+    """`per_class` [..., classes] at several global class indices of every row, `index` [..., k], shape [..., k].
+
+    For an index out of range, callers must not use the result: it is 0, False, or the entry of another class.
+    """
     local, here = local_index(rows, index)[0], is_here(rows, index)
     taken = numerics.take_last(mesh.split_as(rows.raw, per_class), local, differentiated=differentiated)
     if here is None:
         return taken
-    found = over_devices(rows, numerics.where(here, taken, 0).astype(rows.values.dtype))
+    found = sum_over_devices(rows, numerics.where(here, taken, 0).astype(rows.values.dtype))
     return found > 0 if taken.dtype == jnp.bool_ else found
+
+
+def label_share(rows: Rows, index: Array) -> Array:
+    """The soft label of one class, shape [...]; `index` [] is its global index."""
+    return _at_class(rows, rows.given_labels, jnp.broadcast_to(index, rows.raw.shape[:-1]))
+
+
+def local_index(rows: Rows, index: Array) -> tuple[Array, Array]:
+    """The position of a global class index on this device, not yet clipped, and whether the index lies in [0, classes)."""
+    inside = (index >= 0) & (index < rows.classes)
+    if rows.axis_name is None:
+        return index, inside
+    return index - (lax.axis_index(rows.axis_name) * rows.raw.shape[-1]).astype(index.dtype), inside
+
+
+def is_here(rows: Rows, index: Array) -> Array | None:
+    """Whether this device holds the class of a global index; None if classes are not split."""
+    if rows.axis_name is None:
+        return None
+    local, _ = local_index(rows, index)
+    return (local >= 0) & (local < rows.raw.shape[-1])
 
 
 def of_this_device(rows: Rows, per_class: Array) -> Array:
@@ -164,8 +308,7 @@ def table_row(rows: Rows, table: Array) -> Array:
 
     The row is NaN for an out-of-range label, and 0 in an example that does not count.
     """
-    assert rows.labels is not None
-    chosen = _table_row(table, rows.labels, out_sharding=mesh.split_of(rows.values))
+    chosen = _table_row(table, rows.given_labels, out_sharding=mesh.split_of(rows.values))
     return masked(numerics.nan_unless(in_range(rows)[..., None], chosen), rows.where)
 
 
@@ -176,130 +319,18 @@ def _table_row(table: Array, index: Array, out_sharding: Any) -> Array:
 
 def table_sum(rows: Rows, table: Array) -> Array:
     """Σ_j t_j table_jk for soft labels t and a table [all classes, all classes], shape [..., classes on this device]."""
-    assert rows.labels is not None
     # Each device multiplies its part of the labels by the table's rows for them. The products are summed and split over devices.
-    product = jnp.tensordot(rows.labels, of_this_device(rows, table.T).T, 1, precision="highest")
+    product = jnp.tensordot(rows.given_labels, of_this_device(rows, table.T).T, 1, precision="highest")
     if rows.axis_name is None:
         return product
     return lax.psum_scatter(product, rows.axis_name, scatter_dimension=product.ndim - 1, tiled=True)
 
 
-def widened(rows: Rows, number: Array) -> Array:
-    """A number per row [..., 1], to meet an array over classes. It is made to vary over devices before it is widened.
-
-    The gradient is then summed over devices as one number per row, not as one per class.
-    """
-    return mesh.vary(number, mesh.axes_of(rows.raw))[..., None]
-
-
-def label_share(rows: Rows, index: Array) -> Array:
-    """What a distribution gives to one class [...]; `index` [] is global."""
-    return _taken(rows, rows.labels, jnp.broadcast_to(index, rows.raw.shape[:-1]))
-
-
-def largest(rows: Rows) -> Array:
-    """The largest logit of a row [...], −∞ where there is none; no derivative."""
-    return maximum(rows.raw, rows.class_mask, rows.axis_name).astype(rows.values.dtype)
-
-
-def reference(rows: Rows) -> Array:
-    """M [...], the largest logit as `statistics` subtracts it; no derivative."""
-    return _reference(maximum(rows.raw, rows.class_mask, rows.axis_name), rows)
-
-
-def counted(rows: Rows) -> Array | None:
-    """Which examples count: those in `where` that have a class at all; None means all."""
-    if rows.class_mask is None:
-        return rows.where
-    some = class_sum(rows, rows.class_mask.astype(jnp.int32)) > 0
-    return some if rows.where is None else some & rows.where
-
-
-def row_value(rows: Rows, values: Array) -> Array:
-    """One number per row, exactly 0 (or False) where an example does not count."""
-    count = counted(rows)
-    return values if count is None else numerics.where(count, values, jnp.zeros_like(values))
-
-
-def maximum(raw, mask, axis_name):
-    """The largest logit of each row in the dtype of `raw`; it has no derivative."""
-    top = _local_maximum(lax.stop_gradient(raw), mask)
-    return top if axis_name is None else lax.pmax(top, axis_name)
-
-
-def _local_maximum(raw, mask):
-    z = raw if mask is None else numerics.select_logits(mask, raw)
-    return jnp.max(z, axis=-1, initial=-jnp.inf)
-
-
-def largest_class(rows):
-    """The global index of a class with the largest logit [...]; a maximum, because devices would exchange more for an argmax."""
-    z = lax.stop_gradient(rows.raw)
-    z = z if rows.class_mask is None else numerics.select_logits(rows.class_mask, z)
-    top = maximum(z, None, rows.axis_name)
-    index = jnp.max(numerics.where(numerics.same(z, top[..., None]), class_index(rows), -1), axis=-1)
-    return index if rows.axis_name is None else lax.pmax(index, rows.axis_name)
-
-
-def _reference(top, rows):
-    """m: the maximum; 0 where there is none to subtract or the example does not count; NaN for a logit of +∞."""
-    m = top.astype(rows.values.dtype)
-    usable = m != -jnp.inf
-    m -= numerics.where(m == jnp.inf, m, jnp.zeros_like(m))
-    return numerics.where(usable if rows.where is None else usable & rows.where, m, jnp.zeros_like(m))
-
-
-def _taken(rows, per_class, index):
-    """`per_class` [classes] or [..., classes] at a global class index [...]; 0 where there is no such class."""
-    local, here = local_index(rows, index)[0], is_here(rows, index)
-    if per_class.ndim == 1 and not mesh.is_explicit(rows.raw):
-        taken = jnp.take(per_class, local, mode="clip")
-    else:
+def _at_class(rows: Rows, per_class: Array, index: Array) -> Array:
+    """`per_class` [classes] or [..., classes] at one global class index of every row, `index` [...]."""
+    if per_class.ndim > 1 or mesh.is_explicit(rows.raw):
         per_class = jnp.broadcast_to(numerics.expand_leading(per_class, rows.raw.ndim), rows.raw.shape)
         return at_index(rows, per_class, index[..., None]).squeeze(-1)
-    return taken if here is None else over_devices(rows, numerics.where(here, taken, 0))
-
-
-def in_range(rows: Rows) -> Array:
-    """Whether the label is a class at all [...], be it one that exists or not."""
-    return is_class(rows, rows.labels)
-
-
-def is_class(rows: Rows, index: Array | None) -> Array:
-    """Whether an index is that of a class, be it one that exists or not."""
-    return local_index(rows, index)[1]
-
-
-def class_index(rows: Rows) -> Array:
-    """The global index of every class held here [..., classes]."""
-    z, dtype = rows.raw, rows.labels.dtype if rows.labels_are_indices and rows.labels is not None else jnp.int32
-    index = lax.broadcasted_iota(dtype, z.shape, z.ndim - 1, out_sharding=mesh.split_of(z))
-    return index if rows.axis_name is None else index + (lax.axis_index(rows.axis_name) * z.shape[-1]).astype(index.dtype)
-
-
-def on_label(rows: Rows) -> Array:
-    """Whether a class is the label [..., classes]."""
-    assert rows.labels is not None
-    return class_index(rows) == rows.labels[..., None]
-
-
-def local_index(rows, index):
-    """The position of a global class index on this device (to be clipped), and whether the index is a class at all."""
-    inside = (index >= 0) & (index < rows.classes)
-    if rows.axis_name is None:
-        return index, inside
-    return index - (lax.axis_index(rows.axis_name) * rows.raw.shape[-1]).astype(index.dtype), inside
-
-
-def is_here(rows, index):
-    """Whether a class index lives on this device; None when there is but one."""
-    if rows.axis_name is None:
-        return None
-    local, _ = local_index(rows, index)
-    return (local >= 0) & (local < rows.raw.shape[-1])
-
-
-def all_of(over_classes, class_mask, where):
-    """The classes of all masks given; None for all classes."""
-    masks = [over_classes, class_mask, None if where is None else where[..., None]]
-    return functools.reduce(lambda a, b: a if b is None else b if a is None else a & b, masks)
+    taken = jnp.take(per_class, local_index(rows, index)[0], mode="clip")
+    here = is_here(rows, index)
+    return taken if here is None else sum_over_devices(rows, numerics.where(here, taken, 0))

@@ -1,24 +1,25 @@
-"""The surprise −log p of classes, and its expectation under soft labels, the cross-entropy of distributions.
+"""The surprise −log p_k of classes, its sum over soft labels (their cross-entropy), and the entropy.
 
-With m the largest logit and c = lse − m (`statistics.of`), −log p_k = (m − z_k) + c. Neither term is negative, so nothing cancels.
+With m the largest logit and c = lse(z) − m (see `statistics`), −log p_k = (m − z_k) + c. Neither term is negative, so nothing cancels.
 
-Derivatives. ∂(−log p_k)/∂z_j = p_j − [j = k], which cancels only at a class that holds most of the probability. At most one class
-does: the pivot *, which is the largest class if its p_* > 1/2. Let q = 1 − p_* = −expm1(−c), the sum of the exponentials over the other
-classes divided by the sum over all classes. Then
+Derivatives. ∂(−log p_k)/∂z_j = p_j − [j = k]. This difference cancels only at a class that holds most of the probability. At most one class
+does. It is called the pivot *: the largest class, if p_* > 1/2. With q = 1 − p_* = −expm1(−c), computed from the sum of the exponentials of
+all other classes,
 
     d(−log p_k) = Σ_{j≠*} p_j dz_j + p_* dz_* − dz_k  for k ≠ *        d(−log p_*) = Σ_{j≠*} p_j dz_j − q dz_*
 
-A loss with slopes v_k in the surprises then has the gradient s·p_j − v_j with s = Σ v, and at the pivot r·p_* − v_*·q with r = Σ_{k≠*} v_k.
-Both terms of each component keep their relative accuracy at any margin.
+Let v_k be the derivative of a loss with respect to −log p_k, and let s = Σ_k v_k and r = Σ_{k≠*} v_k. Then the gradient of the loss is
+s·p_j − v_j at every class j ≠ *, and r·p_* − v_*·q at the pivot. Both terms of each component have a small relative error at any margin.
 
-Speed. The cross-entropy of soft labels has a derivative rule of its own, because the arrays that XLA on CPUs stores for the general rule
-double the time. The special rule stores one array, which becomes the gradient: e^(z_k − m), and −1 at the largest classes as a mark. Its
-sums are written so that no two loops share an array of the size of the logits. A constant, or a number per row, that is broadcast to that
-size counts as such an array (`benchmarks/README.md`).
+Speed. The cross-entropy of soft labels has a derivative rule of its own, because the general rule takes twice the time: XLA on CPUs stores
+several arrays for it. The special rule stores one array, which becomes the gradient: e^(z_k − m), and −1 at the largest classes as a mark.
+Its sums are written so that no two loops share an array of the size of the logits. A constant or a number per row counts as such an array
+if it is broadcast to that size (`benchmarks/README.md`).
 """
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +29,15 @@ from xentjax._core import mesh, numerics, rows, statistics
 
 
 def surprise(r: rows.Rows, stats: statistics.Statistics) -> Array:
-    """−log p_k for every class [..., classes]; INFINITE for classes that do not exist."""
+    """−log p_k for every class, shape [..., classes]; INFINITE for classes that do not exist."""
     return _surprise(r.values, r.raw, stats.reference, stats.log_sum, None, r.class_mask, r.where, r.axis_name)[0]
 
 
 def surprise_at(r: rows.Rows, stats: statistics.Statistics, index: Array) -> Array:
-    """−log p at several classes of a row, `index` [..., k]; NaN where an index is out of range, INFINITE where it does not exist."""
+    """−log p_k for several classes of every row, `index` [..., k], shape [..., k].
+
+    It is NaN for an index out of range, and INFINITE for a class that does not exist.
+    """
     index = rows.masked(index.astype(numerics.index_dtype(index)), r.where)
     inside = rows.is_class(r, index)
     u, _ = _surprise(r.values, r.raw, stats.reference, stats.log_sum, index, r.class_mask, r.where, r.axis_name)
@@ -41,42 +45,57 @@ def surprise_at(r: rows.Rows, stats: statistics.Statistics, index: Array) -> Arr
 
 
 def class_log_odds(r: rows.Rows) -> Array:
-    """log(p_k/(1 − p_k)) for every class [..., classes].
+    """log(p_k/(1 − p_k)) for every class, shape [..., classes].
 
-    Only the largest class can have a small 1 − p_k, about which its surprise carries too little information. So the log-odds of the largest
-    class are computed as if it were the label.
+    Only the largest class can have a small 1 − p_k, and its surprise determines such a number too inaccurately. So the log-odds of the
+    largest class are computed as if that class were the label.
     """
     top = r._replace(labels=rows.largest_class(r))
     stats = statistics.of_label(top)
-    u = jnp.maximum(surprise(top, stats), 0.5)  # p_k ≤ 1/2 for the others; e^(−1/2) > 1/2 leaves them as they are
-    of_top = mesh.vary(stats.log_odds, mesh.axes_of(u))[..., None]  # before it is as wide as the classes, its gradient's sum likewise
+    u = jnp.maximum(surprise(top, stats), 0.5)  # changes only the largest class: all others have p_k ≤ 1/2 < e^(−1/2)
+    # It varies over devices before it is broadcast to all classes, so that its gradient is summed as one number per row.
+    of_top = mesh.vary(stats.log_odds, mesh.axes_of(u))[..., None]
     return jnp.where(rows.on_label(top), of_top, numerics.log_odds_of_surprise(u))
 
 
 def expected(r: rows.Rows, t: Array) -> Array:
-    """Σ_k t_k (−log p_k) [...] for soft labels t [..., classes], which are 0 in examples that do not count."""
+    """Σ_k t_k (−log p_k) for soft labels t [..., classes], shape [...]. t must be 0 in examples that do not count."""
     return _expected(r.values, r.raw, t, r.class_mask, r.where, r.axis_name)
 
 
 def entropy(r: rows.Rows, stats: statistics.Statistics) -> Array:
-    """H(p) = −Σ_k p_k log p_k of every row, as c + Σ_k p_k(m − z_k): neither term is ever negative."""
+    """H(p) = −Σ_k p_k log p_k of every row, shape [...]. It is computed as c + Σ_k p_k (m − z_k), whose terms are never negative."""
     return _entropy(r.values, stats.reference, stats.log_sum, r.class_mask, r.where, r.axis_name)
 
 
 def total(r: rows.Rows, stats: statistics.Statistics) -> Array:
-    """Σ_k −log p_k over the classes that exist, as K·c + Σ_k (m − z_k)."""
+    """Σ_k −log p_k over the K classes that exist, shape [...]. It is computed as K·c + Σ_k (m − z_k)."""
     below = rows.class_sum(r, rows.masked(stats.reference[..., None] - r.values, r.where, r.class_mask))
     return rows.class_count(r) * stats.log_sum + numerics.where(below == jnp.inf, numerics.INFINITE, below)
+
+
+def smallest(r: rows.Rows, stats: statistics.Statistics) -> Array:
+    """−log max_k p_k of every row, shape [...]. The largest classes share the derivative equally if several tie."""
+    return _smallest(r.values, r.raw, stats.reference, stats.log_sum, r.class_mask, r.where, r.axis_name)
 
 
 # The general rule --------------------------------------------------------------------------------------------------------
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(7,))
-def _surprise(values, raw, m, c, index, class_mask, where, axis_name):
-    """−log p of all classes, or of those in `index`; and −log p of the largest class, used where that class is the pivot.
+def _surprise(
+    values: Array,
+    raw: Array,
+    m: Array,
+    c: Array,
+    index: Array | None,
+    class_mask: Array | None,
+    where: Array | None,
+    axis_name: mesh.AxisName,
+) -> tuple[Array, Array]:
+    """−log p_k of all classes, or of the classes `index`; and −log p of the largest class, which is used only if that class is the pivot.
 
-    The rule treats m and c as the functions of `values` that they are, and ignores their own tangents.
+    m and c are functions of `values`. The rule takes their derivatives into account, and ignores the tangents of the arguments m and c.
     """
     r = rows.Rows(raw, values, None, class_mask, where, axis_name)
     z = rows.finite_values(r)
@@ -85,177 +104,174 @@ def _surprise(values, raw, m, c, index, class_mask, where, axis_name):
     u = (m[..., None] - _at(r, z, index)) + c[..., None]
     if class_mask is not None and index is None:
         u = numerics.where(class_mask, u, numerics.INFINITE)
-    # m − z is 0 there, but has a derivative
-    return u, c + rows.class_sum(r, numerics.where(_pivot(r, m, c), m[..., None] - rows.finite_values(r), 0))
+    return u, c + _zero_at_largest(r, m, _is_pivot(r, m, c))
 
 
 @_surprise.defjvp
-def _(axis_name, primals, tangents):
+def _(axis_name: mesh.AxisName, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     values, raw, m, c, index, class_mask, where = primals
     r = rows.Rows(raw, values, None, class_mask, where, axis_name)
     u, of_pivot = _surprise(values, raw, m, c, None, class_mask, where, axis_name)
-    pivot, moved = _pivot(r, m, c), rows.masked(tangents[0], where, class_mask)
+    pivot, moved = _is_pivot(r, m, c), rows.masked(tangents[0], where, class_mask)
     by_others = rows.class_sum(r, numerics.where(pivot, 0, jnp.exp(-u) * moved))
     by_pivot = rows.class_sum(r, numerics.where(pivot, moved, 0))
     dot_of_pivot = by_others + jnp.expm1(-of_pivot) * by_pivot
     dot_of_others = by_others + jnp.exp(-of_pivot) * by_pivot
     if index is not None:
         on_pivot = _at(r, pivot, index)
-        dot = _either(on_pivot, dot_of_pivot[..., None], dot_of_others[..., None] - _at(r, moved, index))
+        dot = _number_where(on_pivot, dot_of_pivot[..., None], dot_of_others[..., None] - _at(r, moved, index))
         return _surprise(*primals, axis_name), (dot, dot_of_pivot)
-    dot = _either(pivot, rows.widened(r, dot_of_pivot), rows.widened(r, dot_of_others) - moved)
+    dot = _number_where(pivot, rows.as_column(r, dot_of_pivot), rows.as_column(r, dot_of_others) - moved)
     return (u, of_pivot), (dot if class_mask is None else numerics.where(class_mask, dot, 0), dot_of_pivot)
 
 
-def _either(condition, number, x):
-    """`number` [..., 1] where `condition`, `x` elsewhere; a product: a selection would first widen the number, on every device."""
+def _number_where(condition: Array, number: Array, x: Array) -> Array:
+    """`number` [..., 1] where `condition`, elsewhere `x` [..., classes].
+
+    It is a sum of products, because a selection would first broadcast `number` to all classes, on every device.
+    """
     return condition.astype(x.dtype) * number + numerics.where(condition, 0, x)
 
 
-def _pivot(r, m, c):
-    """Whether a class holds more than half of the probability [..., classes]."""
+def _is_pivot(r: rows.Rows, m: Array, c: Array) -> Array:
+    """Whether a class holds more than half of the probability, shape [..., classes]."""
     return statistics.same_as_largest(r, m) & (lax.stop_gradient(c) < math.log(2))[..., None]
 
 
-def _at(r, per_class, index):
-    """`per_class`, or its entries at the classes `index` [..., k]."""
+def _zero_at_largest(r: rows.Rows, m: Array, largest: Array) -> Array:
+    """Σ (m − z_k) over the classes in `largest` [..., classes], which all have the logit m: 0 with a derivative, shape [...]."""
+    return rows.class_sum(r, numerics.where(largest, m[..., None] - rows.finite_values(r), 0))
+
+
+def _at(r: rows.Rows, per_class: Array, index: Array | None) -> Array:
+    """`per_class` [..., classes], or only its entries at the classes `index` [..., k]."""
     return per_class if index is None else rows.at_index(r, per_class, index, differentiated=per_class.dtype != jnp.bool_)
-
-
-def _fill(like, number):
-    """A number per row at every class, in the shape of `like`."""
-    return jnp.broadcast_to(number[..., None], like.shape)
 
 
 # The rule of soft labels -------------------------------------------------------------------------------------------------
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
-def _expected(values, raw, t, class_mask, where, axis_name):
+def _expected(values: Array, raw: Array, t: Array, class_mask: Array | None, where: Array | None, axis_name: mesh.AxisName) -> Array:
     r = rows.Rows(raw, values, None, class_mask, where, axis_name)
-    m = rows.reference(r)
-    e = statistics.marked_exponentials(r, m)
-    log_sum = jnp.log1p(statistics.excess(*statistics.rest_and_ties(r, m, e)))
-    _, below, s = _label_sums(r, m, e, t)
+    e = statistics.exponentials(r)
+    log_sum = e.log_sum
+    _, below, s = _label_sums(r, e, t)
     return below + s * log_sum
 
 
 @_expected.defjvp
-def _(axis_name, primals, tangents):
+def _(axis_name: mesh.AxisName, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
     values, raw, t, class_mask, where = primals
     r = rows.Rows(raw, values, None, class_mask, where, axis_name)
 
-    def linear(values, raw, t, z_dot):
+    def linear(values: Array, raw: Array, t: Array, z_dot: Array) -> Array:
         return rows.class_sum(r, _slope(values, raw, t, class_mask, where, axis_name) * z_dot)
 
-    # In half precision a backward pass of its own is handed the logits, not their gradient in float32.
+    # In half precision, a separate backward pass gets the logits, not their gradient in float32.
     linear = jax.checkpoint(linear, prevent_cse=False) if r.half else linear
     dot = linear(values, raw, t, tangents[0]) + rows.class_sum(r, surprise(r, statistics.of_row(r)) * tangents[2])
     return _expected(*primals, axis_name), dot
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
-def _slope(values, raw, t, class_mask, where, axis_name):
-    """The gradient s·p − t; at the pivot r·p_* − t_*·q."""
+def _slope(values: Array, raw: Array, t: Array, class_mask: Array | None, where: Array | None, axis_name: mesh.AxisName) -> Array:
+    """The gradient of `_expected` with respect to the logits, shape [..., classes]: s·p − t, but r·p_* − t_*·q at the pivot."""
     r = rows.Rows(raw, values, None, class_mask, where, axis_name)
-    m = rows.reference(r)
-    e = statistics.marked_exponentials(r, m)
-    rest, ties = statistics.rest_and_ties(r, m, e)
-    others, _, s = _label_sums(r, m, e, t)
-    total = 1 + statistics.excess(rest, ties)
-    of_pivot = (others * ties - (s - others) * rest) / total
-    # Numbers per row are made before the loop over classes; XLA would make them once per class.
+    e = statistics.exponentials(r)
+    others, _, s = _label_sums(r, e, t)
+    total = 1 + e.excess
+    of_pivot = (others * e.ties - (s - others) * e.rest) / total
+    # Without the barrier, XLA would compute these numbers per row in the loop over classes, once per class.
     scale, of_pivot, confident = lax.optimization_barrier((s / total, of_pivot, total < 2))
-    direct = e * scale[..., None] - t
-    of_largest = numerics.where(confident[..., None], _fill(direct, of_pivot), -e * scale[..., None] - t)
-    slope = numerics.where(e < -0.5, of_largest, direct)  # not `e < 0`: the sums have a broadcast 0 of their own
+    direct = e.marked * scale[..., None] - t
+    of_largest = numerics.where(confident[..., None], jnp.broadcast_to(of_pivot[..., None], direct.shape), -e.marked * scale[..., None] - t)
+    slope = numerics.where(e.marked < -0.5, of_largest, direct)  # not `< 0`: the sums broadcast a 0 too, and loops must not share it
     return rows.masked(slope, where, class_mask)
 
 
 @_slope.defjvp
-def _(axis_name, primals, tangents):
+def _(axis_name: mesh.AxisName, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
     values, raw, t, class_mask, where = primals
     r = rows.Rows(raw, values, None, class_mask, where, axis_name)
     z_dot, t_dot = (rows.masked(x, where, class_mask) for x in (tangents[0], tangents[2]))
     p = statistics.softmax(r)
-    s, s_dot, mean = (rows.widened(r, rows.class_sum(r, x)) for x in (t, t_dot, p * z_dot))
+    s, s_dot, mean = (rows.as_column(r, rows.class_sum(r, x)) for x in (t, t_dot, p * z_dot))
     dot = p * (s * (z_dot - mean) + s_dot) - t_dot
-    # The gradient sums to 0 over the classes, and so does its derivative.
+    # The gradient sums to 0 over the classes, and so does its derivative. So the component of the pivot is minus the sum of the others.
     stats = statistics.of_row(r)
-    pivot = _pivot(r, stats.reference, stats.log_sum)
+    pivot = _is_pivot(r, stats.reference, stats.log_sum)
     balance = -rows.class_sum(r, numerics.where(pivot, 0, dot))
-    return _slope(*primals, axis_name), rows.masked(_either(pivot, rows.widened(r, balance), dot), where, class_mask)
+    return _slope(*primals, axis_name), rows.masked(_number_where(pivot, rows.as_column(r, balance), dot), where, class_mask)
 
 
-def _label_sums(r, m, e, t):
-    """Σ t_k over the classes below the largest, Σ t_k (m − z_k) over them, and Σ t_k; `e` comes from `statistics.marked_exponentials`."""
-    s, keep, fixed = rows.class_sum(r, t), rows.kept(r), lax.stop_gradient(e)
-    below = jnp.minimum(m[..., None] - r.values, numerics.INFINITE)
+def _label_sums(r: rows.Rows, e: statistics.Exponentials, t: Array) -> tuple[Array, Array, Array]:
+    """Σ t_k over the classes below the largest, Σ t_k (m − z_k) over the same classes, and Σ t_k over all, each [...]."""
+    s, keep, fixed = rows.class_sum(r, t), rows.full_mask(r), lax.stop_gradient(e.marked)
+    below = jnp.minimum(e.reference[..., None] - r.values, numerics.INFINITE)
     below = below if keep is None else numerics.where(keep, below, numerics.INFINITE)
-    if r.half or statistics.few(r):
-        largest = statistics.same_as_largest(r, m) if r.half else fixed < -0.5
+    if r.half or statistics.has_few_classes(r):
+        largest = statistics.same_as_largest(r, e.reference) if r.half else fixed < -0.5
         return *statistics.two_sums(r, numerics.where(largest, 0, t), t * numerics.where(largest, 0, below)), s
-    # Two ways to say 0 at the largest: XLA on CPUs stores what it selects, and what two loops share.
+    # Both sums need terms of 0 at the largest classes. XLA on CPUs would store a selection, or a factor that two loops share. So both sums
+    # use products, with different factors.
     return rows.class_sum(r, t + t * jnp.minimum(fixed, -0.0)), rows.class_sum(r, (t * below) * jnp.minimum(1 + fixed, 1)), s
 
 
 # The rule of the largest class -------------------------------------------------------------------------------------------
 
 
-def smallest(r: rows.Rows, stats: statistics.Statistics) -> Array:
-    """−log max_k p_k of every row; classes that tie share the derivative."""
-    return _smallest(r.values, r.raw, stats.reference, stats.log_sum, r.class_mask, r.where, r.axis_name)
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(6,))
-def _smallest(values, raw, m, c, class_mask, where, axis_name):
-    """c, which the rule differentiates as the surprise of the largest classes.
+def _smallest(
+    values: Array, raw: Array, m: Array, c: Array, class_mask: Array | None, where: Array | None, axis_name: mesh.AxisName
+) -> Array:
+    """The value c, differentiated as the mean surprise of the largest classes, shape [...].
 
     The code adds the mean of m − z_k over these classes, which is 0 but has a derivative.
     """
     r = rows.Rows(raw, values, None, class_mask, where, axis_name)
     largest = statistics.same_as_largest(r, m)
-    return c + rows.class_sum(r, numerics.where(largest, m[..., None] - rows.finite_values(r), 0)) / _ties(r, largest)
+    return c + _zero_at_largest(r, m, largest) / _count(r, largest)
 
 
 @_smallest.defjvp
-def _(axis_name, primals, tangents):
+def _(axis_name: mesh.AxisName, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
     values, raw, m, c, class_mask, where = primals
     r = rows.Rows(raw, values, None, class_mask, where, axis_name)
     u, largest, moved = _smallest(*primals, axis_name), statistics.same_as_largest(r, m), rows.masked(tangents[0], where, class_mask)
-    ties = _ties(r, largest)
+    ties = _count(r, largest)
     p = jnp.exp(-_surprise(values, raw, m, c, None, class_mask, where, axis_name)[0])
     by_others = rows.class_sum(r, numerics.where(largest, 0, p * moved))
-    # n·p − 1 for n ties; for one this is −q
+    # expm1(log n − u) = n·p − 1 for n largest classes of probability p; for one it is −q
     return u, by_others + jnp.expm1(jnp.log(ties) - u) * rows.class_sum(r, numerics.where(largest, moved, 0)) / ties
 
 
-def _ties(r, largest):
-    return jnp.maximum(rows.class_sum(r, largest.astype(r.values.dtype)), 1)
+def _count(r: rows.Rows, classes: Array) -> Array:
+    """The number of classes in a mask [..., classes], at least 1, shape [...]."""
+    return jnp.maximum(rows.class_sum(r, classes.astype(r.values.dtype)), 1)
 
 
-# The rule of the entropy ---------------------------------------------------------------------------------------------------
+# The rule of the entropy -------------------------------------------------------------------------------------------------
 #
-# A rule, so that the gradient is one loop over the logits, with exponentials of its own: what it shared with a sum would be stored.
+# With a rule, the gradient is one loop over the logits that computes its own exponentials. XLA would store exponentials that the gradient
+# shares with a sum.
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
-def _entropy(z, m, c, class_mask, where, axis_name):
+def _entropy(z: Array, m: Array, c: Array, class_mask: Array | None, where: Array | None, axis_name: mesh.AxisName) -> Array:
+    r = rows.Rows(z, z, None, class_mask, where, axis_name)
     x = z - m[..., None]
     x = rows.masked(numerics.where(x == -jnp.inf, -numerics.INFINITE, x), where, class_mask)
     terms = jnp.exp(x - c[..., None]) * x
-    # The selection keeps XLA on CPUs from storing c and m at every class for its reduction; it stores the terms instead.
-    return c - _class_sum(numerics.where(x > -numerics.INFINITE, terms, 0), axis_name)
+    # Without the selection, XLA on CPUs would store c and m, broadcast to all classes, for the sum. With it, XLA stores the terms.
+    return c - rows.class_sum(r, numerics.where(x > -numerics.INFINITE, terms, 0))
 
 
 @_entropy.defjvp
-def _(axis_name, primals, tangents):
+def _(axis_name: mesh.AxisName, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
     z, m, c, class_mask, where = primals
+    r = rows.Rows(z, z, None, class_mask, where, axis_name)
     h = _entropy(z, m, c, class_mask, where, axis_name)
     log_p = rows.masked(jnp.maximum(z + (-m)[..., None], -numerics.INFINITE), where, class_mask) - c[..., None]
-    slope = rows.masked(-jnp.exp(log_p) * (log_p + h[..., None]), where, class_mask)  # that of c, lse − m, is in it
-    return h, _class_sum(slope * tangents[0], axis_name)
-
-
-def _class_sum(x, axis_name):
-    return mesh.psum(jnp.sum(x, axis=-1), mesh.names(axis_name))
+    slope = rows.masked(-jnp.exp(log_p) * (log_p + h[..., None]), where, class_mask)  # includes the derivative of c = lse(z) − m
+    return h, rows.class_sum(r, slope * tangents[0])
