@@ -239,7 +239,7 @@ def examples(
     if mask is not None and mask.shape not in ((z.shape[axis],), z.shape):
         raise ValueError(
             f"{function}: class_mask must have shape {(z.shape[axis],)}, one per class, or {z.shape}, the shape of {inputs}; "
-            f"got {mask.shape}. {_as_the_logits('class_mask', mesh.names(axis_name))}".rstrip()
+            f"got {mask.shape}. {_as_the_logits(mesh.names(axis_name), inputs)}".rstrip()
         )
     counts = counted(function, where, leading, f"the shape of {inputs} without its class axis")
     indices = None if y is None or y.ndim == z.ndim else y
@@ -256,7 +256,7 @@ def class_weights(function: str, weights: ArrayLike | None, batch: rows.Examples
         return None
     w = real(function, "class_weights", weights)
     values.weights(function, "class_weights", w)
-    remedy = _as_the_logits("class_weights", mesh.names(batch.axis_name))
+    remedy = _as_the_logits(mesh.names(batch.axis_name), "logits")
     return shape(function, "class_weights", w, (batch.logits.shape[batch.axis],), "one weight per class", remedy)
 
 
@@ -307,13 +307,13 @@ def labels_like(function: str, labels: ArrayLike | None, full: tuple[int, ...], 
             f"got {y.dtype}. Use labels.astype(jnp.int32) for class indices."
         )
     y = _with_infinities(function, "labels", y)
-    remedy = "For class indices use labels.astype(jnp.int32)." if y.shape == leading else _as_the_logits("labels", split)
     of = "logits" if like == "hidden" else like
+    remedy = "For class indices use labels.astype(jnp.int32)." if y.shape == leading else _as_the_logits(split, of)
     return shape(function, "labels", y, full, f"the shape of {of}, because they are a distribution over classes", remedy)
 
 
-def _as_the_logits(name: str, axes: tuple) -> str:
-    return f"Its classes must be split over mesh axis {axes[0]!r} as those of logits are." if axes else ""
+def _as_the_logits(axes: tuple, inputs: str) -> str:
+    return f"Its classes must be split over mesh axis {axes[0]!r} as those of {inputs} are." if axes else ""
 
 
 def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
