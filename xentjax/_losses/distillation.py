@@ -171,7 +171,7 @@ def _(primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array])
 
 @jax.custom_jvp
 def _difference(x: Array, y: Array, d: Array) -> Array:
-    """a − b, accurate relative to its own size."""
+    """The difference a − b, accurate relative to its own size."""
     a_is_larger = d >= 0
     return numerics.where(a_is_larger, -jnp.exp(-x), jnp.exp(-y)) * jnp.expm1(-jnp.abs(d))
 
