@@ -32,7 +32,10 @@ def prediction(row: rows.Rows) -> Prediction:
 
 
 def of(p: Prediction, q: Prediction) -> Array:
-    """log(p_k/q_k) of every class [..., classes]; no derivative, for which `differences.with_slope_of` takes that of the surprises."""
+    """log(p_k/q_k) of every class [..., classes].
+
+    The result has no derivative. A caller adds the derivative of the difference of surprises (`differences.with_slope_of`).
+    """
     logits, lost = differences.exact_difference(rows.finite_values(p.row), rows.finite_values(q.row))
     reference, lost_too = differences.exact_difference(p.stats.reference, q.stats.reference)
     constant = p.stats.log_sum - q.stats.log_sum

@@ -67,8 +67,8 @@ def distillation_loss(
         where: [...], True for examples that count.
 
     Returns:
-        [...], in nats ("tv" has no unit), ≥ 0, and at most 1 for "tv"; exactly 0 for equal logits; float32, or float64 if either of the
-        logits are float64. "forward" is +∞ if q_k = 0 < p_k for some class, and "reverse" if p_k = 0 < q_k.
+        [...], in nats, ≥ 0; float32, or float64 if either argument is float64. "tv" has no unit and is at most 1. Equal logits give exactly
+        0. "forward" is +∞ if q_k = 0 < p_k for some class, and "reverse" is +∞ if p_k = 0 < q_k.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -86,7 +86,7 @@ def distillation_loss(
         Distillation of Language Models, 2023, arXiv 2306.13649 ("reverse" and "js").
     """
     name = "distillation_loss"
-    common = (None, axis, axis_name, class_mask, where)
+    common = (None, axis, axis_name, class_mask, where)  # None: no labels
     student = checks.examples(name, student_logits, *common, labelled=False, inputs="student_logits")
     teacher_logits = checks.floating(name, "teacher_logits", teacher_logits)
     # Before the shapes are compared: if the teacher is not split over devices, its shape differs for that reason.

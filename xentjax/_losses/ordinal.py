@@ -25,7 +25,7 @@ def cumulative_link_loss(scores: ArrayLike, labels: ArrayLike, *, thresholds: Ar
 
     loss = −log(σ(θ_y − s) − σ(θ_{y−1} − s)),  θ_{−1} = −∞, θ_{K−1} = +∞ for K classes.
     Gradient, with b = θ_y − s and a = θ_{y−1} − s: ∂/∂s = σ(−b) − σ(a);  ∂/∂θ_y = −σ(−b) − 1/(e^(b − a) − 1);
-    ∂/∂θ_{y−1} = σ(a) + 1/(e^(b − a) − 1). The first and the last class have no term in b − a.
+    ∂/∂θ_{y−1} = σ(a) + 1/(e^(b − a) − 1). The first and the last class have no terms in b − a.
 
     Args:
         scores: [...], s, one number per example, unbounded.

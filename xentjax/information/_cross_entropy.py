@@ -75,7 +75,7 @@ def cross_entropy_from_logits(
         where: [...], True for examples that count.
 
     Returns:
-        [...], float32, or float64 if either of the logits are float64.
+        [...], float32, or float64 if either argument is float64.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -161,7 +161,7 @@ def kl_divergence_from_logits(
         where: [...], True for examples that count.
 
     Returns:
-        [...], ≥ 0, float32, or float64 if either of the logits are float64.
+        [...], ≥ 0, float32, or float64 if either argument is float64.
 
     Raises:
         TypeError: an argument has the wrong dtype.

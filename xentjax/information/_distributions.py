@@ -9,7 +9,7 @@ Sums of terms of either sign are written as sums of terms that are not negative,
 
     KL    Σ G(p, q, −d)                 JS    Σ [G(p, m, −log(p/m)) + G(q, m, −log(q/m))]/2,  m = (p + q)/2
 
-Derivatives cancel as well if the chain rule makes them. Let u = −log p. The derivative of Σ p·u is Σ u·ṗ + Σ p·u̇. The second sum is 0 for
+Derivatives obtained by the chain rule cancel as well. Let u = −log p. The derivative of Σ p·u is Σ u·ṗ + Σ p·u̇. The second sum is 0 for
 every row of logits, but its rounding errors would remain. So `with_slope` gives each term only the part of the derivative that does not
 cancel, and further derivatives are derivatives of that part:
 

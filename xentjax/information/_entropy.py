@@ -61,7 +61,7 @@ def self_information_from_logits(logits: ArrayLike, *, base: ArrayLike = math.e,
         logits: [..., classes], unnormalized log-probabilities.
         base: unit of the result, a scalar above 0 and not 1: e for nats (default), 2 for bits.
         axis: class axis of `logits`.
-        where: [..., classes], True for values that count. The softmax includes the other logits of a row all the same.
+        where: [..., classes], True for values that count. The other values are 0, but their logits remain part of the softmax.
 
     Returns:
         [..., classes], in the shape of `logits`, float32, or float64 if `logits` are float64.

@@ -78,7 +78,7 @@ def js_divergence_from_logits(
         where: [...], True for examples that count.
 
     Returns:
-        [...], between 0 and log 2, float32, or float64 if either of the logits are float64.
+        [...], between 0 and log 2, float32, or float64 if either argument is float64.
 
     Raises:
         TypeError: an argument has the wrong dtype.

@@ -10,7 +10,7 @@ whose terms are not negative, and Y = (S/w − 1)/β = (E − Σ(q − p))/w. Th
 smooth at β = 0.
 
 With G(x, y, t) = y − x − x·t (`_distributions.kl_term`), the terms of E are G(x, y, t) − x(e^(at) − 1 − at)/a for x = p, y = q, t = −d and
-a = 1 − α. For α < 1/2 that cancels. There they are α/(1 − α) times the same expression for x = q, y = p, t = d and a = α.
+a = 1 − α. For α < 1/2, this difference cancels. There the terms are α/(1 − α) times the same expression for x = q, y = p, t = d and a = α.
 """
 
 import functools
@@ -150,7 +150,7 @@ def renyi_divergence_from_logits(
         where: [...], True for examples that count.
 
     Returns:
-        [...], ≥ 0, float32, or float64 if either of the logits are float64.
+        [...], ≥ 0, float32, or float64 if either argument is float64.
 
     Raises:
         TypeError: an argument has the wrong dtype.
