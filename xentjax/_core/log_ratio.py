@@ -42,7 +42,8 @@ def of(p: Prediction, q: Prediction) -> Array:
     delta = (logits - reference[..., None]) + (lost - lost_too[..., None]) - constant[..., None]
     # The terms q·(e^δ − 1) are q·expm1(δ) for δ < 0. For δ > 0, e^δ may overflow. There q·e^δ = e^L·p, and the terms are −p·expm1(−δ) with
     # e^L rounded to 1, because L is no larger than a rounding error. Measured, this is as accurate as solving for L exactly.
+    # XLA on CPUs would store the selected probabilities if they were multiplied by `change` after the selection.
     change = jnp.expm1(-jnp.abs(delta))
-    terms = numerics.where(delta > 0, -jnp.exp(-p.surprise), jnp.exp(-q.surprise)) * change
+    terms = numerics.where(delta > 0, -jnp.exp(-p.surprise) * change, jnp.exp(-q.surprise) * change)
     error = jnp.log1p(jnp.clip(rows.class_sum(p.row, terms), -0.5, 0.5))
     return lax.stop_gradient(delta - error[..., None])
