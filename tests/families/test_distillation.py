@@ -101,6 +101,18 @@ def test_second_derivatives_at_equal_predictions(kind, rng, x64):
     np.testing.assert_allclose(product, curvature, rtol=1e-12, atol=1e-14)
 
 
+@each
+def test_second_derivatives_inside_a_loop(kind, rng):
+    """`lax.scan` drops derivative rules in computations that a second derivative goes through."""
+    student, teacher = (jnp.asarray(rng.normal(size=5), jnp.float32) for _ in range(2))
+
+    def scanned(student):
+        return jax.lax.scan(lambda total, z: (total + loss(kind, beta=0.3)(*z), None), 0.0, (student[None], teacher[None]))[0]
+
+    found, expected = (jax.hessian(f)(student) for f in (scanned, lambda z: loss(kind, beta=0.3)(z, teacher)))
+    np.testing.assert_allclose(found, expected, rtol=RTOL, atol=RTOL)
+
+
 @examples(40)
 @hypothesis.given(hnp.arrays(np.float32, (2, 5), elements=st.floats(-60, 60, width=32)), st.sampled_from([0.5, 1.0, 3.0]))
 def test_inequalities(z, temperature):

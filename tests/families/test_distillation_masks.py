@@ -161,3 +161,26 @@ def test_classes_split_over_devices(kind, masked, rng):
     theirs = jax.jit(lambda: derivatives(lambda s, t: dense(s, t, where=where, class_mask=mask if masked else None)))()
     for mine, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(mine, expected, rtol=RTOL, atol=RTOL)
+
+
+STUDENT_SHAPE = r"class_mask must have shape \(2,\), one per class, or \(5, 2\), the shape of student_logits; got \(16,\)."
+SPLIT, WHOLE = P(None, "model"), P()
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        ((WHOLE, SPLIT), "student_logits must be split along the class axis over mesh axis 'model'"),
+        ((SPLIT, WHOLE), "teacher_logits must be split along the class axis over mesh axis 'model'"),
+        ((SPLIT, SPLIT), f"{STUDENT_SHAPE} Its classes must be split over mesh axis 'model' .*student_logits"),
+    ],
+    ids=["student", "teacher", "class_mask"],
+)
+def test_errors_name_the_argument_that_is_not_split(specs, message):
+    def local(student, teacher, mask):
+        mask = mask if specs == (SPLIT, SPLIT) else None
+        return loss("forward", class_mask=mask, axis_name="model")(student, teacher)
+
+    mapped = jax.shard_map(local, mesh=mesh_of(8), in_specs=(*specs, P()), out_specs=P())
+    with pytest.raises(ValueError, match=f"^distillation_loss: {message}"):
+        jax.jit(mapped)(jnp.zeros((5, 16)), jnp.zeros((5, 16)), jnp.ones(16, bool))

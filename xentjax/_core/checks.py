@@ -255,7 +255,7 @@ def examples(
     if mask is not None and mask.shape not in ((z.shape[axis],), z.shape):
         raise ValueError(
             f"{function}: class_mask must have shape {(z.shape[axis],)}, one per class, or {z.shape}, the shape of {inputs}; "
-            f"got {mask.shape}. {_split_remedy('class_mask', mesh.names(axis_name))}".rstrip()
+            f"got {mask.shape}. {_split_remedy('class_mask', mesh.names(axis_name), inputs)}".rstrip()
         )
     counts = counted(function, where, leading, f"the shape of {inputs} without its class axis")
     indices = None if y is None or y.ndim == z.ndim else y
@@ -272,7 +272,7 @@ def class_weights(function: str, weights: ArrayLike | None, batch: rows.Examples
         return None
     w = real(function, "class_weights", weights)
     values.weights(function, "class_weights", w)
-    remedy = _split_remedy("class_weights", mesh.names(batch.axis_name))
+    remedy = _split_remedy("class_weights", mesh.names(batch.axis_name), "logits")
     return shape(function, "class_weights", w, (batch.logits.shape[batch.axis],), "one weight per class", remedy)
 
 
@@ -326,13 +326,13 @@ def labels_like(function: str, labels: ArrayLike | None, full: tuple[int, ...], 
             f"got {y.dtype}. For class indices, use labels.astype(jnp.int32)."
         )
     y = _with_infinities(function, "labels", y)
-    remedy = "For class indices, use labels.astype(jnp.int32)." if y.shape == leading else _split_remedy("labels", split)
     of = "logits" if like == "hidden" else like
+    remedy = "For class indices, use labels.astype(jnp.int32)." if y.shape == leading else _split_remedy("labels", split, of)
     return shape(function, "labels", y, full, f"the shape of {of}, because floating labels are soft labels", remedy)
 
 
-def _split_remedy(name: str, axes: tuple[str, ...]) -> str:
-    return f"Split the classes of {name} over mesh axis {axes[0]!r}, as the classes of logits are." if axes else ""
+def _split_remedy(name: str, axes: tuple[str, ...], inputs: str) -> str:
+    return f"Split the classes of {name} over mesh axis {axes[0]!r}, as the classes of {inputs} are." if axes else ""
 
 
 def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:

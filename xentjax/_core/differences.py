@@ -1,14 +1,33 @@
-"""Differences of exponentials and of sigmoids that do not cancel; imports jax only.
-
-The probability of an interval, σ(b) − σ(a) with w = b − a > 0, is the product σ(b)·σ(−a)·(1 − e^(−w)). So its surprise is a sum of
-three terms that are not negative, softplus(−b) + softplus(a) + `width_surprise`, right at any distance and any width.
-"""
+"""Differences of numbers, exponentials and sigmoids that do not cancel, and values that take their derivatives from another formula."""
 
 import math
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+
+from xentjax._core import numerics
+
+
+def exact_difference(x: Array, y: Array) -> tuple[Array, Array]:
+    """The rounded difference x − y and its rounding error; their sum is exactly x − y (Knuth)."""
+    rounded = x - y
+    of_y = rounded - x
+    return rounded, (x - (rounded - of_y)) - (y + of_y)
+
+
+@jax.custom_jvp
+def with_slope_of(value: Array, formula: Array) -> Array:
+    """`value`, with the derivatives of `formula`, which computes the same number but loses digits.
+
+    JAX may differentiate this code instead of the rule: `lax.scan` drops rules in computations that a second derivative goes through.
+    So the code adds a zero that has the derivative of `formula`, except where `formula` is not finite.
+    """
+    finite = numerics.where(jnp.isfinite(formula), formula, 0)
+    return lax.stop_gradient(value) + (finite - lax.stop_gradient(finite))
+
+
+with_slope_of.defjvp(lambda primals, tangents: (with_slope_of(*primals), tangents[1]))
 
 
 @jax.custom_jvp
@@ -26,8 +45,24 @@ def exponential_excess(x: Array) -> Array:
 exponential_excess.defjvp(lambda primals, tangents: (exponential_excess(*primals), jnp.expm1(primals[0]) * tangents[0]))
 
 
-# With w = e^u, −log(1 − e^(−w)) has the derivative −r in u, r = w/(e^w − 1), and r the derivative r(1 − w − r): bounded to every
-# order, where the derivatives in w grow like powers of 1/w. Below e^(−40) and beyond e^7 r is 1 and 0 in every dtype.
+def interval_surprise(below: Array, above: Array, log_width: Array, first: Array, last: Array) -> Array:
+    """−log(σ(above) − σ(below)), the surprise of an interval under the standard logistic distribution.
+
+    The `first` interval begins at −∞ and the `last` one ends at +∞. `log_width` is log(above − below), which the caller knows more
+    accurately than the difference of the two.
+
+    With w = above − below > 0, the probability is the product σ(above)·σ(−below)·(1 − e^(−w)). So the surprise is a sum of three terms
+    that are not negative, and it is accurate at any position and any width. An interval that begins at −∞ has only the first term, one
+    that ends at +∞ only the second.
+    """
+    of_end = numerics.where(last, 0, numerics.softplus(-above))
+    of_start = numerics.where(first, 0, numerics.softplus(below))
+    return of_end + of_start + numerics.where(first | last, 0, width_surprise(log_width))
+
+
+# Let w = e^u. In u, −log(1 − e^(−w)) has the derivative −r with r = w/(e^w − 1), and r has the derivative r(1 − w − r). Both are bounded,
+# and so are all further derivatives in u, while the derivatives in w grow like powers of 1/w. In every dtype, r is 1 for w below e^(−40)
+# and 0 for w above e^7.
 
 
 @jax.custom_jvp
@@ -42,25 +77,16 @@ width_surprise.defjvp(lambda primals, tangents: (width_surprise(*primals), -_wid
 
 
 @jax.custom_jvp
-def _width_slope(log_width):
+def _width_slope(log_width: Array) -> Array:
     w = _width(log_width)
     return w * jnp.exp(-w) / -jnp.expm1(-w)
 
 
 @_width_slope.defjvp
-def _(primals, tangents):
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     r = _width_slope(*primals)
     return r, r * (1 - _width(*primals) - r) * tangents[0]
 
 
-def _width(log_width):
+def _width(log_width: Array) -> Array:
     return jnp.exp(jnp.clip(log_width, -40, 7))
-
-
-@jax.custom_jvp
-def with_slope_of(value: Array, formula: Array) -> Array:
-    """`value`, with the derivatives of a formula for the same number that is right to differentiate but loses digits."""
-    return value
-
-
-with_slope_of.defjvp(lambda primals, tangents: (with_slope_of(*primals), tangents[1]))

@@ -1,16 +1,17 @@
-"""Negative log-likelihoods of numbers under a Gaussian, a Laplace, a Poisson distribution or a mixture of logistics.
+"""Negative log-likelihoods of numbers: Gaussian, Laplace, Poisson, and mixtures of logistic distributions.
 
-What every function here shares:
+Shared conventions:
 
-- The first argument is of a floating dtype. Arithmetic and results are float32, or float64 if the first argument is; gradients
-  come back in the dtype of each argument.
-- `targets` [...] are integer or floating numbers, exactly one per result.
-- Likelihoods are complete: no constant is left out, so values of different families compare.
-- `where`, the shape of the result: what counts. The rest costs exactly 0 with gradient exactly 0, whatever it holds.
-- Raises: TypeError for dtypes; ValueError for shapes and for Python numbers out of range.
+- The first argument has a floating dtype. Arithmetic and results are float32, or float64 if the first argument is float64. Gradients
+  have the dtype of their argument.
+- `targets` [...] are integer or floating numbers, one per result. They are not broadcast.
+- Likelihoods are complete: they include the constant terms, so losses of different distributions can be compared.
+- `where`, in the shape of the result, is True for elements or examples that count. The others have a loss of exactly 0 and a gradient of
+  exactly 0, whatever they hold.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -29,29 +30,31 @@ def gaussian_nll(
     log_variance: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Negative log-density of targets under a Gaussian, one value per element [...].
+    """Negative log-density of targets under a Gaussian distribution per element, shape [...].
 
-    loss = ½((x − μ)²/v + log v + log 2π),  v = `variance` or e^`log_variance`; give one of the two.
+    loss = ½((x − μ)²/v + log v + log 2π),  v = `variance` or e^`log_variance`.
     Gradient, with r = x − μ: ∂/∂μ = −r/v;  ∂/∂v = (1 − r²/v)/(2v);  ∂/∂log v = (1 − r²/v)/2.
+
+    Pass exactly one of `variance` and `log_variance`.
 
     Args:
         mean: [...], μ.
         targets: [...], x.
         variance: scalar or [...], v > 0.
-        log_variance: scalar or [...], log v: what a network predicts, exact at ±80 too.
-        where: [...], which elements count.
+        log_variance: scalar or [...], log v, for example the output of a network. Results are accurate even if |log v| is as large as 80.
+        where: [...], True for elements that count.
 
     Returns:
-        [...], nats; densities above 1 give negative values.
+        [...], in nats, negative where the density is above 1; float32, or float64 if `mean` is float64.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit, none or both of `variance` and `log_variance`, a `variance` not above 0.
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, `variance` is not above 0, or both or neither of the two parameters are given.
 
     Example:
         >>> import jax, jax.numpy as jnp, xentjax
-        >>> spread = lambda s: xentjax.gaussian_nll(jnp.array(0.0), jnp.array(3.0), log_variance=s)
-        >>> abs(float(jax.grad(spread)(jnp.log(9.0)))) < 1e-6  # the best variance is the squared error
+        >>> loss = lambda log_variance: xentjax.gaussian_nll(jnp.array(0.0), jnp.array(3.0), log_variance=log_variance)
+        >>> abs(float(jax.grad(loss)(jnp.log(9.0)))) < 1e-6  # the best variance is the squared error
         True
 
     Reference:
@@ -59,7 +62,19 @@ def gaussian_nll(
     """
     name = "gaussian_nll"
     mu, x, counts = _elements(name, "mean", mean, targets, where)
-    return _gaussian(mu, x, counts, *_spread(name, mu, counts, variance=variance, log_variance=log_variance))
+    return _gaussian(mu, x, counts, *_one_of(name, mu, counts, variance=variance, log_variance=log_variance))
+
+
+@jax.jit
+def _gaussian(mean: Array, targets: Array, where: Array | None, variance: ArrayLike | None, log_variance: ArrayLike | None) -> Array:
+    r = _residual(mean, targets, where)
+    if log_variance is None:
+        v = _selected(variance, where, r.dtype, 1)
+        square, log_v = r * (r / v), jnp.log(v)
+    else:
+        log_v = _selected(log_variance, where, r.dtype, 0)
+        square = jnp.square(r * jnp.exp(-log_v / 2))  # r²/v; r² or 1/v alone could overflow
+    return numerics.nan_or_zero((square + (log_v + math.log(2 * math.pi))) / 2, None, where)
 
 
 def laplace_nll(
@@ -70,28 +85,30 @@ def laplace_nll(
     log_scale: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Negative log-density of targets under a Laplace distribution, one value per element [...].
+    """Negative log-density of targets under a Laplace distribution per element, shape [...].
 
-    loss = |x − μ|/b + log 2b,  b = `scale` or e^`log_scale`; give one of the two.
+    loss = |x − μ|/b + log 2b,  b = `scale` or e^`log_scale`.
     Gradient: ∂/∂μ = −sign(x − μ)/b, 0 at x = μ;  ∂/∂b = (1 − |x − μ|/b)/b;  ∂/∂log b = 1 − |x − μ|/b.
 
+    Pass exactly one of `scale` and `log_scale`.
+
     Args:
-        mean: [...], μ, the median.
+        mean: [...], μ, which is also the median.
         targets: [...], x.
         scale: scalar or [...], b > 0.
         log_scale: scalar or [...], log b.
-        where: [...], which elements count.
+        where: [...], True for elements that count.
 
     Returns:
-        [...], nats; densities above 1 give negative values.
+        [...], in nats, negative where the density is above 1; float32, or float64 if `mean` is float64.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit, none or both of `scale` and `log_scale`, a `scale` not above 0.
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, `scale` is not above 0, or both or neither of the two parameters are given.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
-        >>> xentjax.laplace_nll(jnp.zeros(2), jnp.array([0.0, 10.0]), scale=0.5).tolist()  # 2·|x − μ|, for log 2b = 0
+        >>> xentjax.laplace_nll(jnp.zeros(2), jnp.array([0.0, 10.0]), scale=0.5).tolist()  # 2·|x − μ|, because log 2b = 0
         [0.0, 20.0]
 
     Reference:
@@ -99,34 +116,45 @@ def laplace_nll(
     """
     name = "laplace_nll"
     mu, x, counts = _elements(name, "mean", mean, targets, where)
-    return _laplace(mu, x, counts, *_spread(name, mu, counts, scale=scale, log_scale=log_scale))
+    return _laplace(mu, x, counts, *_one_of(name, mu, counts, scale=scale, log_scale=log_scale))
+
+
+@jax.jit
+def _laplace(mean: Array, targets: Array, where: Array | None, scale: ArrayLike | None, log_scale: ArrayLike | None) -> Array:
+    r = _residual(mean, targets, where)
+    r *= jnp.sign(r)  # |r|, with derivative 0 at 0
+    if log_scale is None:
+        b = _selected(scale, where, r.dtype, 1)
+        return numerics.nan_or_zero(r / b + (jnp.log(b) + math.log(2)), None, where)
+    log_b = _selected(log_scale, where, r.dtype, 0)
+    return numerics.nan_or_zero(r * jnp.exp(-log_b) + (log_b + math.log(2)), None, where)
 
 
 def poisson_nll(log_rate: ArrayLike, targets: ArrayLike, *, where: ArrayLike | None = None) -> Array:
-    """Negative log-probability of counts under a Poisson distribution, one value per element [...].
+    """Negative log-probability of counts under a Poisson distribution per element, shape [...].
 
-    loss = e^λ − k·λ + log k!,  log k! = log Γ(k + 1), so k need not be whole.
+    loss = e^λ − k·λ + log k!,  log k! = log Γ(k + 1) for any k ≥ 0, whole or not.
     Gradient: ∂/∂λ = e^λ − k;  ∂/∂k = digamma(k + 1) − λ.
 
-    Large counts near their rate keep their digits, although the three terms cancel there.
+    The three terms nearly cancel for large counts near their rate. The result is accurate there too.
 
     Args:
         log_rate: [...], λ, the logarithm of the expected count; −∞ is a rate of 0.
-        targets: [...], k ≥ 0; a negative one makes its value and gradient NaN. log k! is exact for whole counts; for
-            fractions below 10 it is that of `jax.lax.lgamma`, a few 1e-6 in float32.
-        where: [...], which elements count.
+        targets: [...], k ≥ 0. A negative k makes its value and its gradient NaN. log k! is exact for whole counts. For fractions below 10,
+            it comes from `jax.lax.lgamma`, whose error is a few 1e-6 in float32.
+        where: [...], True for elements that count.
 
     Returns:
-        [...], nats, ≥ 0 for whole counts; +∞ for a positive count at rate 0.
+        [...], in nats, ≥ 0 for whole counts, +∞ for a positive count at rate 0; float32, or float64 if `log_rate` is float64.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit.
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
         >>> counts = jnp.array([0.0, 3.0, 1e6])
-        >>> xentjax.poisson_nll(jnp.log(jnp.maximum(counts, 1.0)), counts).tolist()  # ½ log 2πk when the rate is right
+        >>> xentjax.poisson_nll(jnp.log(jnp.maximum(counts, 1.0)), counts).tolist()  # about ½ log 2πk if the rate is k
         [1.0, 1.49592..., 7.8266...]
 
     Reference:
@@ -135,6 +163,33 @@ def poisson_nll(log_rate: ArrayLike, targets: ArrayLike, *, where: ArrayLike | N
     complaint = "is not a count (it is negative or NaN)"
     rate, k, counts = _elements("poisson_nll", "log_rate", log_rate, targets, where, lambda k: ~(k >= 0), complaint)
     return _poisson(rate, k, counts)
+
+
+_TABLED = 10  # log k! of whole k < 10 comes from a table: in float32, lax.lgamma(1) is 5e-7, but the loss of k = 0 may be as small as e^λ
+
+
+@jax.jit
+def _poisson(log_rate: Array, targets: Array, where: Array | None) -> Array:
+    """For large k, k(e^d − 1 − d) + ½ log 2πk + the rest of Stirling's series, d = λ − log k. No term has the size of k log k."""
+    dtype = numerics.accumulation_dtype(log_rate.dtype)
+    rate = numerics.finite(_selected(log_rate, where, dtype, 0))
+    k = _selected(targets, where, dtype, 0)
+    zero_rate = numerics.is_infinite(-rate)
+    direct = jnp.exp(rate) - k * rate + _log_factorial(k)
+    least = 3 if dtype == jnp.float32 else _TABLED  # from here on, the truncated series is exact to rounding
+    large = k >= least
+    n = numerics.where(large, k, least)
+    stirling = (1 / 12 - (1 / 360 - (1 / 1260 - (1 / 1680 - (1 / 1188 - 691 / 360360 / n**2) / n**2) / n**2) / n**2) / n**2) / n
+    saddle = n * differences.exponential_excess(rate - jnp.log(n)) + jnp.log(2 * math.pi * n) / 2 + stirling
+    loss = differences.with_slope_of(numerics.where(large, saddle, direct), direct)
+    return numerics.nan_or_zero(numerics.where(zero_rate & (k > 0), loss + jnp.inf, loss), k >= 0, where)
+
+
+def _log_factorial(k: Array) -> Array:
+    table = jnp.asarray([math.lgamma(n + 1) for n in range(_TABLED)], k.dtype)
+    general = lax.lgamma(k + 1)
+    tabled = jnp.take(table, jnp.clip(k, 0, _TABLED - 1).astype(jnp.int32), mode="clip")
+    return differences.with_slope_of(numerics.where((k == jnp.floor(k)) & (k < _TABLED), tabled, general), general)
 
 
 def mixture_of_logistics_nll(
@@ -148,35 +203,40 @@ def mixture_of_logistics_nll(
     high: float = 1.0,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Negative log-probability of a level under a mixture of logistics that is integrated over the level's cell, [...].
+    """Negative log-probability of discrete levels under a mixture of logistics per example, shape [...].
 
-    loss = −log Σ_j π_j (σ((x − μ_j + h)/s_j) − σ((x − μ_j − h)/s_j)),  π = softmax(mixture_logits), s = e^log_scales,
-    h half the distance of two levels. The lowest cell begins at −∞ and the highest ends at +∞: the levels' probabilities sum to 1.
+    The probability of a level is the integral of the mixture's density over the cell around the level:
+
+        loss = −log Σ_j π_j (σ((x − μ_j + h)/s_j) − σ((x − μ_j − h)/s_j)),  π = softmax(mixture_logits), s = e^log_scales,
+
+    where h is half the distance between two levels. The lowest cell begins at −∞ and the highest ends at +∞, so the probabilities of all
+    levels sum to 1.
+
     Gradient, with responsibilities ρ_j = π_j P_j/Σ π P and a_j < b_j the arguments of the two σ: ∂/∂mixture_logits = π − ρ;
     ∂/∂μ_j = ρ_j (σ(−b_j) − σ(a_j))/s_j;  ∂/∂log s_j = ρ_j (b_j σ(−b_j) − a_j σ(a_j) + w/(e^w − 1)), w = 2h/s_j.
 
     Args:
-        mixture_logits: [..., components], unnormalised log-weights.
-        targets: [...]; an integer dtype means level indices in [0, levels), a floating one values in [low, high].
+        mixture_logits: [..., components], unnormalized log-weights.
+        targets: [...], level indices in [0, levels) if the dtype is an integer one, otherwise values in [low, high].
         means: [..., components], μ, in the units of `low` and `high`.
         log_scales: [..., components], log s.
         levels: number of levels, at least 2, evenly spaced from `low` to `high`.
-        low: value of the lowest level; values beyond it belong to it.
-        high: value of the highest level; values beyond it belong to it.
-        where: [...], which examples count.
+        low: value of the lowest level. Targets below it count as the lowest level.
+        high: value of the highest level. Targets above it count as the highest level.
+        where: [...], True for examples that count.
 
     Returns:
-        [...], nats, ≥ 0.
+        [...], in nats, ≥ 0; float32, or float64 if `mixture_logits` are float64.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit, fewer than 2 levels, `low` not below `high`.
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, `levels` is below 2, or `low` is not below `high`.
 
     Example:
         >>> import jax, jax.numpy as jnp, xentjax
         >>> logits, means, log_scales = jnp.zeros((4, 2)), jnp.tile(jnp.array([-0.5, 0.3]), (4, 1)), jnp.full((4, 2), -2.0)
         >>> loss = xentjax.mixture_of_logistics_nll(logits, jnp.arange(4), means=means, log_scales=log_scales, levels=4)
-        >>> float(jnp.exp(-loss).sum().round(5))
+        >>> float(jnp.exp(-loss).sum().round(5))  # the probabilities of the four levels
         1.0
 
     Reference:
@@ -204,57 +264,9 @@ def mixture_of_logistics_nll(
 
 
 @jax.jit
-def _gaussian(mean, targets, where, variance, log_variance):
-    r = _residual(mean, targets, where)
-    if log_variance is None:
-        v = _selected(variance, where, r.dtype, 1)
-        square, size = r * (r / v), jnp.log(v)
-    else:
-        size = _selected(log_variance, where, r.dtype, 0)
-        square = jnp.square(r * jnp.exp(-size / 2))  # e^(−s) r² with neither factor out of range
-    return _close((square + (size + math.log(2 * math.pi))) / 2, where)
-
-
-@jax.jit
-def _laplace(mean, targets, where, scale, log_scale):
-    r = _residual(mean, targets, where)
-    r *= jnp.sign(r)  # |r| with derivative 0 at 0
-    if log_scale is None:
-        b = _selected(scale, where, r.dtype, 1)
-        return _close(r / b + (jnp.log(b) + math.log(2)), where)
-    size = _selected(log_scale, where, r.dtype, 0)
-    return _close(r * jnp.exp(-size) + (size + math.log(2)), where)
-
-
-_TABLED = 10  # below it log k! of whole k comes from a table: lax.lgamma(1) is 5e-7 in float32, but k = 0 costs e^λ
-
-
-def _log_factorial(k):
-    table = jnp.asarray([math.lgamma(n + 1) for n in range(_TABLED)], k.dtype)
-    general = lax.lgamma(k + 1)
-    tabled = jnp.take(table, jnp.clip(k, 0, _TABLED - 1).astype(jnp.int32), mode="clip")
-    return differences.with_slope_of(numerics.where((k == jnp.floor(k)) & (k < _TABLED), tabled, general), general)
-
-
-@jax.jit
-def _poisson(log_rate, targets, where):
-    """For large k, k(e^d − 1 − d) + ½ log 2πk + the rest of Stirling's series, d = λ − log k: no terms of size k log k."""
-    dtype = numerics.accumulation_dtype(log_rate.dtype)
-    rate = numerics.finite(_selected(log_rate, where, dtype, 0))
-    k = _selected(targets, where, dtype, 0)
-    nothing = numerics.is_infinite(-rate)
-    direct = jnp.exp(rate) - k * rate + _log_factorial(k)
-    least = 3 if dtype == jnp.float32 else _TABLED  # from where on the series is exact
-    large = k >= least
-    n = numerics.where(large, k, least)
-    stirling = (1 / 12 - (1 / 360 - (1 / 1260 - (1 / 1680 - (1 / 1188 - 691 / 360360 / n**2) / n**2) / n**2) / n**2) / n**2) / n
-    saddle = n * differences.exponential_excess(rate - jnp.log(n)) + jnp.log(2 * math.pi * n) / 2 + stirling
-    loss = differences.with_slope_of(numerics.where(large, saddle, direct), direct)
-    return _close(numerics.where(nothing & (k > 0), loss + jnp.inf, loss), where, k >= 0)
-
-
-@jax.jit
-def _mixture(batch, targets, means, log_scales, levels, low, high):
+def _mixture(
+    batch: rows.Examples, targets: Array, means: Array, log_scales: Array, levels: ArrayLike, low: ArrayLike, high: ArrayLike
+) -> Array:
     r = rows.of(batch)
     stats = statistics.of_row(r)
     dtype = r.values.dtype
@@ -267,32 +279,35 @@ def _mixture(batch, targets, means, log_scales, levels, low, high):
         x = _selected(targets, r.where, dtype, 0)
         x = jnp.where(x < low, low, jnp.where(x > high, high, x))
         first, last, valid = x < low + step / 2, x > high - step / 2, ~jnp.isnan(x)
-    first, last, spread = (jnp.broadcast_to(v[..., None], means.shape) for v in (first, last, x))
-    size = rows.masked(log_scales.astype(dtype), r.where)
-    offset, inverse = rows.masked(spread - means.astype(dtype), r.where), jnp.exp(-size)
+    first, last, x = (jnp.broadcast_to(v[..., None], means.shape) for v in (first, last, x))
+    log_scale = rows.masked(log_scales.astype(dtype), r.where)
+    offset, inverse = rows.masked(x - means.astype(dtype), r.where), jnp.exp(-log_scale)
     below, above = (offset - step / 2) * inverse, (offset + step / 2) * inverse
-    terms = (
-        (last, numerics.softplus(-above)),
-        (first, numerics.softplus(below)),
-        (first | last, differences.width_surprise(jnp.log(step) - size)),
-    )
-    surprise = sum(numerics.where(missing, 0, term) for missing, term in terms)
-    weight = surprises.surprise(r, stats)
-    # what is missing to a probability of 1; the sum of logarithms would lose what is below eps
+    surprise = differences.interval_surprise(below, above, jnp.log(step) - log_scale, first, last)
+    weight = surprises.surprise(r, stats)  # −log π
+    # 1 minus the probability, for probabilities near 1, where the logarithm of the sum would lose everything below eps
     missing = rows.class_sum(r, jnp.exp(-weight) * -jnp.expm1(-surprise))
     joint = weight + surprise
     least = lax.stop_gradient(jnp.min(joint, axis=-1))
     loss = least - jnp.log(jnp.sum(jnp.exp(least[..., None] - joint), axis=-1))
     loss = numerics.where(missing < 0.5, -jnp.log1p(-jnp.minimum(missing, 0.5)), loss)
     loss = numerics.where(stats.dead, lax.stop_gradient(loss) + jnp.inf, loss)
-    return _close(loss, r.where, valid)
+    return numerics.nan_or_zero(loss, valid, r.where)
 
 
 # Arguments -----------------------------------------------------------------------------------------------------------------
 
 
-def _elements(function, name, prediction, targets, where, bad=jnp.isnan, complaint="is NaN"):
-    """What each element has, checked; `bad` says which targets are not possible."""
+def _elements(
+    function: str,
+    name: str,
+    prediction: ArrayLike,
+    targets: ArrayLike,
+    where: ArrayLike | None,
+    bad: Callable[[Array], Array] = jnp.isnan,
+    complaint: str = "is NaN",
+) -> tuple[Array, Array, Array | None]:
+    """The checked prediction, targets and `where`, all of one shape; `bad` finds targets that are impossible."""
     x, t = checks.floating(function, name, prediction), _numbers(function, "targets", checks.quantities(function, "targets", targets))
     checks.same_shape(function, "targets", t, x.shape, f"the shape of {name}")
     counts = checks.counted(function, where, x.shape, f"the shape of {name}")
@@ -301,12 +316,12 @@ def _elements(function, name, prediction, targets, where, bad=jnp.isnan, complai
     return x, t, counts
 
 
-def _numbers(function, name, x):
+def _numbers(function: str, name: str, x: Array) -> Array:
     return x if jnp.issubdtype(x.dtype, jnp.integer) else checks.floating(function, name, x)
 
 
-def _spread(function, mean, where, **given):
-    """Both parameters of spread, one of them None; the other a number, or an array of the shape of `mean`."""
+def _one_of(function: str, mean: Array, where: Array | None, **given: ArrayLike | None) -> tuple[ArrayLike | None, ArrayLike | None]:
+    """A checked parameter and its logarithm, of which one is None and the other a number or an array of the shape of `mean`."""
     plain, log = given
     if (given[plain] is None) == (given[log] is None):
         count = "neither" if given[log] is None else "both"
@@ -324,24 +339,17 @@ def _spread(function, mean, where, **given):
     return given[plain], given[log]
 
 
-# Inside the compiled parts -------------------------------------------------------------------------------------------------
+# Arrays with elements that do not count ------------------------------------------------------------------------------------
 
 
-def _residual(mean, targets, where):
+def _residual(mean: Array, targets: Array, where: Array | None) -> Array:
+    """The residual x − μ, 0 where an element does not count."""
     dtype = numerics.accumulation_dtype(mean.dtype)
     r = targets.astype(dtype) - mean.astype(dtype)
     return r if where is None else jnp.where(where, r, 0)
 
 
-def _selected(x, where, dtype, fill):
-    """`x` in `dtype`, and `fill` where it does not count."""
+def _selected(x: ArrayLike | None, where: Array | None, dtype: jnp.dtype, fill: float) -> Array:
+    """`x` in `dtype`, replaced by `fill` where an element does not count."""
     x = jnp.asarray(x, dtype)
     return x if where is None or x.ndim == 0 else jnp.where(where, x, fill)
-
-
-def _close(loss, where, valid=None):
-    """0 where an element does not count, NaN where its target is no target: a factor, for the derivative to be NaN as well."""
-    if valid is not None:
-        valid = valid if where is None else valid | ~where
-        loss = numerics.nan_unless(valid, loss)
-    return loss if where is None else jnp.where(where, loss, jnp.zeros_like(loss))

@@ -1,133 +1,259 @@
-"""Joint distributions [..., x, y]: conditional entropy and mutual information.
+"""Conditional entropy and mutual information of joint distributions [..., x, y].
 
-Both are Σ p(x, y)·v(x, y) with v = −log p(y|x), or v = d = log(p(x, y)/(p(x) p(y))), and in both Σ p·v̇ = 0, so that v·ṗ is all there
-is of the derivative. Mutual information is the KL divergence Σ G(p(x, y), p(x) p(y), −d). There an error of d that depends on x
-alone, or on y alone, does nothing in the first order, because the marginals are the best product. So marginals may be rounded;
-what belongs to one pair (x, y) may not:
+Shared conventions are documented in `xentjax.information`.
 
-    probabilities   p(x, y) − p(x) p(y) by a product whose leading half is exact
-    logits          z − (lse_x + lse_y − lse), with numbers on a grid, whose sum is exact, in place of the bracket
+Both quantities are Σ p(x, y)·v(x, y), with v = −log p(y|x) or v = d = log(p(x, y)/(p(x) p(y))). In both, Σ p·v̇ = 0, so the derivative is
+Σ v·ṗ.
+
+Mutual information is the KL divergence Σ G(p(x, y), p(x) p(y), −d), with G as in `_distributions.kl_term`. The product of the marginals is
+the closest product to p(x, y). So an error of d that depends on x alone, or on y alone, changes the result only in second order, and the
+marginals may have rounding errors. An error that depends on both x and y changes the result in first order. It is avoided:
+
+    probabilities   p(x, y) − p(x) p(y) is computed with a product whose leading half is exact
+    logits          z − (lse_x + lse_y − lse) is computed with the bracket rounded to a grid on which sums are exact
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import ArrayLike
 
-from xentjax._core import numerics, rows, statistics
-from xentjax.information import _formulas
-
-_compiled = functools.partial(jax.jit, static_argnames=("from_logits",))
+from xentjax._core import differences, numerics, rows, statistics
+from xentjax.information import _distributions
 
 
-@_compiled
-def conditional_entropy(joint, base, where, from_logits):
+def conditional_entropy(joint: ArrayLike, *, base: ArrayLike = math.e, where: ArrayLike | None = None) -> Array:
+    """Conditional entropy H(Y|X) of a joint distribution per example, shape [...].
+
+    H(Y|X) = −Σ_xy p(x, y) log p(y|x) = H(X, Y) − H(X),  p(y|x) = p(x, y)/Σ_y p(x, y).
+    Gradient: ∂H/∂p(x, y) = −log p(y|x), and 0 at p(x, y) = 0.
+
+    For H(X|Y), pass `jnp.swapaxes(joint, -1, -2)`.
+
+    Args:
+        joint: [..., x, y], probabilities, which need not sum to 1.
+        base: unit of the result, a scalar above 0 and not 1: e for nats (default), 2 for bits.
+        where: [...], True for examples that count.
+
+    Returns:
+        [...], ≥ 0, float32, or float64 if `joint` is float64.
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, or `base` is not above 0 or is 1.
+
+    Example:
+        >>> import jax.numpy as jnp, xentjax
+        >>> equal, independent = jnp.array([[0.5, 0.0], [0.0, 0.5]]), jnp.full((2, 2), 0.25)
+        >>> [float(xentjax.information.conditional_entropy(joint, base=2)) for joint in (equal, independent)]
+        [0.0, 1.0]
+
+    Reference:
+        Cover, Thomas, Elements of Information Theory, 2006, section 2.2.
+    """
+    x, counts, _ = _distributions.check_distributions("conditional_entropy", where, None, joint=joint)
+    return _conditional_entropy(x, _distributions.check_base("conditional_entropy", base), counts, False)
+
+
+@functools.partial(jax.jit, static_argnames="from_logits")
+def _conditional_entropy(joint: Array, base: ArrayLike | None, where: Array | None, from_logits: bool) -> Array:
     z = _prepared(joint, where)
-    p, zero = _joint(z, from_logits)
-    v = -_formulas.distribution(z, None, -1, True).log if from_logits else _surprise(p, zero)
-    return _close(_formulas.declared(p * v, p, numerics.where(zero, 0, v)), base, where)
+    p, zero = _probabilities(z, from_logits)
+    v = -_distributions.distribution(z, None, -1, True).log if from_logits else _conditional_surprise(p, zero)
+    terms = _distributions.with_slope(p * v, p, numerics.where(zero, 0, v))
+    return _distributions.finish(_flat(terms), None, base, where)
 
 
-@_compiled
-def mutual_information(joint, base, where, from_logits):
-    z = _prepared(joint, where)
-    p, zero = _joint(z, from_logits)
-    product, d = _dependence_of_logits(z, zero) if from_logits else _dependence(p, zero)
-    d = _formulas.valued(_settled(numerics.where(zero, -_formulas.FAR, d), p, product), d)
-    terms = _formulas.gap(p, product, -numerics.where(zero, -_formulas.FAR, d))
-    return _close(_formulas.declared(terms, p, numerics.where(zero, 0, d)), base, where)
-
-
-def _prepared(joint, where):
-    """Probabilities or logits in the accumulation dtype; an example that does not count becomes one of ones."""
-    x = joint if where is None else jnp.where(where[..., None, None], joint, jnp.ones_like(joint))
-    return x.astype(numerics.accumulation_dtype(x.dtype))
-
-
-def _joint(z, from_logits):
-    """p(x, y), and where it is 0."""
-    found = _formulas.distribution(_flat(z), None, -1, from_logits)
-    return found.p.reshape(z.shape), found.zero.reshape(z.shape)
-
-
-def _flat(x: Array) -> Array:
-    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
-
-
-def _close(terms, base, where):
-    return _formulas.close(_flat(terms), None, base, where)
-
-
-def _spread(x: Array, axis: int, like: Array) -> Array:
-    return jnp.broadcast_to(jnp.expand_dims(x, axis), like.shape)
-
-
-def _surprise(p, zero):
-    """−log p(y|x); of the likeliest y by the sum over the others, so that nothing cancels."""
+def _conditional_surprise(p: Array, zero: Array) -> Array:
+    """−log p(y|x). For the most likely y, it comes from the sum over the others, so that nothing cancels."""
     px = jnp.sum(p, axis=-1)
     top = lax.broadcasted_iota(jnp.int32, p.shape, p.ndim - 1) == _spread(jnp.argmax(p, axis=-1).astype(jnp.int32), -1, p)
     rest = _spread(jnp.sum(numerics.where(top, 0, p), axis=-1), -1, p)
     x, y = numerics.where(zero, 1, _spread(px, -1, p)), numerics.where(zero, 1, p)
-    v = numerics.where(top & ~zero, jnp.log1p(numerics.where(top, rest / y, 0)), _formulas.log_quotient(x, y))
-    return _formulas.valued(v, jnp.log(x) - jnp.log(y))
+    v = numerics.where(top & ~zero, jnp.log1p(numerics.where(top, rest / y, 0)), _distributions.log_quotient(x, y))
+    return differences.with_slope_of(v, jnp.log(x) - jnp.log(y))
 
 
-def _settled(d, p, product):
-    """`d` without what the marginals' roundings put into whole rows and columns, which shows as Σ(p − product) ≠ 0 over them."""
-    for axis in (-1, -2):
-        size = jnp.sum(p, axis, keepdims=True)
-        excess = jnp.sum(_formulas.difference(p, product, d), axis, keepdims=True) / numerics.where(size == 0, 1, size)
-        d = d - jnp.log1p(jnp.clip(excess, -0.5, 0.5))
-    return d
+def conditional_entropy_from_logits(joint_logits: ArrayLike, *, base: ArrayLike = math.e, where: ArrayLike | None = None) -> Array:
+    """`conditional_entropy` H(Y|X) of a softmax over pairs (x, y) per example, shape [...].
+
+    H(Y|X) = Σ_xy p(x, y)·v(x, y) with v = −log p(y|x) = lse_y(z) − z.
+    Gradient: ∂H/∂z(x, y) = p(x, y)(v(x, y) − H).
+
+    Args:
+        joint_logits: [..., x, y], unnormalized log-probabilities of a distribution over both axes together.
+        base: unit of the result, a scalar above 0 and not 1: e for nats (default), 2 for bits.
+        where: [...], True for examples that count.
+
+    Returns:
+        [...], ≥ 0, float32, or float64 if `joint_logits` are float64.
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, or `base` is not above 0 or is 1.
+
+    Example:
+        >>> import jax.numpy as jnp, xentjax
+        >>> float(xentjax.information.conditional_entropy_from_logits(jnp.zeros((2, 8))))  # log 8: X and Y are independent
+        2.07944...
+
+    Reference:
+        Cover, Thomas, Elements of Information Theory, 2006, section 2.2.
+    """
+    name = "conditional_entropy_from_logits"
+    z, counts, _ = _distributions.check_distributions(name, where, None, joint_logits=joint_logits)
+    return _conditional_entropy(z, _distributions.check_base(name, base), counts, True)
 
 
-def _dependence(p, zero):
-    """p(x)·p(y) and log(p(x, y)/(p(x) p(y))) of probabilities; of measures of sum s, p(x)·p(y)/s."""
+def mutual_information(joint: ArrayLike, *, base: ArrayLike = math.e, where: ArrayLike | None = None) -> Array:
+    """Mutual information I(X; Y) of a joint distribution per example, shape [...].
+
+    I(X; Y) = Σ_xy p(x, y) log(p(x, y)·s/(p(x)·p(y))) = D(p(x, y)‖p(x)·p(y)/s) ≥ 0,  s = Σ p.
+    Gradient: ∂I/∂p(x, y) = log(p(x, y)·s/(p(x)·p(y))), and 0 at p(x, y) = 0.
+
+    Args:
+        joint: [..., x, y], probabilities, which need not sum to 1.
+        base: unit of the result, a scalar above 0 and not 1: e for nats (default), 2 for bits.
+        where: [...], True for examples that count.
+
+    Returns:
+        [...], ≥ 0, float32, or float64 if `joint` is float64.
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, or `base` is not above 0 or is 1.
+
+    Example:
+        >>> import jax.numpy as jnp, xentjax
+        >>> equal, independent = jnp.array([[0.5, 0.0], [0.0, 0.5]]), jnp.full((2, 2), 0.25)
+        >>> [float(xentjax.information.mutual_information(joint, base=2)) for joint in (equal, independent)]
+        [1.0, 0.0]
+
+    Reference:
+        Cover, Thomas, Elements of Information Theory, 2006, section 2.3.
+    """
+    x, counts, _ = _distributions.check_distributions("mutual_information", where, None, joint=joint)
+    return _mutual_information(x, _distributions.check_base("mutual_information", base), counts, False)
+
+
+@functools.partial(jax.jit, static_argnames="from_logits")
+def _mutual_information(joint: Array, base: ArrayLike | None, where: Array | None, from_logits: bool) -> Array:
+    z = _prepared(joint, where)
+    p, zero = _probabilities(z, from_logits)
+    product, d = _dependence_of_logits(z, zero) if from_logits else _dependence(p, zero)
+    d = differences.with_slope_of(_corrected(numerics.where(zero, -_distributions.FAR, d), p, product), d)
+    terms = _distributions.kl_term(p, product, -numerics.where(zero, -_distributions.FAR, d))
+    terms = _distributions.with_slope(terms, p, numerics.where(zero, 0, d))
+    return _distributions.finish(_flat(terms), None, base, where)
+
+
+def _dependence(p: Array, zero: Array) -> tuple[Array, Array]:
+    """The product p(x)·p(y)/s with s = Σ p, and log(p(x, y)·s/(p(x)·p(y))), of probabilities."""
     px, py = jnp.sum(p, axis=-1), jnp.sum(p, axis=-2)
     s = jnp.sum(px, axis=-1)
     share = py / numerics.where(s == 0, 1, s)[..., None]
     x, y, j = (numerics.where(zero, 1, v) for v in (_spread(px, -1, p), _spread(share, -2, p), p))
     product, rest = x * y, _minus_product(j, x, y)
     near = (jnp.abs(rest) <= product / 2) & (product > jnp.finfo(p.dtype).tiny)
-    d = _formulas.log_quotient(j / x, y)
+    d = _distributions.log_quotient(j / x, y)
     d = numerics.where(near, jnp.log1p(numerics.where(near, rest, 0) / numerics.where(near, product, 1)), d)
-    return _spread(px, -1, p) * _spread(share, -2, p), _formulas.valued(d, jnp.log(j) - jnp.log(x) - jnp.log(y))
+    return _spread(px, -1, p) * _spread(share, -2, p), differences.with_slope_of(d, jnp.log(j) - jnp.log(x) - jnp.log(y))
 
 
-def _minus_product(j, x, y):
-    """The difference j − x·y, relative to itself where it is small: the product of the leading halves of x and y has no rounding."""
+def _minus_product(j: Array, x: Array, y: Array) -> Array:
+    """The difference j − x·y, accurate relative to itself where it is small: the product of the leading halves of x and y is exact."""
     exponent, mantissa = (11, 25) if j.dtype == jnp.float64 else (8, 11)
     a, b = (lax.reduce_precision(v, exponent_bits=exponent, mantissa_bits=mantissa) for v in (x, y))
     return (j - a * b) - (a * (y - b) + (x - a) * y)
 
 
-def _dependence_of_logits(z, zero):
-    """p(x)·p(y) and z − lse_x − lse_y + lse."""
-    whole, of_x, of_y = (_normalizer(v) for v in (_flat(z), z, jnp.swapaxes(z, -1, -2)))
-    origin = _on_grid(lax.stop_gradient(whole[0]))
-
-    def above_origin(found, ndim):
-        reference, log_sum, dead = found
-        return (reference - jnp.expand_dims(origin, range(-ndim, 0))) + log_sum, dead
-
-    total, _ = above_origin(whole, 0)
-    (a, dead_x), (b, dead_y) = above_origin(of_x, 1), above_origin(of_y, 1)
-    b = b - total[..., None]
-    px, py = numerics.where(dead_x, 0, jnp.exp(a - total[..., None])), numerics.where(dead_y, 0, jnp.exp(b))
+def _dependence_of_logits(z: Array, zero: Array) -> tuple[Array, Array]:
+    """The product p(x)·p(y), and z − lse_x − lse_y + lse, of logits."""
+    whole, of_x, of_y = (_statistics(v) for v in (_flat(z), z, jnp.swapaxes(z, -1, -2)))
+    origin = _on_grid(lax.stop_gradient(whole.reference))
+    total = (whole.reference - origin) + whole.log_sum
+    a = (of_x.reference - origin[..., None]) + of_x.log_sum
+    b = (of_y.reference - origin[..., None]) + of_y.log_sum - total[..., None]
+    px, py = numerics.where(of_x.dead, 0, jnp.exp(a - total[..., None])), numerics.where(of_y.dead, 0, jnp.exp(b))
     finite = numerics.where(zero, 0, z)
     grid = origin[..., None, None] + (_spread(_on_grid(a), -1, z) + _spread(_on_grid(b), -2, z))
     d = ((finite - grid) - _spread(a - _on_grid(a), -1, z)) - _spread(b - _on_grid(b), -2, z)
-    formula = finite - _spread(a, -1, z) - _spread(b, -2, z)  # but for constants
-    return _spread(px, -1, z) * _spread(py, -2, z), _formulas.valued(d, formula)
+    formula = finite - _spread(a, -1, z) - _spread(b, -2, z)  # d, up to a constant
+    return _spread(px, -1, z) * _spread(py, -2, z), differences.with_slope_of(d, formula)
 
 
-def _on_grid(x):
-    """A multiple of 1/256 near x: sums of such numbers below 2^15 are exact in float32."""
+def _on_grid(x: Array) -> Array:
+    """A multiple of 1/256 near x. Sums of such numbers are exact in float32 below 2^15."""
     return jnp.round(lax.stop_gradient(x) * 256) / 256
 
 
-def _normalizer(z):
-    r = rows.of(rows.Examples(z, None, None, None, z.ndim - 1, None))
-    found = statistics.of_row(r)
-    return found.reference, found.log_sum, found.dead
+def _corrected(d: Array, p: Array, product: Array) -> Array:
+    """`d` without the rounding errors of the marginals. They shift whole rows and columns, where Σ(p − product) then differs from 0."""
+    for axis in (-1, -2):
+        size = jnp.sum(p, axis, keepdims=True)
+        excess = jnp.sum(_distributions.difference(p, product, d), axis, keepdims=True) / numerics.where(size == 0, 1, size)
+        d = d - jnp.log1p(jnp.clip(excess, -0.5, 0.5))
+    return d
+
+
+def mutual_information_from_logits(joint_logits: ArrayLike, *, base: ArrayLike = math.e, where: ArrayLike | None = None) -> Array:
+    """`mutual_information` I(X; Y) of a softmax over pairs (x, y) per example, shape [...].
+
+    I(X; Y) = Σ_xy p(x, y)·d(x, y) with d = log(p(x, y)/(p(x)·p(y))).
+    Gradient: ∂I/∂z(x, y) = p(x, y)(d(x, y) − I).
+
+    Args:
+        joint_logits: [..., x, y], unnormalized log-probabilities of a distribution over both axes together.
+        base: unit of the result, a scalar above 0 and not 1: e for nats (default), 2 for bits.
+        where: [...], True for examples that count.
+
+    Returns:
+        [...], ≥ 0, float32, or float64 if `joint_logits` are float64.
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, or `base` is not above 0 or is 1.
+
+    Example:
+        >>> import jax.numpy as jnp, xentjax
+        >>> float(xentjax.information.mutual_information_from_logits(30.0 * jnp.eye(4), base=2))  # X determines Y
+        2.0
+
+    Reference:
+        Cover, Thomas, Elements of Information Theory, 2006, section 2.3.
+    """
+    name = "mutual_information_from_logits"
+    z, counts, _ = _distributions.check_distributions(name, where, None, joint_logits=joint_logits)
+    return _mutual_information(z, _distributions.check_base(name, base), counts, True)
+
+
+# Arrays of pairs (x, y) ----------------------------------------------------------------------------------------------------
+
+
+def _prepared(joint: Array, where: Array | None) -> Array:
+    """Probabilities or logits in the accumulation dtype. An example that does not count becomes ones."""
+    x = joint if where is None else jnp.where(where[..., None, None], joint, jnp.ones_like(joint))
+    return x.astype(numerics.accumulation_dtype(x.dtype))
+
+
+def _probabilities(z: Array, from_logits: bool) -> tuple[Array, Array]:
+    """p(x, y), and whether it is 0."""
+    pairs = _distributions.distribution(_flat(z), None, -1, from_logits)
+    return pairs.p.reshape(z.shape), pairs.zero.reshape(z.shape)
+
+
+def _statistics(z: Array) -> statistics.WithoutLabel:
+    return statistics.of_row(rows.of(rows.Examples(z, None, None, None, z.ndim - 1, None)))
+
+
+def _flat(x: Array) -> Array:
+    """The axes x and y as one."""
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
+
+
+def _spread(x: Array, axis: int, like: Array) -> Array:
+    """`x` repeated along a new axis, in the shape of `like`."""
+    return jnp.broadcast_to(jnp.expand_dims(x, axis), like.shape)

@@ -1,0 +1,181 @@
+"""Cross-entropy and Kullback–Leibler divergence. Shared conventions are documented in `xentjax.information`."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from xentjax._core import differences, numerics
+from xentjax.information import _distributions
+
+
+def cross_entropy(p: ArrayLike, q: ArrayLike, *, base: ArrayLike = math.e, axis: int = -1, where: ArrayLike | None = None) -> Array:
+    """Cross-entropy of q relative to p per example, shape [...].
+
+    H(p, q) = −Σ_k p_k log q_k, and +∞ if p_k > 0 = q_k for some class.
+    Gradient: ∂H/∂p_k = −log q_k;  ∂H/∂q_k = −p_k/q_k;  both are 0 at q_k = 0.
+
+    The minimum over q is H(p), at q = p. It is not 0.
+
+    Args:
+        p: [..., classes], true probabilities, which need not sum to 1.
+        q: [..., classes], predicted probabilities, in the shape of `p`.
+        base: unit of the result, a scalar above 0 and not 1: e for nats (default), 2 for bits.
+        axis: class axis of `p` and `q`.
+        where: [...], True for examples that count.
+
+    Returns:
+        [...], float32, or float64 if `p` or `q` is float64.
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, or `base` is not above 0 or is 1.
+
+    Example:
+        >>> import jax.numpy as jnp, xentjax
+        >>> weather, forecast = jnp.array([0.5, 0.3, 0.2]), jnp.array([0.4, 0.4, 0.2])
+        >>> [float(xentjax.information.cross_entropy(weather, q)) for q in (forecast, weather)]
+        [1.05492..., 1.02965...]
+
+    Reference:
+        Cover, Thomas, Elements of Information Theory, 2006, section 5.4.
+    """
+    name = "cross_entropy"
+    x, y, counts, axis = _distributions.check_distributions(name, where, axis, p=p, q=q)
+    return _cross_entropy(x, y, _distributions.check_base(name, base), counts, axis, False)
+
+
+@functools.partial(jax.jit, static_argnames=("axis", "from_logits"))
+def _cross_entropy(p: Array, q: Array, base: ArrayLike | None, where: Array | None, axis: int, from_logits: bool) -> Array:
+    a, b, d = _distributions.pair(p, q, where, axis, from_logits)
+    terms = _distributions.with_slope(-a.p * b.log, a.p, -b.log)
+    if from_logits:
+        terms += _distributions.with_slope(jnp.zeros_like(terms), -b.log, _distributions.difference(a.p, b.p, d))
+    else:
+        terms += _distributions.with_slope(jnp.zeros_like(terms), b.p, -_distributions.quotient(a.p, b))
+    return _distributions.finish(terms, ~a.zero & b.zero, base, where)
+
+
+def cross_entropy_from_logits(
+    p_logits: ArrayLike, q_logits: ArrayLike, *, base: ArrayLike = math.e, axis: int = -1, where: ArrayLike | None = None
+) -> Array:
+    """`cross_entropy` of q = softmax(q_logits) relative to p = softmax(p_logits), shape [...].
+
+    H(p, q) = Σ_k p_k v_k with v = −log q. The minimum over q is H(p).
+    Gradient: with z and y the logits of p and q, ∂H/∂z_k = p_k (v_k − H(p, q));  ∂H/∂y_k = q_k − p_k.
+
+    Args:
+        p_logits: [..., classes], unnormalized log-probabilities of the true distribution.
+        q_logits: [..., classes], unnormalized log-probabilities of the prediction, in the shape of `p_logits`.
+        base: unit of the result, a scalar above 0 and not 1: e for nats (default), 2 for bits.
+        axis: class axis of both logits.
+        where: [...], True for examples that count.
+
+    Returns:
+        [...], float32, or float64 if either argument is float64.
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, or `base` is not above 0 or is 1.
+
+    Example:
+        >>> import jax.numpy as jnp, xentjax
+        >>> teacher = jnp.log(jnp.array([0.5, 0.3, 0.2]))
+        >>> float(xentjax.information.cross_entropy_from_logits(teacher, jnp.zeros(3)))  # log 3 for a uniform prediction
+        1.09861...
+
+    Reference:
+        Cover, Thomas, Elements of Information Theory, 2006, section 5.4.
+    """
+    name = "cross_entropy_from_logits"
+    x, y, counts, axis = _distributions.check_distributions(name, where, axis, p_logits=p_logits, q_logits=q_logits)
+    return _cross_entropy(x, y, _distributions.check_base(name, base), counts, axis, True)
+
+
+def kl_divergence(p: ArrayLike, q: ArrayLike, *, base: ArrayLike = math.e, axis: int = -1, where: ArrayLike | None = None) -> Array:
+    """Kullback–Leibler divergence D(p‖q), or relative entropy, per example, shape [...].
+
+    D(p‖q) = Σ_k [p_k log(p_k/q_k) − p_k + q_k] ≥ 0, and +∞ if p_k > 0 = q_k for some class. This is Σ_k p_k log(p_k/q_k) if Σ p = Σ q.
+    Gradient: ∂D/∂p_k = log(p_k/q_k), 0 where p_k or q_k is 0;  ∂D/∂q_k = 1 − p_k/q_k, 0 where p_k > 0 = q_k.
+
+    The order of arguments matters: D(p‖q) is not D(q‖p).
+
+    Args:
+        p: [..., classes], probabilities, which need not sum to 1.
+        q: [..., classes], probabilities, in the shape of `p`.
+        base: unit of the result, a scalar above 0 and not 1: e for nats (default), 2 for bits.
+        axis: class axis of `p` and `q`.
+        where: [...], True for examples that count.
+
+    Returns:
+        [...], ≥ 0, float32, or float64 if `p` or `q` is float64.
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, or `base` is not above 0 or is 1.
+
+    Example:
+        >>> import jax.numpy as jnp, xentjax
+        >>> p, q = jnp.array([0.5, 0.3, 0.2]), jnp.array([0.4, 0.4, 0.2])
+        >>> float(xentjax.information.kl_divergence(p, q)), float(xentjax.information.kl_divergence(q, p))
+        (0.025267..., 0.025815...)
+
+    Reference:
+        Kullback, Leibler, On Information and Sufficiency, 1951.
+    """
+    name = "kl_divergence"
+    x, y, counts, axis = _distributions.check_distributions(name, where, axis, p=p, q=q)
+    return _kl_divergence(x, y, _distributions.check_base(name, base), counts, axis, False)
+
+
+@functools.partial(jax.jit, static_argnames=("axis", "from_logits"))
+def _kl_divergence(p: Array, q: Array, base: ArrayLike | None, where: Array | None, axis: int, from_logits: bool) -> Array:
+    a, b, d = _distributions.pair(p, q, where, axis, from_logits)
+    infinite = ~a.zero & b.zero
+    finite = numerics.where(infinite, 0, d)
+    terms = _distributions.with_slope(_distributions.kl_term(a.p, b.p, -finite), a.p, numerics.where(a.zero, 0, finite))
+    if from_logits:
+        terms += _distributions.with_slope(jnp.zeros_like(terms), -b.log, _distributions.difference(a.p, b.p, d))
+    else:
+        slope = differences.with_slope_of(-jnp.expm1(finite), -_distributions.quotient(a.p, b))
+        terms += _distributions.with_slope(jnp.zeros_like(terms), b.p, slope)
+    return _distributions.finish(terms, infinite, base, where)
+
+
+def kl_divergence_from_logits(
+    p_logits: ArrayLike, q_logits: ArrayLike, *, base: ArrayLike = math.e, axis: int = -1, where: ArrayLike | None = None
+) -> Array:
+    """`kl_divergence` D(p‖q) of p = softmax(p_logits) and q = softmax(q_logits), shape [...].
+
+    D(p‖q) = Σ_k p_k d_k with d = log(p/q).
+    Gradient: with z and y the logits of p and q, ∂D/∂z_k = p_k (d_k − D);  ∂D/∂y_k = q_k − p_k.
+
+    Args:
+        p_logits: [..., classes], unnormalized log-probabilities.
+        q_logits: [..., classes], unnormalized log-probabilities, in the shape of `p_logits`.
+        base: unit of the result, a scalar above 0 and not 1: e for nats (default), 2 for bits.
+        axis: class axis of both logits.
+        where: [...], True for examples that count.
+
+    Returns:
+        [...], ≥ 0, float32, or float64 if either argument is float64.
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, or `base` is not above 0 or is 1.
+
+    Example:
+        >>> import jax.numpy as jnp, xentjax
+        >>> p_logits, q_logits = jnp.array([0.0, 2e-5]), jnp.array([0.0, 0.0])
+        >>> float(xentjax.information.kl_divergence_from_logits(p_logits, q_logits))  # (2e-5)²/8; each logarithm rounds by more
+        4.99999...e-11
+
+    Reference:
+        Kullback, Leibler, On Information and Sufficiency, 1951.
+    """
+    name = "kl_divergence_from_logits"
+    x, y, counts, axis = _distributions.check_distributions(name, where, axis, p_logits=p_logits, q_logits=q_logits)
+    return _kl_divergence(x, y, _distributions.check_base(name, base), counts, axis, True)

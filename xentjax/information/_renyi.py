@@ -1,0 +1,171 @@
+"""Rényi divergence. Shared conventions are documented in `xentjax.information`.
+
+Let β = α − 1, w = Σ p, S = Σ p^α q^(1−α) and R = log(S/w)/β. Then D = w·R + Σ(q − p).
+
+If p and q are nearly equal, S/w is near 1 and log(S/w) has few correct digits. Let
+
+    E = Σ [p^α q^(1−α) − p − β(p − q)]/β,
+
+whose terms are not negative, and Y = (S/w − 1)/β = (E − Σ(q − p))/w. Then R = log1p(βY)/β and D = E − w(e^(βR) − 1 − βR)/β. Both are
+smooth at β = 0.
+
+With G(x, y, t) = y − x − x·t (`_distributions.kl_term`), the terms of E are G(x, y, t) − x(e^(at) − 1 − at)/a for x = p, y = q, t = −d and
+a = 1 − α. For α < 1/2, this difference cancels. There the terms are α/(1 − α) times the same expression for x = q, y = p, t = d and a = α.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from xentjax._core import checks, differences, numerics
+from xentjax.information import _distributions
+
+
+def renyi_divergence(
+    p: ArrayLike, q: ArrayLike, *, alpha: ArrayLike, base: ArrayLike = math.e, axis: int = -1, where: ArrayLike | None = None
+) -> Array:
+    """Rényi divergence of order α per example, shape [...].
+
+    D_α(p‖q) = log(Σ_k p_k^α q_k^(1−α))/(α − 1) if p and q sum to 1. In general, with w = Σ p, it is
+    w·log(Σ_k p_k^α q_k^(1−α)/w)/(α − 1) − w + Σ q.
+    Gradient: with S = Σ p^α q^(1−α), ∂D/∂p_k = log(S/w)/(α − 1) + (α·w·(p_k/q_k)^(α−1)/S − 1)/(α − 1) − 1;
+    ∂D/∂q_k = 1 − w·(p_k/q_k)^α/S;  0 where that is infinite.
+
+    The divergence is ≥ 0 and nondecreasing in α. At α = 1 it is `kl_divergence`, and it is smooth there. It is +∞ if p and q have no
+    class in common, and for α ≥ 1 if p_k > 0 = q_k for some class.
+
+    Args:
+        p: [..., classes], probabilities, which need not sum to 1.
+        q: [..., classes], probabilities, in the shape of `p`.
+        alpha: scalar α > 0, the order. A traced α may be equal or close to 1 as well.
+        base: unit of the result, a scalar above 0 and not 1: e for nats (default), 2 for bits.
+        axis: class axis of `p` and `q`.
+        where: [...], True for examples that count.
+
+    Returns:
+        [...], ≥ 0, float32, or float64 if `p` or `q` is float64.
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, `alpha` is not above 0, or `base` is not above 0 or is 1.
+
+    Example:
+        >>> import jax.numpy as jnp, xentjax
+        >>> p, q = jnp.array([0.5, 0.3, 0.2]), jnp.array([0.4, 0.4, 0.2])
+        >>> [float(xentjax.information.renyi_divergence(p, q, alpha=a)) for a in (0.5, 1.0, 2.0)]  # α = 1 gives D(p‖q)
+        [0.012793..., 0.025267..., 0.048790...]
+
+    Reference:
+        Van Erven, Harremoës, Rényi Divergence and Kullback-Leibler Divergence, 2014, arXiv 1206.2459.
+    """
+    name = "renyi_divergence"
+    x, y, counts, axis = _distributions.check_distributions(name, where, axis, p=p, q=q)
+    order = checks.positive(name, "alpha", alpha)
+    return _renyi_divergence(x, y, order, _distributions.check_base(name, base), counts, axis, False)
+
+
+@functools.partial(jax.jit, static_argnames=("axis", "from_logits"))
+def _renyi_divergence(
+    p: Array, q: Array, alpha: ArrayLike, base: ArrayLike | None, where: Array | None, axis: int, from_logits: bool
+) -> Array:
+    a, b, d = _distributions.pair(p, q, where, axis, from_logits)
+    alpha = jnp.asarray(alpha, d.dtype)
+    outside, only_p = a.zero | b.zero, ~a.zero & b.zero
+    infinite = only_p & (alpha >= 1)
+    d = numerics.where(infinite, 0, d)
+    # Probabilities of 0 at which the derivative would be infinite have no derivative.
+    p = jnp.where(a.zero & (alpha <= 1), lax.stop_gradient(a.p), a.p)
+    q = jnp.where(only_p, lax.stop_gradient(b.p), b.p)
+    log_power = numerics.where(outside, -_distributions.FAR, a.log + (alpha - 1) * d)  # log(p^α q^(1−α))
+    disjoint = jnp.all(outside, axis=-1) & jnp.any(only_p, axis=-1)
+    total = numerics.where(disjoint, 0, _total(p, q, d, log_power, alpha))
+    infinite = jnp.any(infinite, axis=-1, keepdims=True) | disjoint[..., None]
+    return _distributions.finish(total[..., None], infinite, base, where)
+
+
+def _total(p: Array, q: Array, d: Array, log_power: Array, alpha: Array) -> Array:
+    """The sum w·R + Σ(q − p): from E if S is near w, otherwise from log S."""
+    beta, w = alpha - 1, jnp.sum(p, axis=-1)
+    excess = jnp.sum(differences.with_slope_of(_distributions.difference(q, p, -d), q - p), axis=-1)  # d has no derivative at zeros
+    w = numerics.where(w == 0, 1, w)
+    top = lax.stop_gradient(jnp.max(log_power, axis=-1))
+    log_sum = top + jnp.log(jnp.sum(jnp.exp(log_power - top[..., None]), axis=-1))
+    # If a power exceeds e^30·w, S is not near w, and `log_sum` is used.
+    power = jnp.exp(jnp.minimum(log_power, 30 + jnp.log(w)[..., None]))
+    e = jnp.sum(_excess_terms(p, q, d, power, alpha), axis=-1)
+    y = (e - excess) / w
+    near = jnp.abs(beta * y) <= 0.5
+    y = numerics.where(near, y, 0)
+    r = y * _log1p_over(beta * y)
+    far = w * ((log_sum - jnp.log(w)) / jnp.where(near, 1, beta)) + excess
+    return numerics.where(near, numerics.where(near, e, 0) - w * beta * r * r * _distributions.relative_excess(beta * r), far)
+
+
+def _excess_terms(p: Array, q: Array, d: Array, power: Array, alpha: Array) -> Array:
+    """[p^α q^(1−α) − p − (α − 1)(p − q)]/(α − 1) ≥ 0 of every class, given the power p^α q^(1−α)."""
+    exchanged = alpha < 0.5
+    x, y, t = (jnp.where(exchanged, v, w) for v, w in ((q, p), (p, q), (d, -d)))
+    a = jnp.where(exchanged, alpha, 1 - alpha)
+    small = jnp.abs(a * t) <= 1
+    s = numerics.where(small, t, 0)
+    near = _distributions.kl_term(x, y, s) - a * (x * s * s * _distributions.relative_excess(a * s))
+    far = (y - x) - (power - x) / jnp.where(a == 0, 1, a)
+    return numerics.where(small, near, far) * jnp.where(exchanged, alpha / jnp.where(exchanged, 1 - alpha, 1), 1)
+
+
+def _log1p_over(x: Array) -> Array:
+    """log(1 + x)/x for |x| ≤ 1/2."""
+    small = jnp.abs(x) < 1 / 16
+    z, s = numerics.where(small, 1 / 16, x), numerics.where(small, x, 0)
+    series = jnp.full_like(x, 1 / 16)
+    for n in range(15, 0, -1):
+        series = 1 / n - s * series
+    return numerics.where(small, series, jnp.log1p(z) / z)
+
+
+def renyi_divergence_from_logits(
+    p_logits: ArrayLike,
+    q_logits: ArrayLike,
+    *,
+    alpha: ArrayLike,
+    base: ArrayLike = math.e,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+) -> Array:
+    """`renyi_divergence` of order α of p = softmax(p_logits) and q = softmax(q_logits), shape [...].
+
+    D_α = log(Σ_k p_k^α q_k^(1−α))/(α − 1), and D(p‖q) at α = 1.
+    Gradient: with r = p^α q^(1−α)/Σ p^α q^(1−α) and z, y the logits of p, q, ∂D/∂z = α(r − p)/(α − 1);  ∂D/∂y = q − r.
+
+    Args:
+        p_logits: [..., classes], unnormalized log-probabilities.
+        q_logits: [..., classes], unnormalized log-probabilities, in the shape of `p_logits`.
+        alpha: scalar α > 0, the order. A traced α may be equal or close to 1 as well.
+        base: unit of the result, a scalar above 0 and not 1: e for nats (default), 2 for bits.
+        axis: class axis of both logits.
+        where: [...], True for examples that count.
+
+    Returns:
+        [...], ≥ 0, float32, or float64 if either argument is float64.
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, `alpha` is not above 0, or `base` is not above 0 or is 1.
+
+    Example:
+        >>> import jax.numpy as jnp, xentjax
+        >>> p_logits, q_logits = jnp.array([60.0, 0.0]), jnp.array([0.0, 60.0])
+        >>> [float(xentjax.information.renyi_divergence_from_logits(p_logits, q_logits, alpha=a)) for a in (0.5, 1.0, 2.0)]
+        [58.61370..., 60.0, 60.0]
+
+    Reference:
+        Van Erven, Harremoës, Rényi Divergence and Kullback-Leibler Divergence, 2014, arXiv 1206.2459.
+    """
+    name = "renyi_divergence_from_logits"
+    x, y, counts, axis = _distributions.check_distributions(name, where, axis, p_logits=p_logits, q_logits=q_logits)
+    order = checks.positive(name, "alpha", alpha)
+    return _renyi_divergence(x, y, order, _distributions.check_base(name, base), counts, axis, True)
