@@ -9,10 +9,10 @@ from xentjax._contrastive.losses import info_nce as info_nce
 from xentjax._contrastive.losses import nt_xent as nt_xent
 from xentjax._contrastive.losses import siglip_loss as siglip_loss
 from xentjax._contrastive.losses import supervised_contrastive_loss as supervised_contrastive_loss
-from xentjax._linear.fused import LinearPlan as LinearPlan
 from xentjax._linear.fused import fuse_linear as fuse_linear
 from xentjax._linear.fused import linear_softmax_cross_entropy as linear_softmax_cross_entropy
-from xentjax._linear.fused import plan_linear as plan_linear
+from xentjax._linear.plan import LinearPlan as LinearPlan
+from xentjax._linear.plan import plan_linear as plan_linear
 from xentjax._linear.sharded import fuse_linear_sharded as fuse_linear_sharded
 from xentjax._losses.distillation import distillation_loss as distillation_loss
 from xentjax._losses.imbalance import class_balanced_weights as class_balanced_weights

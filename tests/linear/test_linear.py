@@ -98,6 +98,22 @@ def test_the_kernel_s_gradient_adds_up_in_float32():
         np.testing.assert_array_equal(jax.grad(loss)(kernel).astype(jnp.float32), [[-1024, 1024]])
 
 
+@pytest.mark.parametrize("per_class", [False, True])
+def test_gradients_of_closed_over_arrays_are_added_in_float32(per_class):
+    # 2,048 equal contributions of 1, one per chunk: a sum in bfloat16 stops growing at 256
+    hidden, kernel = jnp.ones((2048, 1), jnp.bfloat16), jnp.ones((1, 2), jnp.bfloat16)
+
+    def total(scale):
+        def loss(logits):  # the logits are 1
+            return (logits * scale.astype(logits.dtype).reshape(1, -1))[:, 0]
+
+        return xentjax.fuse_linear(loss, reduction="sum", chunk_size=1)(hidden, kernel)
+
+    slope = jax.grad(total)(jnp.ones(2 if per_class else (), jnp.bfloat16))
+    assert slope.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(slope.astype(jnp.float32), [2048, 0] if per_class else 2048)
+
+
 def test_float16_gradients_are_made_before_the_division():
     # 1/65,536 of a probability of 1e-3 is below the smallest float16: with a loss scale the mean's gradient must survive
     n, classes = 65_536, 512

@@ -273,7 +273,7 @@ KERNEL = "kernel must have shape (3, classes) for hidden of shape (4, 3); got"
 LEADING = "must have shape (4,), the shape of hidden without its feature axis; got"
 SOFT = "labels must have shape (4, 5), the shape of logits, because floating labels are soft labels; got"
 ARGS = "must have shape (4, ...), the leading axes of hidden first; got"
-CLOSE = "What is not one per example is closed over by loss_fn."
+CLOSE = "If it does not belong to examples, let loss_fn close over it."
 RESULT = "the result of loss_fn must have shape (4,), one value per example for logits of shape (4, 5); got"
 REDUCTIONS_ARE = 'reduction must be "mean", "sum" or "none"; got'
 
@@ -302,7 +302,7 @@ REDUCTIONS_ARE = 'reduction must be "mean", "sum" or "none"; got'
         (lambda: xentjax.fuse_linear(cross_entropy, chunk_size=-1), "chunk_size must be at least 1; got -1."),
         (lambda: fused(cross_entropy)(H, K, Y[:3]), f"args[0] {ARGS} (3,). {CLOSE}"),
         (lambda: fused(cross_entropy)(H, K, {"y": Y, "t": 1.0}), f"args[0]['t'] {ARGS} (). {CLOSE}"),
-        (lambda: fused(mean)(H, K, Y), f"{RESULT} (). Do not reduce inside: reduction='mean' does it."),
+        (lambda: fused(mean)(H, K, Y), f"{RESULT} (). Do not reduce inside loss_fn: reduction='mean' does it."),
         (lambda: fused(lambda z, y: z)(H, K, Y), f"{RESULT} (4, 5)."),
         (lambda: fused(cross_entropy, has_aux=True)(H, K, Y), "with has_aux=True loss_fn must return a pair (loss, aux); got"),
         (

@@ -168,8 +168,8 @@ def test_a_program_sends_what_the_formula_says(name, mesh):
 
 
 def test_a_loop_of_chunks_sends_the_numbers_per_token_only(monkeypatch):
-    monkeypatch.setattr("xentjax._linear.fused._SMALL_BYTES", 0)
-    monkeypatch.setattr("xentjax._linear.fused._FEW_EXAMPLES", 1)
+    monkeypatch.setattr("xentjax._linear.plan._SMALL_BYTES", 0)
+    monkeypatch.setattr("xentjax._linear.plan._FEW_EXAMPLES", 1)
     jax.clear_caches()  # programs of the same losses with other plans, from other tests, and after this one
     try:
         rows = sharded.rows_of(SHAPE, [(2, 4)], ["fuse_linear_sharded", "jit-batch-no-blocks", "jit-length"])

@@ -72,11 +72,6 @@ def typed(axis: Hashable) -> bool:
     return axis in axes_of(lax.axis_index(axis))
 
 
-def axes_used(effects: Iterable[Any]) -> frozenset[Hashable]:
-    """The axes that a program with these effects mentions: that of devices it talks to, or its own position among them."""
-    return frozenset(effect.name for effect in effects if hasattr(effect, "name"))
-
-
 def psum(tree: Any, axes: Iterable[Hashable]) -> Any:
     """The sum over devices of every array in a pytree; without axes, the pytree itself.
 
@@ -136,44 +131,6 @@ def check_shared(function: str, name: str, x: Array | None, axes: frozenset[Hash
             f"{function}: {name} must be the same on all devices of mesh axis {axis!r}, which hold classes of the same examples; got "
             f"{name} split over that axis. Leave {axis!r} out of the in_specs of {name} in jax.shard_map (class indices are global)."
         )
-
-
-def check_chunk_axes(function: str, hidden: Array, kernel: Array, class_axis: int) -> None:
-    """ValueError if an explicit mesh splits the axis of examples that is cut into chunks, or the classes."""
-    for name, x, axis, meaning in (
-        ("hidden", hidden, hidden.ndim - 2, "is cut into chunks"),
-        ("kernel", kernel, class_axis, "holds classes"),
-    ):
-        if axis >= 0 and is_explicit(x) and jax.typeof(x).sharding.spec[axis] is not None:
-            raise ValueError(
-                f"{function}: axis {axis} of {name}, which {meaning}, must not be split over a mesh with explicit axes; got "
-                f"{jax.typeof(x)}. Use fuse_linear_sharded, which takes chunks of each device's part."
-            )
-
-
-def check_collectives(function: str, effects: Any, varying: frozenset) -> None:
-    """ValueError if the devices that a loss talks to cannot be told from those that have losses of their own."""
-    for axis in axes_used(effects):
-        if not typed(axis):
-            raise ValueError(
-                f"{function}: with a loss over axis {axis!r}, jax.shard_map must be called with check_vma=True, its default; "
-                "without it, as under jax.vmap(axis_name=...), gradients made inside cannot be told from their sums over devices."
-            )
-        if axis in varying:
-            raise ValueError(
-                f"{function}: loss_fn must return the same losses on all devices of mesh axis {axis!r}, which it uses; got losses that may "
-                "differ. Compute what crosses devices before, or use reduction='none'."
-            )
-
-
-def check_closed_over(function: str, axes: frozenset, gradients: Any) -> None:
-    """ValueError if a closed-over array is differentiated and the same on devices whose sums differ: they would share one gradient."""
-    for gradient in jax.tree.leaves(gradients):
-        if missing := axes - axes_of(gradient):
-            raise ValueError(
-                f"{function}: a differentiated array that loss_fn closes over must vary over mesh axes {sorted(map(str, missing))} as the "
-                f"examples do; got one of shape {gradient.shape} that does not. Use jax.lax.pcast(x, axes, to='varying') before."
-            )
 
 
 def _vary(x: Array, axes: tuple[Hashable, ...]) -> Array:

@@ -1,1 +1,1 @@
-"""Losses of a linear layer, without its logits."""
+"""Losses of a linear layer, computed without holding all of its logits."""

@@ -1,23 +1,25 @@
-"""Losses of a linear layer without its logits: any loss on logits, taken over chunks of examples.
+"""Losses of a linear layer, computed over chunks of examples. The logits of all examples never exist at the same time.
 
-What every function here shares:
+Shared conventions:
 
-- `hidden` [..., features], whose dtype is that of the matrix products; `kernel` [features, classes] (flax), or [classes, features]
-  (torch, tied embeddings) with `classes_first=True`, never transposed in memory. A kernel in another dtype is converted once and
-  its gradient comes back in its own: float32 master weights under bfloat16 activations get float32 gradients.
-- `bias` [classes]; `where` [...], which examples count (the others may hold NaN or any label); `weights` [...], one per example,
-  ≥ 0 for a mean.
-- `reduction`: "mean" is Σ w·loss / Σ w, "sum" is Σ w·loss, "none" gives w·loss per example [...]. Examples outside `where` cost
-  exactly 0 and weigh 0; the mean of nothing is 0.
-- `chunk_size`: the most examples whose logits exist at a time; None lets `plan_linear` choose. Under `vmap` that many per instance.
-- Symbolic numbers of examples (`jax.export`): `chunk_size=None` makes four chunks, and a given `chunk_size` at least three, whatever the
-  number of examples turns out to be. Leading axes are flattened into one. Up to one example per chunk is padding. Then only a given
-  `chunk_size` bounds the memory of logits.
-- Raises: TypeError for dtypes; ValueError for shapes and for Python numbers out of range.
+- `hidden` is [..., features]. The matrix products take its dtype.
+- `kernel` is [features, classes], as in flax, or [classes, features] with `classes_first=True`, as in torch and for tied embeddings. It is
+  never transposed in memory. A kernel in another dtype than `hidden` is converted once, and its gradient has the dtype of the kernel. So
+  float32 master weights get float32 gradients under bfloat16 activations.
+- `bias` is [classes].
+- `where` [...] is True for examples that count. The others may hold NaN or any label. They cost exactly 0 and have weight 0.
+- `weights` [...] has one weight per example, ≥ 0 for a mean.
+- `reduction`: "mean" is Σ w·loss / Σ w, "sum" is Σ w·loss, and "none" is w·loss per example, shape [...]. The mean of no examples is 0.
+- `chunk_size` is the largest number of examples whose logits exist at the same time. If it is None, `plan_linear` chooses it. Under
+  `jax.vmap` it applies to each instance.
+- If the number of examples is symbolic (`jax.export`), there are four chunks, or at least three with a given `chunk_size`, whatever the
+  number turns out to be. Leading axes are flattened into one. Padding adds up to one example per chunk. The memory of the logits is bounded
+  only if `chunk_size` is given.
+- TypeError is raised for wrong dtypes. ValueError is raised for wrong shapes and for Python numbers out of range.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,24 +28,20 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from xentjax._core import checks, mesh, numerics, values
-from xentjax._linear import chunks, layers, programs
+from xentjax._linear import chunks, devices, layers, layout, plan, programs
+from xentjax._linear.inputs import Batch, Layer, PyTree
 from xentjax._losses import softmax
 from xentjax._reduction import WeightedSum
 
 
 class Options(NamedTuple):
-    """What of a fused loss is known before tracing."""
+    """Options of a fused loss. They are known before tracing."""
 
     reduction: str
     chunk_size: int | None
     has_aux: bool = False
     classes_first: bool = False
-    token_axes: tuple[str, ...] = ()  # mesh axes whose devices hold parts of the examples, for "mean" and "sum"
-
-
-_SMALL_BYTES = 2**25  # full logits of this size are left whole
-_FEW_EXAMPLES = 192  # smaller chunks wait for the kernel's gradient, which each of them rereads, rather than for their products
-_LARGE_BYTES = 2**30  # no chunk's logits take more, however few examples that is
+    token_axes: tuple[Hashable, ...] = ()  # mesh axes whose devices hold different examples: "mean" and "sum" add over them
 
 
 def fuse_linear(
@@ -54,15 +52,17 @@ def fuse_linear(
     has_aux: bool = False,
     classes_first: bool = False,
 ) -> Callable:
-    """A function `fused(hidden, kernel, *args, bias=None, where=None, weights=None)` = `loss_fn(hidden @ kernel + bias, *args)`, reduced.
+    """A function of (hidden, kernel, *args) that computes `loss_fn` in chunks, [] or [...].
 
-    value = Σ w·loss / Σ w [] ("mean"), Σ w·loss [] ("sum") or w·loss [...] ("none"), as if all logits existed, but no more than
-    those of one chunk ever do. `jax.grad`, `jvp`, `vjp`, Hessian-vector products, `vmap`, `jit`, `scan` and `jax.checkpoint` work on it.
+    `fused_loss(hidden, kernel, *args, bias=None, where=None, weights=None)` = Σ w·loss / Σ w [] ("mean"), Σ w·loss [] ("sum") or
+    w·loss [...] ("none"), with loss = `loss_fn(hidden @ kernel + bias, *args)`. The values are those of the dense computation, but only the
+    logits of one chunk exist at a time. `jax.grad`, `jvp`, `vjp`, Hessian-vector products, `vmap`, `jit`, `scan` and `jax.checkpoint`
+    work on `fused_loss`.
 
-    Gradient: that of the dense computation, with respect to `hidden`, `kernel`, `bias`, `weights`, floating `args` and whatever
-    floating arrays `loss_fn` closes over (a temperature, class weights, a teacher's kernel). For "mean" and "sum" it is made in the
-    forward sweep, three matrix products in all; "none" makes the logits twice. Inputs that are not
-    differentiated cost nothing.
+    Gradient: that of the dense computation, ∂/∂hidden = G·kernelᵀ, ∂/∂kernel = hiddenᵀ·G and ∂/∂bias = Σ G with G = ∂value/∂logits.
+    `weights`, floating `args` and floating arrays that `loss_fn` closes over (a temperature, class weights, a teacher's kernel) are
+    differentiated too. For "mean" and "sum", gradients are computed in the forward pass, with three matrix products in all. "none" computes
+    the logits twice. Undifferentiated inputs cost nothing.
 
     Compilation: the compiled programs of `loss_fn` are kept as long as `loss_fn` exists. So calling `fuse_linear(loss_fn)` again in a loop
     does not compile again, and neither does `fuse_linear` of a `functools.partial` of `loss_fn` with numbers and strings. A new function in
@@ -70,39 +70,40 @@ def fuse_linear(
     arguments must not change.
 
     Args:
-        loss_fn: `loss_fn(logits [chunk, classes], *args_of_the_chunk)` → one loss per example [chunk]; any loss of this library or a
+        loss_fn: `loss_fn(logits [chunk, classes], *args_of_the_chunk)` returns one loss per example [chunk]. Any loss of this library, or a
             pure function of your own. The logits are float32 (float64 for float64 hidden).
         reduction: "mean", "sum" or "none".
-        chunk_size: the most examples whose logits exist at a time; None: planned by `plan_linear`.
-        has_aux: whether `loss_fn` returns (loss, aux), aux a pytree of arrays [chunk, ...]; `fused` then returns (value, aux) with
-            arrays [..., ...] that are not differentiated, zero outside `where`.
+        chunk_size: the largest number of examples whose logits exist at the same time; None: chosen by `plan_linear`.
+        has_aux: whether `loss_fn` returns (loss, aux), where aux is a pytree of arrays [chunk, ...]. `fused_loss` then returns (value, aux)
+            with arrays [..., ...]. They are not differentiated and are zero outside `where`.
         classes_first: whether `kernel` is [classes, features].
 
     Returns:
-        `fused`. Its `args` are pytrees of arrays [..., ...] with the leading axes of `hidden`; its value is float32 (float64 for
+        `fused_loss`. Its `args` are pytrees of arrays [..., ...] with the leading axes of `hidden`. Its value is float32 (float64 for
         float64 hidden).
 
     Raises:
-        TypeError: a dtype that does not fit, here or in `fused`.
-        ValueError: an unknown `reduction`, `chunk_size` < 1; in `fused`, shapes that do not fit, a loss that is not one per example.
+        TypeError: an argument has the wrong dtype, here or in `fused_loss`.
+        ValueError: `reduction` is unknown, or `chunk_size` < 1. In `fused_loss`: shapes do not fit, or `loss_fn` does not return one loss
+            per example.
 
     Example:
         >>> import jax, jax.numpy as jnp, xentjax
-        >>> fused = xentjax.fuse_linear(xentjax.softmax_focal_loss, chunk_size=2)
+        >>> fused_loss = xentjax.fuse_linear(xentjax.softmax_focal_loss, chunk_size=2)
         >>> hidden, kernel, labels = jnp.ones((5, 4)), jnp.zeros((4, 3)), jnp.array([0, 1, 2, 0, -100])
-        >>> value, slope = jax.value_and_grad(fused, 1)(hidden, kernel, labels, where=labels != -100)
+        >>> value, slope = jax.value_and_grad(fused_loss, 1)(hidden, kernel, labels, where=labels != -100)
         >>> float(value), slope.shape  # (2/3)²·log 3
         (0.48827..., (4, 3))
 
     Reference:
         Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, 2024, arXiv 2411.09009 (the problem); Hsu et al., Liger
-        Kernel, 2024, arXiv 2410.10989 (gradients in the forward sweep over chunks).
+        Kernel, 2024, arXiv 2410.10989 (gradients in the forward pass over chunks).
     """
     name = "fuse_linear"
-    check_fused(name, loss_fn, reduction, chunk_size)
-    run = programs.compiled(reduced, loss_fn, Options(reduction, chunk_size, has_aux, classes_first))
+    check_loss_fn(name, loss_fn, reduction, chunk_size)
+    run = programs.compiled(reduced_loss, loss_fn, Options(reduction, chunk_size, has_aux, classes_first))
 
-    def fused(
+    def fused_loss(
         hidden: ArrayLike,
         kernel: ArrayLike,
         *args: Any,
@@ -110,13 +111,57 @@ def fuse_linear(
         where: ArrayLike | None = None,
         weights: ArrayLike | None = None,
     ) -> Any:
-        """The loss of `hidden @ kernel + bias`; shapes and meaning as `xentjax.fuse_linear` says."""
+        """The loss of `hidden @ kernel + bias`. `xentjax.fuse_linear` documents the arguments."""
         checked = layers.arguments(name, hidden, kernel, bias, where, weights, classes_first)
-        mesh.check_chunk_axes(name, checked[0], checked[1], 0 if classes_first else 1)
+        devices.check_chunk_axes(name, checked[0], checked[1], 0 if classes_first else 1)
         check_weights(name, reduction, *checked[3:])
         return run(*checked, layers.per_example(name, args, checked[0].shape[:-1]))
 
-    return fused
+    return fused_loss
+
+
+def reduced_loss(
+    loss_fn: Callable,
+    options: Options,
+    hidden: Array,
+    kernel: Array,
+    bias: Array | None,
+    where: Array | None,
+    weights: Array | None,
+    args: PyTree,
+) -> Any:
+    """Σ w·loss / Σ w, Σ w·loss or w·loss of checked arguments; with aux if `options.has_aux`."""
+    dtype = numerics.accumulation_dtype(hidden.dtype)
+    w = _ones(hidden, dtype) if weights is None else weights.astype(dtype)
+    w = w if where is None else jnp.where(where, w, jnp.zeros_like(w))
+    cut = plan.chunks_of(hidden, kernel, options.chunk_size, options.classes_first)
+    if where is None and layout.is_symbolic(cut.padding):
+        where = jnp.ones(hidden.shape[:-1], bool)  # padding does not count
+    leaves, structure = jax.tree.flatten(args)
+
+    def losses(logits: Array, *leaves: Array) -> tuple[Array, PyTree]:
+        return layers.loss_per_example(loss_fn(logits, *jax.tree.unflatten(structure, leaves)), logits, options.has_aux)
+
+    def computed(rule: Callable, w: Array) -> tuple[Array, PyTree]:
+        return rule(losses, Batch(hidden, w, where, tuple(leaves)), Layer(kernel, bias), cut, options.classes_first)
+
+    def total(w: Array) -> tuple[Array, PyTree]:
+        value, aux = computed(chunks.total, w)
+        return mesh.psum(value, options.token_axes), aux
+
+    if options.reduction == "none":
+        value, aux = computed(chunks.per_example, w)
+    elif options.reduction == "sum":
+        value, aux = total(w)
+    else:
+        weight = mesh.psum(jnp.sum(w), options.token_axes)
+        if hidden.dtype.itemsize == 2:
+            # In half precision, gradients are computed before the division by Σ w. It would make gradients in float16 underflow.
+            value, aux = total(w)
+            value = WeightedSum(value, weight).mean()
+        else:
+            value, aux = total(w * WeightedSum(jnp.ones((), dtype), weight).mean())
+    return (value, aux) if options.has_aux else value
 
 
 def linear_softmax_cross_entropy(
@@ -137,34 +182,35 @@ def linear_softmax_cross_entropy(
     chunk_size: int | None = None,
     classes_first: bool = False,
 ) -> Array:
-    """Cross-entropy of a linear layer whose logits never exist at once, [] or, for reduction "none", [...].
+    """Cross-entropy of a linear layer, computed in chunks of examples, [] or [...].
 
     value = Σ w·loss / Σ w with loss = `softmax_cross_entropy(z, labels)`, z = softcap·tanh((hidden·kernel + bias)/softcap).
-    Gradient: with G = w/Σw·∂loss/∂z, ∂/∂hidden = G·kernelᵀ, ∂/∂kernel = hiddenᵀ·G, ∂/∂bias = Σ G (times 1 − tanh² under a softcap).
+    Gradient: with G = w/Σw·∂loss/∂z, ∂/∂hidden = G·kernelᵀ, ∂/∂kernel = hiddenᵀ·G, ∂/∂bias = Σ G. With a softcap, G is also multiplied by
+    1 − (z/softcap)².
 
     Args:
-        hidden: [..., features], activations; the matrix products take their dtype.
+        hidden: [..., features], activations. The matrix products take their dtype.
         kernel: [features, classes], or [classes, features] with `classes_first`.
-        labels: [...] class indices, or [..., classes] distributions.
+        labels: [...] class indices, or [..., classes] soft labels.
         bias: [classes], added to the logits.
-        where: [...], which examples count.
-        weights: [...], one weight per example; w ≥ 0 for "mean".
+        where: [...], True for examples that count.
+        weights: [...], one weight per example, ≥ 0 for "mean".
         reduction: "mean", "sum" or "none".
-        label_smoothing: ε in [0, 1], the share of the label spread evenly over the classes that exist.
-        class_weights: [classes], w ≥ 0, multiplies each class's term.
+        label_smoothing: ε in [0, 1], the share of the label that is spread evenly over the classes that exist.
+        class_weights: [classes], ≥ 0, multiplies the term of each class.
         z_loss: ζ ≥ 0, weight of the penalty on lse(z)².
-        softcap: > 0, bound that the logits approach smoothly; None for none.
-        axis_name: mesh axis that splits the classes of `kernel`, inside `jax.shard_map`; indices are global.
-        class_mask: [classes], which classes exist (padding of the vocabulary does not).
-        chunk_size: the most examples whose logits exist at a time; None: planned by `plan_linear`.
+        softcap: > 0, a smooth bound on the absolute value of the logits; None for none.
+        axis_name: mesh axis over which the classes of `kernel` are sharded, inside `jax.shard_map`. Class indices are global.
+        class_mask: [classes], True for classes that exist; False for padding of the vocabulary.
+        chunk_size: the largest number of examples whose logits exist at the same time; None: chosen by `plan_linear`.
         classes_first: whether `kernel` is [classes, features].
 
     Returns:
-        [] or [...], nats, float32 (float64 for float64 hidden).
+        [] or, for "none", [...]; nats, float32 (float64 for float64 hidden).
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit, a Python number out of range, an unknown `reduction`.
+        TypeError: an argument has the wrong dtype.
+        ValueError: a shape does not fit, a Python number is out of range, or `reduction` is unknown.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -180,7 +226,7 @@ def linear_softmax_cross_entropy(
     _check_options(name, reduction, chunk_size)
     layer = layers.arguments(name, hidden, kernel, bias, where, weights, classes_first)
     h, k, _, counts, _ = layer
-    mesh.check_chunk_axes(name, h, k, 0 if classes_first else 1)
+    devices.check_chunk_axes(name, h, k, 0 if classes_first else 1)
     mesh.check_class_split(name, axis_name, {"kernel": k}, {"where": counts, "weights": layer[-1]})
     check_weights(name, reduction, *layer[3:])
     classes = k.shape[0 if classes_first else 1]
@@ -201,98 +247,51 @@ def linear_softmax_cross_entropy(
     layers.check_values(name, k, layer[2], classes_first, mask)
     y = layers.labels(name, labels, h.shape[:-1], classes, counts, axis_name)
     options = Options(reduction, chunk_size, classes_first=classes_first)
-    return _cross_entropy(*layer, y, settings, options, axis_name)
+    return _linear_cross_entropy(*layer, y, settings, options, axis_name)
 
 
-class LinearPlan(NamedTuple):
-    """How a fused loss cuts its examples, and the bytes that takes beside inputs; each field is a number []."""
+@functools.partial(jax.jit, static_argnames=("options", "axis_name"))
+def _linear_cross_entropy(
+    hidden: Array,
+    kernel: Array,
+    bias: Array | None,
+    where: Array | None,
+    weights: Array | None,
+    labels: Array,
+    settings: dict[str, ArrayLike | None],
+    options: Options,
+    axis_name: str | tuple[str, ...] | None,
+) -> Array:
+    settings = {k: v for k, v in settings.items() if v is not None}
+    softcap = settings.pop("softcap", None)
 
-    chunk_size: int
-    """Examples in the largest chunk."""
-    chunks: int
-    """How many chunks."""
-    logits_bytes: int
-    """The logits of one chunk, whose place their gradient takes."""
-    gradient_bytes: int
-    """Their gradient once more in the dtype of the products, if that is not the dtype of the logits."""
-    accumulator_bytes: int
-    """The gradients of hidden and kernel in the dtype of accumulation, which are the results if that is their dtype."""
+    def loss_fn(logits: Array, labels: Array) -> Array:
+        if softcap is not None:
+            cap = jnp.asarray(softcap, logits.dtype)
+            logits = cap * jnp.tanh(logits / cap)
+        return values.unchecked(softmax.softmax_cross_entropy)(logits, labels, axis_name=axis_name, **settings)
 
-    @property
-    def peak_bytes(self) -> int:
-        """All of it together."""
-        return self.logits_bytes + self.gradient_bytes + self.accumulator_bytes
+    return reduced_loss(loss_fn, options, hidden, kernel, bias, where, weights, (labels,))
 
 
-def plan_linear(hidden: Any, kernel: Any, *, chunk_size: int | None = None, classes_first: bool = False) -> LinearPlan:
-    """The chunks that `fuse_linear` takes for arguments of these shapes and dtypes, and their memory.
+def _ones(hidden: Array, dtype: jnp.dtype) -> Array:
+    """A weight of 1 per example, split over an explicit mesh like `hidden`.
 
-    chunk_size = all examples if their logits take at most 32 MiB, or else a quarter of them, but at least 192, and no more than 1 GiB
-    of logits allows. Each further chunk rereads the gradient of the kernel; each larger one takes memory. Nothing is computed.
-
-    Gradient: none; the plan is made of shapes.
-
-    Args:
-        hidden: [..., features], an array or a `jax.ShapeDtypeStruct`.
-        kernel: [features, classes], likewise, or [classes, features] with `classes_first`.
-        chunk_size: a size to judge instead of the planned one.
-        classes_first: whether `kernel` is [classes, features].
-
-    Returns:
-        `LinearPlan`, numbers [].
-
-    Raises:
-        ValueError: shapes that do not fit, `chunk_size` < 1.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, xentjax
-        >>> hidden, kernel = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((8192, 4096), (4096, 128256)))
-        >>> plan = xentjax.plan_linear(hidden, kernel)
-        >>> plan.chunk_size, plan.chunks, round(plan.peak_bytes / 1e9, 1)  # all logits alone would be 4.2 GB
-        (2048, 4, 3.8)
-
-    Reference:
-        The figures behind the rule: benchmarks/README.md.
+    Inside `jax.shard_map` the ones are made from the shape. Ones made from `hidden` would vary over the same axes as `hidden`, and these
+    may include axes that split the classes, over which weights must not vary.
     """
-    name = "plan_linear"
-    _check_options(name, "none", chunk_size)
-    classes = layers.classes(name, hidden.shape, kernel.shape, classes_first)
-    cut = _layout(hidden, kernel, chunk_size, classes_first)
-    wide, narrow = numerics.accumulation_dtype(hidden.dtype).itemsize, jnp.dtype(hidden.dtype).itemsize
-    logits = cut.examples * classes
-    return LinearPlan(
-        chunk_size=cut.examples,
-        chunks=cut.others + 1,
-        logits_bytes=logits * wide,
-        gradient_bytes=0 if narrow == wide else logits * narrow,
-        accumulator_bytes=(hidden.size + kernel.size) * wide,
-    )
+    return jnp.ones(hidden.shape[:-1], dtype) if mesh.axes_of(hidden) else jnp.ones_like(hidden[..., 0], dtype)
 
 
-def _layout(hidden, kernel, chunk_size, classes_first) -> chunks.Layout:
-    leading, classes = hidden.shape[:-1], kernel.shape[0 if classes_first else 1]
-    if chunks.is_symbolic(*leading):
-        return chunks.symbolic_layout(leading, chunk_size)
-    if chunk_size is None:
-        examples = hidden.size // max(1, hidden.shape[-1])
-        row = classes * numerics.accumulation_dtype(hidden.dtype).itemsize
-        quarter = max(-(-examples // 4), _FEW_EXAMPLES)
-        if chunks.is_symbolic(classes):
-            chunk_size = quarter
-        else:
-            chunk_size = examples if examples * row <= _SMALL_BYTES else min(quarter, _LARGE_BYTES // row)
-    return chunks.layout(leading, max(1, chunk_size))
-
-
-def check_fused(function: str, loss_fn: Callable, reduction: str, chunk_size: int | None) -> None:
-    """What can be known of a fused loss before its arrays come."""
+def check_loss_fn(function: str, loss_fn: Callable, reduction: str, chunk_size: int | None) -> None:
+    """TypeError unless `loss_fn` is callable; errors about the options."""
     if not callable(loss_fn):
         raise TypeError(f"{function}: loss_fn must be a function of (logits, *args); got {type(loss_fn).__name__}.")
     _check_options(function, reduction, chunk_size)
 
 
 def check_weights(function: str, reduction: str, where: Array | None, weights: Array | None) -> None:
-    """Inside `xentjax.checked`, an error unless the weights of a mean are ≥ 0; sums take signed ones, but not NaN."""
+    """Inside `xentjax.checked`, an error if the weights of a mean are negative or NaN, or other weights are NaN."""
     if weights is not None:
         (values.weights if reduction == "mean" else values.not_nan)(function, "weights", weights, where)
 
@@ -300,64 +299,4 @@ def check_weights(function: str, reduction: str, where: Array | None, weights: A
 def _check_options(function: str, reduction: str, chunk_size: int | None) -> None:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'{function}: reduction must be "mean", "sum" or "none"; got {reduction!r}.')
-    if chunk_size is not None:
-        checks.count(function, "chunk_size", chunk_size)
-
-
-@functools.partial(jax.jit, static_argnames=("options", "axis_name"))
-def _cross_entropy(hidden, kernel, bias, where, weights, labels, settings, options, axis_name):
-    settings = {k: v for k, v in settings.items() if v is not None}
-    softcap = settings.pop("softcap", None)
-
-    def loss_fn(logits, labels):
-        if softcap is not None:
-            cap = jnp.asarray(softcap, logits.dtype)
-            logits = cap * jnp.tanh(logits / cap)
-        return values.unchecked(softmax.softmax_cross_entropy)(logits, labels, axis_name=axis_name, **settings)
-
-    return reduced(loss_fn, options, hidden, kernel, bias, where, weights, (labels,))
-
-
-def reduced(
-    loss_fn: Callable,
-    options: Options,
-    hidden: Array,
-    kernel: Array,
-    bias: Array | None,
-    where: Array | None,
-    weights: Array | None,
-    args: tuple,
-) -> Any:
-    """The fused loss of checked arguments."""
-    dtype = numerics.accumulation_dtype(hidden.dtype)
-    w = _ones(hidden, dtype) if weights is None else weights.astype(dtype)
-    w = w if where is None else jnp.where(where, w, jnp.zeros_like(w))
-    layer, cut = chunks.Layer(kernel, bias), _layout(hidden, kernel, options.chunk_size, options.classes_first)
-    if where is None and chunks.is_symbolic(cut.padding):
-        where = jnp.ones(hidden.shape[:-1], bool)  # padding does not count
-
-    def losses(logits, *args):
-        return layers.loss_per_example(loss_fn(logits, *args), logits, options.has_aux)
-
-    def total(w):
-        value, aux = chunks.total(losses, chunks.Batch(hidden, w, where, args), layer, cut, options.classes_first)
-        return mesh.psum(value, options.token_axes), aux
-
-    if options.reduction == "none":
-        value, aux = chunks.per_example(losses, chunks.Batch(hidden, w, where, args), layer, cut, options.classes_first)
-    elif options.reduction == "sum":
-        value, aux = total(w)
-    else:
-        weight = mesh.psum(jnp.sum(w), options.token_axes)
-        if hidden.dtype.itemsize == 2:
-            # Gradients of 16 bits are made before the division: 1/Σw would push those of float16 below its smallest number.
-            value, aux = total(w)
-            value = WeightedSum(value, weight).mean()
-        else:
-            value, aux = total(w * WeightedSum(jnp.ones((), dtype), weight).mean())
-    return (value, aux) if options.has_aux else value
-
-
-def _ones(hidden, dtype):
-    """A weight of 1 per example: split over an explicit mesh as `hidden` is, but never different over axes that split the classes."""
-    return jnp.ones(hidden.shape[:-1], dtype) if mesh.axes_of(hidden) else jnp.ones_like(hidden[..., 0], dtype)
+    plan.check_chunk_size(function, chunk_size)

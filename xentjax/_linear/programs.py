@@ -1,6 +1,7 @@
-"""Compiled programs of functions that take a loss: one for each loss function and its settings, however often it is requested.
+"""A cache of compiled programs of functions that take a loss. There is one program for each loss function and its settings.
 
-The programs of a function are stored under a weak reference to it and freed with it. So a function made in a loop leaves nothing behind.
+The programs of a loss function are stored under a weak reference to it and freed with it. So a function made in a loop leaves nothing
+behind.
 """
 
 import functools
@@ -12,15 +13,15 @@ from typing import Any
 
 import jax
 
-_SETTINGS = 32  # whose programs are kept for one function
-_of_function: weakref.WeakKeyDictionary[Callable, Callable] = weakref.WeakKeyDictionary()
+_SETTINGS = 32  # largest number of settings of one function whose programs are kept
+_of_function: weakref.WeakKeyDictionary[Callable, Callable[..., Callable]] = weakref.WeakKeyDictionary()
 
 
 def compiled(run: Callable, loss_fn: Callable, *settings: Hashable, static: tuple[str, ...] = ()) -> Callable:
-    """`jax.jit(functools.partial(run, loss_fn, *settings))`, the same program for the same function.
+    """`jax.jit(functools.partial(run, loss_fn, *settings))`; the same function and settings get the same program.
 
-    A `functools.partial` counts as its function and its arguments, if these are numbers, strings, None, or tuples of them. Other callables,
-    whose state may change, get a new program.
+    A `functools.partial` is identified by its function and its arguments, if these are numbers, strings, None, or tuples of them. Other
+    callables may change their state, so each call gives them a new program.
     """
     function, args, keywords = loss_fn, (), {}
     if isinstance(loss_fn, functools.partial):
@@ -37,14 +38,14 @@ def compiled(run: Callable, loss_fn: Callable, *settings: Hashable, static: tupl
     return functools.partial(_call, function, jitted)
 
 
-def _programs(function):
-    """The programs of one function; they must not keep the function alive."""
+def _programs(function: weakref.ref[Callable]) -> Callable[..., Callable]:
+    """The cache of the programs of one function. The programs must not keep the function alive."""
 
     @functools.lru_cache(_SETTINGS)
-    def program(run, args, keywords, settings, static, _):
-        def loss_fn(*arrays, **more):
+    def program(run: Callable, args: tuple, keywords: tuple, settings: tuple, static: tuple[str, ...], _: Hashable) -> Callable:
+        def loss_fn(*arrays: Any, **more: Any) -> Any:
             called = function()
-            assert called is not None  # whoever calls the program holds the function
+            assert called is not None  # the caller of the program holds a reference to the function
             return called(*args, *arrays, **dict(keywords) | more)
 
         return jax.jit(functools.partial(run, loss_fn, *settings), static_argnames=static)
@@ -52,13 +53,13 @@ def _programs(function):
     return program
 
 
-def _call(_, jitted, /, *args, **keywords):
-    """A call of `jitted`; the first argument is the loss function, which this reference keeps alive."""
+def _call(_: Callable, jitted: Callable, /, *args: Any, **keywords: Any) -> Any:
+    """Call `jitted`. The first argument is the loss function: a partial of `_call` keeps it alive."""
     return jitted(*args, **keywords)
 
 
 def _key(x: Any) -> Hashable:
-    """`x` with its types, because 1 and 1.0 are equal; TypeError for objects that are not compared by value."""
+    """`x` and its types, because 1 and 1.0 are equal. TypeError for objects that are not compared by value."""
     if isinstance(x, tuple):
         return type(x), tuple(map(_key, x))
     if x is None or isinstance(x, str | numbers.Number):
@@ -67,5 +68,5 @@ def _key(x: Any) -> Hashable:
 
 
 @jax.jit
-def _example():
+def _example() -> None:
     """A function of the type that `jax.jit` returns."""

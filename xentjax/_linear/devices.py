@@ -1,0 +1,106 @@
+"""How the inputs of a fused loss vary over the devices of a mesh, decided before the sweep over chunks.
+
+Inside `jax.shard_map`, several devices may compute one loss together: each holds a part of its classes. JAX types each value by the mesh
+axes over which it may vary. When a value meets another that varies over more axes, JAX makes it vary over those axes too. The transpose of
+this step is a sum over devices. If it happened inside the loop over chunks, devices would communicate in every chunk. So values are made to
+vary before the loop:
+
+1. `vary_as_losses`: `where`, `weights` and the arguments of the loss, before the derivative rule;
+2. `vary_alike`: the operands of the matrix products, at the start of the rule;
+3. `sum_over_devices`: each device contracts the gradient of its own part with the tangent. These numbers are summed over devices at the end
+   of the rule. The transpose sums the gradient of `hidden` over devices once, after the loop.
+
+Outside `jax.shard_map` no value varies, and these functions return their arguments.
+"""
+
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, TypeVarTuple
+
+import jax
+from jax import Array
+from jax.extend.core import ClosedJaxpr
+
+from xentjax._core import mesh, numerics
+from xentjax._linear.inputs import Batch, Gradient, Layer
+
+_NAME = "fuse_linear"
+Ts = TypeVarTuple("Ts")  # arrays or None
+
+
+def vary_as_losses(batch: Batch[Array], layer: Layer[Array], trace: Callable[[], ClosedJaxpr]) -> Batch[Array]:
+    """The batch, all of whose arrays but `hidden` may vary over the mesh axes over which the losses vary.
+
+    `trace` returns the program of the losses of one chunk. It is called only if `hidden` or the layer varies.
+    """
+    together = mesh.axes_of(batch.hidden, layer)
+    if not together:
+        return batch
+    program = trace()
+    axes = mesh.axes_of(program.out_avals[0]) - _axes_used(program.effects)
+    for name, x in (("where", batch.where), ("weights", batch.weights)):
+        mesh.check_shared(_NAME, name, x, together - axes)
+    axes |= mesh.axes_of(batch.weights)
+    return Batch(batch.hidden, *(mesh.vary(x, axes) for x in batch[1:]))
+
+
+def vary_alike(*arrays: *Ts) -> tuple[*Ts]:
+    """Operands of the products of every chunk, made to vary over the same axes; None stays None.
+
+    Their gradients are summed over devices here, in float32 or wider, and are rounded once.
+    """
+    axes = mesh.axes_of(arrays)
+    if not axes:
+        return arrays
+    return jax.tree.map(lambda x: mesh.vary(x.astype(numerics.accumulation_dtype(x.dtype)), axes).astype(x.dtype), arrays)
+
+
+def sum_over_devices(tangent: Array, value: Array) -> Array:
+    """The sum of the parts of a tangent, over the devices that compute `value` together."""
+    return mesh.psum(tangent, mesh.axes_of(tangent) - mesh.axes_of(value))
+
+
+def check_chunk_axes(function: str, hidden: Array, kernel: Array, class_axis: int) -> None:
+    """ValueError if an explicit mesh splits the classes, or the axis of examples that is cut into chunks."""
+    for name, x, axis, meaning in (
+        ("hidden", hidden, hidden.ndim - 2, "is cut into chunks"),
+        ("kernel", kernel, class_axis, "holds classes"),
+    ):
+        if axis >= 0 and mesh.is_explicit(x) and jax.typeof(x).sharding.spec[axis] is not None:
+            raise ValueError(
+                f"{function}: axis {axis} of {name}, which {meaning}, must not be split over a mesh with explicit axes; got "
+                f"{jax.typeof(x)}. Use fuse_linear_sharded, which takes chunks of each device's part."
+            )
+
+
+def check_collectives(program: ClosedJaxpr) -> None:
+    """ValueError if a loss uses a mesh axis that has no types, or over which its losses vary."""
+    for axis in _axes_used(program.effects):
+        if not mesh.typed(axis):
+            raise ValueError(
+                f"{_NAME}: a loss_fn that uses mesh axis {axis!r} needs jax.shard_map with check_vma=True, its default; got "
+                "check_vma=False, jax.pmap or jax.vmap(axis_name=...). There a gradient cannot be distinguished from its sum over devices. "
+                "Use check_vma=True."
+            )
+        if axis in mesh.axes_of(program.out_avals[0]):
+            raise ValueError(
+                f"{_NAME}: loss_fn must return the same losses on all devices of mesh axis {axis!r}, which it uses; got losses that may "
+                "differ. Communicate over this axis before the call, or use reduction='none'."
+            )
+
+
+def check_closed_over(value: Array, gradients: tuple[tuple[Gradient, ...], ...]) -> None:
+    """ValueError if a differentiated array that the loss closes over varies over fewer axes than the value.
+
+    Devices with different values would share one gradient.
+    """
+    for gradient in jax.tree.leaves(gradients):
+        if missing := mesh.axes_of(value) - mesh.axes_of(gradient):
+            raise ValueError(
+                f"{_NAME}: a differentiated array that loss_fn closes over must vary over mesh axes {sorted(map(str, missing))} as the "
+                f"examples do; got an array of shape {gradient.shape} that does not. Call jax.lax.pcast(x, axes, to='varying') on it first."
+            )
+
+
+def _axes_used(effects: Iterable[Any]) -> frozenset[Hashable]:
+    """The mesh axes that a program with these effects uses, in collectives or in `jax.lax.axis_index`."""
+    return frozenset(effect.name for effect in effects if hasattr(effect, "name"))

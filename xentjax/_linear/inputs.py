@@ -1,0 +1,64 @@
+"""The inputs of a fused loss, and masks over their examples.
+
+The same structure holds values (`Inputs[Array]`), their gradients (`Inputs[Gradient]`), or flags that say which gradients are wanted
+(`Inputs[bool]`).
+"""
+
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+T = TypeVar("T")
+Gradient: TypeAlias = Array | None  # None if it is not wanted
+PyTree: TypeAlias = Any  # of arrays, in a structure that the user chooses
+
+
+class Batch(NamedTuple, Generic[T]):
+    """Inputs per example. In the batch, [...] are the leading axes of `hidden`; in a chunk, [...] is [examples]."""
+
+    hidden: T
+    """[..., features]."""
+    weights: T
+    """[...], in the accumulation dtype; 0 for examples that do not count."""
+    where: T | None
+    """[...], True for examples that count; None if all do."""
+    args: tuple[T, ...]
+    """[..., ...], the arrays of all other arguments of the loss."""
+
+
+class Layer(NamedTuple, Generic[T]):
+    """The linear layer, which all examples share."""
+
+    kernel: T
+    """[features, classes], or [classes, features]."""
+    bias: T | None
+    """[classes], or None."""
+
+
+class Inputs(NamedTuple, Generic[T]):
+    """Everything that the value of a fused loss depends on."""
+
+    batch: Batch[T]
+    layer: Layer[T]
+    closed_over: tuple[tuple[T, ...], ...]
+    """The arrays that the loss closes over. They are determined for each size of chunk, so there is one tuple per size."""
+
+
+def zero_outside(where: Array | None, tree: PyTree) -> PyTree:
+    """Arrays [examples, ...] with zeros in the examples that do not count."""
+    if where is None:
+        return tree
+    return jax.tree.map(lambda x: jnp.where(where.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros_like(x)), tree)
+
+
+def masked(chunk: Batch[Array]) -> Batch[Array]:
+    """The chunk with zeros in the examples that do not count: in `hidden`, in labels and in all other arguments."""
+    return chunk._replace(hidden=zero_outside(chunk.where, chunk.hidden), args=zero_outside(chunk.where, chunk.args))
+
+
+def weighted(chunk: Batch[Array], loss: Array) -> Array:
+    """w·loss per example, shape [examples]. An infinite loss with weight 0 costs 0."""
+    w, loss = chunk.weights, zero_outside(chunk.where, loss)
+    return w * jnp.where((w == 0) & ~jnp.isfinite(loss), jnp.zeros_like(loss), loss)

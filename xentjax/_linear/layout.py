@@ -1,0 +1,112 @@
+"""How the examples of a batch are cut into chunks and joined again.
+
+Chunks have two sizes. The first chunk takes the remainder and initializes every accumulator. A loop takes the other chunks, which have
+equal sizes. So nothing has to be padded.
+"""
+
+import dataclasses
+import math
+import numbers
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, core
+
+_SYMBOLIC_CHUNKS = 4  # for an unknown number of examples: `plan_linear` takes a quarter of the examples as well
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Sizes of the chunks.
+
+    The examples are `outer` sequences of `inner` examples. Each chunk holds a part of every sequence. The sizes may be symbols of
+    `jax.export`.
+    """
+
+    leading: tuple[int, ...]
+    """The leading axes of `hidden`; outer·inner examples."""
+    outer: int
+    """Number of sequences."""
+    inner: int
+    """Examples per sequence."""
+    first: int
+    """Examples of each sequence in the first chunk."""
+    chunk: int
+    """Examples of each sequence in every other chunk."""
+    others: int
+    """Number of chunks after the first."""
+
+    @property
+    def padding(self) -> int:
+        """Examples that each sequence lacks to fill its chunks; 0 unless sizes are symbolic."""
+        return self.first + self.others * self.chunk - self.inner
+
+    @property
+    def examples(self) -> int:
+        """Examples in the largest chunk."""
+        return self.outer * (core.max_dim(self.first, self.chunk) if self.loops else self.first)
+
+    @property
+    def loops(self) -> bool:
+        """Whether there may be chunks after the first."""
+        return is_symbolic(self.others) or self.others > 0
+
+    def split(self, x: Array) -> tuple[Array, Array | None]:
+        """Cut `x` [*leading, ...] into the first chunk [examples, ...] and the others [others, examples, ...]; padding is 0."""
+        trailing = x.shape[len(self.leading) :]
+        if is_symbolic(self.padding):
+            x = jnp.concatenate([x.reshape(self.inner, *trailing), jnp.zeros((self.padding, *trailing), x.dtype)])
+            x = x.reshape(self.others + 1, self.chunk, *trailing)
+            return x[0], x[1:]
+        x = x.reshape(self.outer, self.inner, *trailing)
+        first = x[:, : self.first].reshape(self.outer * self.first, *trailing)
+        if not self.loops:
+            return first, None
+        rest = x[:, self.first :].reshape(self.outer, self.others, self.chunk, *trailing)
+        return first, jnp.moveaxis(rest, 1, 0).reshape(self.others, self.outer * self.chunk, *trailing)
+
+    def join(self, first: Array, rest: Array | None = None) -> Array:
+        """The inverse of `split`."""
+        trailing = first.shape[1:]
+        if is_symbolic(self.padding):
+            assert rest is not None
+            x = jnp.concatenate([first[None], rest]).reshape((self.others + 1) * self.chunk, *trailing)
+            return x[: self.inner].reshape(*self.leading, *trailing)
+        x = first.reshape(self.outer, self.first, *trailing)
+        if rest is not None:
+            rest = jnp.moveaxis(rest.reshape(self.others, self.outer, self.chunk, *trailing), 0, 1)
+            x = jnp.concatenate([x, rest.reshape(self.outer, self.others * self.chunk, *trailing)], axis=1)
+        return x.reshape(*self.leading, *trailing)
+
+
+def even(leading: tuple[int, ...], chunk_size: int) -> Layout:
+    """Chunks of at most `chunk_size` examples, as equal in size as possible.
+
+    Only the last leading axis is cut, because devices often hold parts of the axes before it. If those axes alone have more than
+    `chunk_size` examples, all leading axes are flattened into one and cut. Two chunks become three: XLA unrolls a loop of one iteration,
+    and would then keep the logits of both chunks alive.
+    """
+    outer, inner = (math.prod(leading[:-1]), leading[-1]) if leading else (1, 1)
+    if outer > chunk_size:
+        outer, inner = 1, outer * inner
+    chunks = max(1, -(-inner // max(1, chunk_size // max(1, outer))))
+    chunk = max(1, -(-inner // (3 if chunks == 2 else chunks)))
+    others = max(1, -(-inner // chunk)) - 1
+    return Layout(leading, outer, inner, inner - others * chunk, chunk, others)
+
+
+def symbolic(leading: tuple[int, ...], chunk_size: int | None) -> Layout:
+    """Chunks of n ≥ 1 examples, where `jax.export` does not know n yet.
+
+    There are k equal chunks of ⌈n/k⌉ examples: k = 4, or the number that `chunk_size` requires. JAX must see that no chunk and no loop is
+    empty, so k ≥ 3. Up to k − 1 examples are padding.
+    """
+    examples = math.prod(leading)
+    chunks = _SYMBOLIC_CHUNKS if chunk_size is None else core.max_dim((examples - 1) // chunk_size + 1, 3)
+    chunk = (examples - 1) // chunks + 1
+    return Layout(leading, 1, examples, chunk, chunk, chunks - 1)
+
+
+def is_symbolic(*sizes: Any) -> bool:
+    """Whether any of these sizes is known only when a program of `jax.export` is called."""
+    return not all(isinstance(size, numbers.Integral) for size in sizes)
