@@ -25,8 +25,7 @@ class _Pair(NamedTuple):
     """Σ w."""
 
 
-@sums.running
-class WeightedSum(_Pair):
+class WeightedSum(sums.RunningSum, _Pair):
     """Σ w·v and Σ w; a pytree that adds (over microbatches) and sums over devices before it divides once.
 
     For two parts A and B: mean(A ∪ B) = (A + B).mean(), whatever their weights. `total` may itself be a pytree, of gradients of
@@ -45,8 +44,6 @@ class WeightedSum(_Pair):
         4.0
     """
 
-    rest: Any = None
-
     def __new__(cls, total: Any, weight: Any) -> "WeightedSum":
         """Sums of arrays or plain numbers; integers become floating and keep every bit."""
         leaves = jax.tree.leaves((total, weight))
@@ -56,18 +53,6 @@ class WeightedSum(_Pair):
         if not all(isinstance(x, Array | np.ndarray | np.generic | numbers.Number) for x in leaves):
             return pair  # specifications of arrays, not arrays
         return sums.join(pair, _as_parts(leaves))
-
-    def __add__(self, other: "WeightedSum") -> "WeightedSum":  # type: ignore[override]  # a sum, not a concatenation of tuples
-        """The sum over both parts."""
-        return sums.add(self, other) if isinstance(other, WeightedSum) else NotImplemented
-
-    def __radd__(self, other: int) -> "WeightedSum":
-        """So that the built-in `sum` can start from 0."""
-        return self if other == 0 else NotImplemented
-
-    def psum(self, axis_name: str | tuple[str, ...]) -> "WeightedSum":
-        """The sum over the devices of a mesh axis, inside `jax.shard_map` or `jax.vmap(axis_name=…)`."""
-        return sums.psum(self, axis_name)
 
     def mean(self) -> Any:
         """Σ w·v / Σ w; exactly 0 with gradient 0 where Σ w = 0."""

@@ -15,8 +15,8 @@ none, so nothing is counted twice. Every rule below implements this as one plain
 
 import functools
 import numbers
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,6 @@ from xentjax._core import mesh, numerics
 Parts = tuple[Array, Array, Array]
 _MOST = 2**31 - 1
 _BASE = 2.0**31
-T = TypeVar("T", bound=tuple)
 
 
 def parts_of(x: Any, dtype: Any = None) -> Parts:
@@ -76,33 +75,61 @@ def value(parts: Parts) -> Array:
     return (second.astype(jnp.float32) * _BASE + coarse * 4096.0) + fine
 
 
-# Named tuples of sums ---------------------------------------------------------------------------------------------------
+# Named tuples of running sums -------------------------------------------------------------------------------------------
 
 
-def running(cls: type[T]) -> type[T]:
-    """Registers a subclass of a named tuple as a pytree of its fields and `rest`, which holds r₁ and r₂ of every array in the fields.
+class RunningSum(tuple):
+    """What all running sums inherit: they add over batches, sum over devices, and are pytrees.
 
-    `rest` is an attribute, not a field, so that users may build, unpack and replace the fields alone. It is None then, which means zeros.
+    A subclass also inherits from a named tuple, which declares its fields. As a pytree it consists of these fields and of `rest`, which
+    holds r₁ and r₂ of every array in the fields. `rest` is an attribute and not a field, so that users may build, unpack and replace the
+    fields alone. Then it is None, which means zeros.
     """
 
-    def flatten(sums):
-        structure = jax.tree.structure(tuple(sums))
-        _, *rest = _columns(split(sums))
-        return (*sums, tuple(structure.unflatten(r) for r in rest)), None
+    _fields: ClassVar[tuple[str, ...]]
+    rest: Any = None  # (r₁, r₂) with the structure of the fields, or None
 
-    def flatten_with_keys(sums):
-        children, _ = flatten(sums)
-        return [(jax.tree_util.GetAttrKey(k), x) for k, x in zip((*cls._fields, "rest"), children, strict=True)], None  # type: ignore
+    def __init_subclass__(cls) -> None:
+        """Registers every subclass as a pytree."""
+        jax.tree_util.register_pytree_with_keys(cls, _flatten_with_keys, functools.partial(_unflatten, cls), _flatten)
 
-    def unflatten(_, children):
-        *fields, rest = children
-        return _made(cls, fields, rest)
+    def __add__(self, other: Self) -> Self:
+        """The sums of both parts."""
+        if not isinstance(other, type(self)):
+            return NotImplemented
+        return add(self, other)
 
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
-    return cls
+    def __radd__(self, other: int) -> Self:
+        """Lets the built-in `sum` start from 0."""
+        if other != 0:
+            return NotImplemented
+        return self
+
+    def psum(self, axis_name: str | tuple[str, ...]) -> Self:
+        """The sum over the devices of a mesh axis, inside `jax.shard_map` or `jax.vmap(axis_name=…)`."""
+        return psum(self, axis_name)
 
 
-def split(sums: Any) -> list[Parts]:
+T = TypeVar("T", bound=RunningSum)
+
+
+def _flatten(sums: RunningSum) -> tuple[tuple, None]:
+    structure = jax.tree.structure(tuple(sums))
+    _, *rest = _columns(split(sums))
+    return (*sums, tuple(structure.unflatten(r) for r in rest)), None
+
+
+def _flatten_with_keys(sums: RunningSum) -> tuple[list[tuple[Any, Any]], None]:
+    children, _ = _flatten(sums)
+    return [(jax.tree_util.GetAttrKey(k), x) for k, x in zip((*sums._fields, "rest"), children, strict=True)], None
+
+
+def _unflatten(cls: type[T], _: None, children: Iterable[Any]) -> T:
+    *fields, rest = children
+    return _made(cls, fields, rest)
+
+
+def split(sums: RunningSum) -> list[Parts]:
     """The parts of every array in the fields."""
     leaves, structure = jax.tree.flatten(tuple(sums))
     if sums.rest is None:

@@ -1,7 +1,7 @@
 """Whether confidence is what it says, in bins; the conventions stand in `xentjax.metrics`."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,7 @@ class _Fields(NamedTuple):
     """[...], how many examples had a label out of range, a NaN logit, or no possible class; int32."""
 
 
-@sums.running
-class Calibration(_Fields):
+class Calibration(sums.RunningSum, _Fields):
     """Sums of a reliability diagram per bin of confidence, each [..., bins]; adds over batches, sums over devices, has methods for figures.
 
     Bin b of B holds the examples with confidence in (b/B, (b + 1)/B]. The data of the diagram are `confidence()`, `accuracy()` and
@@ -41,20 +40,6 @@ class Calibration(_Fields):
         >>> float(stats.expected_calibration_error())  # (0.27 + 2·0.5)/3
         0.42289...
     """
-
-    rest: Any = None  # what the fields round off or cannot hold, see `xentjax.metrics`
-
-    def __add__(self, other: "Calibration") -> "Calibration":  # type: ignore[override]  # a sum, not a concatenation of tuples
-        """The sums of both parts."""
-        return sums.add(self, other) if isinstance(other, Calibration) else NotImplemented
-
-    def __radd__(self, other: int) -> "Calibration":
-        """So that the built-in `sum` can start from 0."""
-        return self if other == 0 else NotImplemented
-
-    def psum(self, axis_name: str | tuple[str, ...]) -> "Calibration":
-        """The sum over the devices of a mesh axis, inside `jax.shard_map` or `jax.vmap(axis_name=…)`."""
-        return sums.psum(self, axis_name)
 
     def accuracy(self) -> Array:
         """hits_b / counts_b, [..., bins]; 0 in an empty bin."""

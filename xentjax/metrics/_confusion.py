@@ -1,7 +1,7 @@
 """The confusion matrix and what follows from it; the conventions stand in `xentjax.metrics`."""
 
 import functools
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,7 @@ class _Fields(NamedTuple):
     """[...], how many examples had a label or a prediction out of range; int32."""
 
 
-@sums.running
-class Confusion(_Fields):
+class Confusion(sums.RunningSum, _Fields):
     """Counts of (true class, predicted class) [..., classes, classes]; adds over batches, sums over devices, has methods for figures.
 
     With n the counts, true_k = Σ_j n_kj and predicted_k = Σ_j n_jk. `precision`, `recall` and `f1` give one figure per class, or
@@ -42,20 +41,6 @@ class Confusion(_Fields):
         >>> found.counts.tolist(), found.recall().tolist(), float(found.accuracy())
         ([[1, 1], [1, 1]], [0.5, 0.5], 0.5)
     """
-
-    rest: Any = None  # what the fields round off or cannot hold, see `xentjax.metrics`
-
-    def __add__(self, other: "Confusion") -> "Confusion":  # type: ignore[override]  # a sum, not a concatenation of tuples
-        """The counts of both parts."""
-        return sums.add(self, other) if isinstance(other, Confusion) else NotImplemented
-
-    def __radd__(self, other: int) -> "Confusion":
-        """So that the built-in `sum` can start from 0."""
-        return self if other == 0 else NotImplemented
-
-    def psum(self, axis_name: str | tuple[str, ...]) -> "Confusion":
-        """The sum over the devices of a mesh axis, inside `jax.shard_map` or `jax.vmap(axis_name=…)`."""
-        return sums.psum(self, axis_name)
 
     def accuracy(self) -> Array:
         """Σ_k n_kk / Σ_kj n_kj, [...]."""

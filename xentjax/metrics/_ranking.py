@@ -3,7 +3,7 @@
 import functools
 import math
 import numbers
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,7 @@ class _Fields(NamedTuple):
     """[...], how many examples had a label other than 0 and 1 or a NaN score; int32."""
 
 
-@sums.running
-class Ranking(_Fields):
+class Ranking(sums.RunningSum, _Fields):
     """Counts of positives and negatives on a grid of scores, each [..., points]; adds over batches, sums over devices.
 
     With p_g and n_g the shares of positives and of negatives at grid point g,
@@ -43,20 +42,6 @@ class Ranking(_Fields):
         >>> float((first + second).auroc())
         0.75
     """
-
-    rest: Any = None  # what the fields round off or cannot hold, see `xentjax.metrics`
-
-    def __add__(self, other: "Ranking") -> "Ranking":  # type: ignore[override]  # a sum, not a concatenation of tuples
-        """The counts of both parts."""
-        return sums.add(self, other) if isinstance(other, Ranking) else NotImplemented
-
-    def __radd__(self, other: int) -> "Ranking":
-        """So that the built-in `sum` can start from 0."""
-        return self if other == 0 else NotImplemented
-
-    def psum(self, axis_name: str | tuple[str, ...]) -> "Ranking":
-        """The sum over the devices of a mesh axis, inside `jax.shard_map` or `jax.vmap(axis_name=…)`."""
-        return sums.psum(self, axis_name)
 
     def auroc(self) -> Array:
         """The area under the ROC curve of the scores on the grid, [...]."""
