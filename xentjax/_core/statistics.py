@@ -93,7 +93,11 @@ def log_normalizer(r: rows.Rows, stats: Statistics) -> Array:
 
 
 def hits(r: rows.Rows, stats: Statistics) -> Array:
-    """Whether the label, or the likeliest class of a distribution, has the largest logit; ties count."""
+    """Whether the label, or a most likely class of soft labels, has the largest logit. Every tied class is a hit.
+
+    The gap to the largest logit decides this without a second pass over the classes. `metrics.accuracy` needs a pass to find the first of
+    the tied classes, `metrics.top_k_accuracy` to find the last.
+    """
     if isinstance(stats, WithLabel):
         return rows.row_value(r, (stats.gap >= 0) & ~stats.dead)
     assert r.labels is not None
