@@ -25,8 +25,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
     its value. Examples outside `where` are not checked.
 
     - NaN: a NaN in a result always raises, even if `function` only passes it on. This also covers loops (`jax.lax.scan`, `jax.lax.map`)
-    that
-      are differentiated from outside. JAX drops value checks from such loops, so a bad label appears only as a NaN in the result.
+      that are differentiated from outside. JAX drops value checks from such loops, so a bad label appears only as a NaN in the result.
     - Infinity: an infinite result does not raise. +∞ is the loss of a label of probability 0, and the value of log(1/0). The arguments that
       make +∞ a mistake do raise: logits that are +∞ or above 2⁸⁰, infinite `hidden`.
     - Speed: write `checked(jax.jit(step))`. A function that is not jitted is traced and compiled again at every call.
@@ -40,13 +39,11 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
         A function with the arguments and results of `function`.
 
     Raises:
-        TypeError: when called with a model of `flax.nnx`, or around `flax.nnx.jit`, because tracing would break the model. Split the model,
-        and
-            wrap `jax.jit` of a function of its state.
-        ValueError: when called, if a check fails or a result is NaN; if a function that is not from this library gets a 64-bit integer that
-        JAX
-            would truncate; or if the wrapped function is itself traced, as in `jax.jit(checked(step))`. An error can only be raised outside
-            a trace, so write `checked(jax.jit(step))`.
+        TypeError: when called with a model of `flax.nnx`, or around `flax.nnx.jit`, because tracing would break the model. Split the model
+            and wrap `jax.jit` of a function of its state.
+        ValueError: when called, if a check fails or a result is NaN; if a function that is not from this library gets a 64-bit integer
+            that JAX would truncate; or if the wrapped function is itself traced, as in `jax.jit(checked(step))`. An error can only be
+            raised outside a trace, so write `checked(jax.jit(step))`.
 
     Example:
         >>> import jax.numpy as jnp, xentjax

@@ -18,18 +18,16 @@ Shared conventions:
 - An out-of-range label or a NaN logit makes the value of its example NaN. Sums count such an example in no class, but in the field
   `invalid`. All figures are NaN if `invalid` is not 0. An example of weight 0 is never invalid.
 - 0/0 is 0: the mean over no examples, the precision of a class that was never predicted, the AUROC without positives.
-- Ties: if several classes share the largest logit, `accuracy` and `calibration` predict the first of them, as `jnp.argmax` does. So they
-agree
-  with `confusion(logits.argmax(-1), labels)`. `top_k_accuracy` ranks the last of them first, as scikit-learn does. `RowStatistics.correct`
-  is True for each of them: it compares the logit of the label with the largest logit and needs no second pass over the classes. Without
-  ties, all three agree on finite logits.
+- Ties: if several classes share the largest logit, `accuracy` and `calibration` predict the first of them, as `jnp.argmax` does. So
+  they agree with `confusion(logits.argmax(-1), labels)`. `top_k_accuracy` ranks the last of them first, as scikit-learn does.
+  `RowStatistics.correct` is True for each of them, because it only compares the logit of the label with the largest logit, which needs no
+  second pass over the classes. Without ties, all three agree on finite logits.
 - Counts are int32. With `weights`, they are float32 sums, or float64 for float64 weights. Weights must be ≥ 0.
-- Sums do not drift. A float32 field rounds, and an int32 field stays at 2³¹ − 1. `+` and `psum` keep the lost part in the attribute `rest`,
-  in two more arrays per field. Figures use both and stay correct after 2⁴⁰ batches.
+- Sums do not drift. A float32 field rounds, and an int32 field stays at 2³¹ − 1. `+` and `psum` keep the lost part in the attribute
+  `rest`, in two more arrays per field. Figures use the fields and `rest`, and stay correct after 2⁴⁰ batches.
 - `brier_score`, `negative_log_likelihood` and `perplexity` are smooth and have derivatives of every order. The other metrics have
-derivative
-  0 by logits and scores: decisions and ranks are step functions, and confidences and the temperature are behind `stop_gradient`. By
-  `weights`, all metrics except the temperature are smooth.
+  derivative 0 by logits and scores: decisions and ranks are step functions, and confidences and the temperature are behind
+  `stop_gradient`. By `weights`, all metrics except the temperature are smooth.
 - A wrong dtype raises TypeError. A wrong shape, or a Python number out of range, raises ValueError.
 """
 

@@ -26,9 +26,9 @@ def accuracy(
 
     hit = 1 if y = argmax_k z_k, else 0. Gradient: 0.
 
-    If several classes share the largest logit, only the first of them is predicted, as by `jnp.argmax`. With ties, the results of
-    `top_k_accuracy` and `RowStatistics.correct` differ; `xentjax.metrics` says how. A label of probability 0 (its logit is −∞, or its class
-    is outside `class_mask`) is never a hit.
+    If several classes share the largest logit, only the first of them is predicted, as by `jnp.argmax`. `top_k_accuracy` and
+    `RowStatistics.correct` have other rules for ties, which `xentjax.metrics` lists. A label of probability 0 (its logit is −∞, or its
+    class is outside `class_mask`) is never a hit.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.
