@@ -119,7 +119,7 @@ def _root(slope_and_curvature: Callable[[Array], tuple[Array, Array]], steps: in
 
     def unfinished(state: tuple) -> Array:
         i, _, _, beta, step = state
-        return (i < steps) & (jnp.abs(step) > jnp.finfo(beta.dtype).eps ** 0.75 * beta)  # the next error would be the square of this step
+        return (i < steps) & (jnp.abs(step) > jnp.finfo(beta.dtype).eps ** 0.75 * beta)  # the next step would be about its square
 
     def body(state: tuple) -> tuple:
         i, low, high, beta, step = state
