@@ -1,14 +1,14 @@
-"""Value checks, at no cost where they are not requested."""
+"""Value checks on request. Programs without `checked` contain none."""
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import core
+from jax import Array, core
 from jax.experimental import checkify
 
 from xentjax._core import checks, values
@@ -18,33 +18,32 @@ T = TypeVar("T")
 
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:
-    """`function` with checks on the values that its losses receive: labels in range, no NaN logits, no negative probability or weight.
+    """`function` with value checks: out-of-range labels, NaN logits, negative probabilities or weights.
 
-    `function` is a loss, or anything that calls losses, jitted or not: a training step, its gradient. The results have the shapes and
-    values [...] of those of `function`. After the call the first violation is raised, under the name of the library function.
-    Examples outside `where` are not checked.
+    `function` is a loss, or any function that calls losses, jitted or not: a training step, its gradient. The wrapped function returns the
+    same results [...]. If a check fails, it raises after the call. The error names the loss, the argument, the first offending position and
+    its value. Examples outside `where` are not checked.
 
-    A NaN in a result always raises, whatever its origin, even if `function` only passes it on. JAX drops value checks from a loop
-    (`jax.lax.scan`, `jax.lax.map`) that is differentiated from outside; a bad label then shows only as a NaN in the result. An infinite
-    result does not raise: +∞ is the loss of a label of probability 0, and the value of log(1/0). Where +∞ is a mistake, it comes from an
-    argument (logits of +∞ or above 2⁸⁰, infinite hidden), and the argument raises.
-
-    Wrap the jitted function: one that is not jitted is traced and compiled anew at every call. A reported position refers to the
-    array that the loss sees: under `vmap`, `scan` or `shard_map` this is the slice, not the whole array. An integer beyond int32 is
-    reported as the largest or the smallest int32.
+    - NaN: a NaN in a result always raises, even if `function` only passes it on. This also covers loops (`jax.lax.scan`, `jax.lax.map`)
+      that are differentiated from outside. JAX drops value checks from such loops, so a bad label appears only as a NaN in the result.
+    - Infinity: an infinite result does not raise. +∞ is the loss of a label of probability 0, and the value of log(1/0). The arguments that
+      make +∞ a mistake do raise: logits that are +∞ or above 2⁸⁰, infinite `hidden`.
+    - Speed: write `checked(jax.jit(step))`. A function that is not jitted is traced and compiled again at every call.
+    - Positions refer to the array that the loss receives. Under `vmap`, `scan` or `shard_map`, this is a slice of the whole array.
+    - Integers beyond int32 are reported as the largest or the smallest int32.
 
     Args:
-        function: a function of arrays; `checked(jax.jit(step))` and `checked(jax.grad(loss))` work too.
+        function: a function of arrays, for example `jax.jit(step)` or `jax.grad(loss)`.
 
     Returns:
-        A function with the same arguments and results.
+        A function with the arguments and results of `function`.
 
     Raises:
-        TypeError: when called with a model of `flax.nnx`, which the trace would break, or around `flax.nnx.jit`. Split the model and wrap
-            `jax.jit` of a function of its state.
-        ValueError: when called, naming loss, argument, first offending position and value; if a result is NaN; if a function that is
-            not of this library gets a 64-bit integer that JAX would truncate; or if it is itself traced (`jax.jit(checked(step))`),
-            because an error can only be raised outside: write `checked(jax.jit(step))`.
+        TypeError: when called with a model of `flax.nnx`, or around `flax.nnx.jit`, because tracing would break the model. Split the model
+            and wrap `jax.jit` of a function of its state.
+        ValueError: when called, if a check fails or a result is NaN; if a function that is not from this library gets a 64-bit integer
+            that JAX would truncate; or if the wrapped function is itself traced, as in `jax.jit(checked(step))`. An error can only be
+            raised outside a trace, so write `checked(jax.jit(step))`.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -76,9 +75,9 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
         if (place := _first_nan({"result": result})) is not None:
             given = _first_nan(arguments)
             reason = (
-                "No check found a bad argument. JAX drops checks in a loop that is differentiated from outside: use checked on one step."
+                "No check found a bad argument. JAX drops checks from loops that are differentiated from outside: use checked on one step."
                 if given is None
-                else f"So is {given}, an argument."
+                else f"The argument {given} is NaN too."
             )
             raise ValueError(f"{name}: {place} is NaN. {reason}")
         return result
@@ -87,15 +86,16 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def _refuse_models(name: str, function: Any, arguments: dict[str, Any]) -> None:
-    """TypeError where the trace would write its own values into a model of the caller.
+    """TypeError if tracing would write traced values into a model of the caller.
 
-    flax is not imported: its classes are recognised by their module. A `jax.jit` function works on a copy of a model, so it is accepted.
+    flax is not imported; its classes are recognized by the name of their module. A function from `jax.jit` gets a copy of the model, so it
+    is accepted.
     """
     transformed = type(function).__module__.startswith("flax.nnx")
     given = () if isinstance(function, jax.stages.Wrapped) else jax.tree.leaves(arguments, is_leaf=_is_model)
     if transformed or any(map(_is_model, given)):
         raise TypeError(
-            f"checked: {name} must be a function of arrays; got flax.nnx.jit or a model of flax.nnx, which the trace would break. Use "
+            f"checked: {name} must be a function of arrays; got flax.nnx.jit or a model of flax.nnx, which tracing would break. Use "
             "graphdef, state = nnx.split(model), and checked(jax.jit(step))(state, ...) with nnx.merge(graphdef, state) inside step."
         )
 
@@ -105,7 +105,7 @@ def _is_model(x: Any) -> bool:
 
 
 def _refuse_truncation(name: str, arguments: dict[str, Any]) -> None:
-    """ValueError for an integer beyond the range of JAX's integers, which `jax.jit` and `jax.vmap` truncate before any loss sees it."""
+    """ValueError for an integer outside the range of JAX's integers: `jax.jit` and `jax.vmap` truncate it before a loss receives it."""
     for path, x in jax.tree_util.tree_leaves_with_path(arguments):
         whole = checks.oversized_integers(x) if isinstance(x, np.ndarray | np.generic) else None
         if whole is not None:
@@ -118,12 +118,12 @@ def _refuse_truncation(name: str, arguments: dict[str, Any]) -> None:
 
 
 def _is_ours(function: Any) -> bool:
-    """Whether it is a function of this library. These take integers of any width, but not after a transformation such as `jax.jit`."""
+    """Whether `function` is from this library and not transformed. Only then does it accept integers of any width."""
     return (getattr(function, "__module__", None) or "").startswith("xentjax.") and not hasattr(function, "__wrapped__")
 
 
 def _first_nan(tree: Any) -> str | None:
-    """Where the first NaN is, if there is one."""
+    """The name and position of the first NaN in a tree, or None."""
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         if jnp.issubdtype(getattr(x, "dtype", type(x)), jnp.inexact) and _holds_nan(x):
             if not getattr(x, "is_fully_addressable", True):
@@ -133,18 +133,19 @@ def _first_nan(tree: Any) -> str | None:
 
 
 @jax.jit
-def _holds_nan(x):
+def _holds_nan(x: Array) -> Array:
     return jnp.isnan(x).any()
 
 
-def _place(path: Any, position: Any) -> str:
+def _place(path: tuple[Any, ...], position: Iterable[Any]) -> str:
+    """The name of an array in a tree of arguments, and a position in it: `batch['y'][1]`."""
     indices = ", ".join(str(i) for i in position)
     return f"{path[0].key}{jax.tree_util.keystr(path[1:])}" + (f"[{indices}]" if indices else "")
 
 
 def _named(function: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by their names."""
+    """The arguments of a call, by name."""
     try:
         return dict(inspect.signature(function).bind(*args, **kwargs).arguments)
-    except (TypeError, ValueError):  # no signature, or a call that is wrong: `function` says so itself
+    except (TypeError, ValueError):  # no signature, or a wrong call, for which `function` raises its own error
         return {"args": args, **kwargs}

@@ -1,11 +1,12 @@
-"""Sums of weighted values: masks, weights, mesh axes, and 0/0, decided once.
+"""Weighted sums and means. Masks, weights, mesh axes and 0/0 are handled here, once for the whole library.
 
-A mean of means is not the mean when batches or devices hold different amounts of weight. So the pair (Σ w·v, Σ w) is kept
-as a value of its own, `WeightedSum`, that adds, is summed over devices, and is divided once at the end.
+If batches or devices hold different amounts of weight, the mean of their means is not the mean of the whole. So `WeightedSum` keeps the
+pair (Σ w·v, Σ w). Pairs add over batches and devices, and the division comes once, at the end.
 """
 
 import functools
 import numbers
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,6 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from xentjax._core import checks, numerics, sums
-from xentjax._core.values import weights as check_weights
 
 
 class _Pair(NamedTuple):
@@ -25,17 +25,15 @@ class _Pair(NamedTuple):
     """Σ w."""
 
 
-@sums.running
-class WeightedSum(_Pair):
-    """Σ w·v and Σ w; a pytree that adds (over microbatches) and sums over devices before it divides once.
+class WeightedSum(sums.RunningSum, _Pair):
+    """The pair (Σ w·v, Σ w), which adds over batches and devices and is divided once at the end.
 
-    For two parts A and B: mean(A ∪ B) = (A + B).mean(), whatever their weights. `total` may itself be a pytree, of gradients of
-    Σ w·loss for instance; `weight` has the shape [] that `weighted_sum` leaves, or what is left of [...] after `axis`. Both may be plain
-    numbers. Weights are ≥ 0.
+    For two parts A and B, mean(A ∪ B) = (A + B).mean() whatever their weights. `total` may be a pytree, for example the gradients
+    of Σ w·loss. `weight` has the shape that `weighted_sum` returns: [], or what is left of [...] without `axis`. Both may be plain numbers.
+    Weights must be ≥ 0. A `WeightedSum` is a pytree.
 
-    Sums do not drift: the mean is within 4 eps of the exact quotient after 2⁴⁰ parts. The rounding errors are kept in the
-    attribute `rest`, two more arrays for each array of `total` and `weight`, so a running sum of gradients takes three times the memory of
-    the gradients.
+    Sums do not drift: after 2⁴⁰ parts, the mean is within 4 eps of the exact quotient. The attribute `rest` keeps the rounding errors, in
+    two more arrays for each array of `total` and `weight`. So a running sum of gradients takes three times the memory of the gradients.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -45,52 +43,29 @@ class WeightedSum(_Pair):
         4.0
     """
 
-    rest: Any = None
-
     def __new__(cls, total: Any, weight: Any) -> "WeightedSum":
-        """Sums of arrays or plain numbers; integers become floating and keep every bit."""
+        """A pair of arrays or plain numbers. Integers become floating and keep every bit."""
         leaves = jax.tree.leaves((total, weight))
         pair = super().__new__(cls, total, weight)
         if all(isinstance(x, Array) and jnp.issubdtype(x.dtype, jnp.floating) for x in leaves):
             return pair
         if not all(isinstance(x, Array | np.ndarray | np.generic | numbers.Number) for x in leaves):
-            return pair  # specifications of arrays, not arrays
+            return pair  # descriptions of arrays, such as a PartitionSpec
         return sums.join(pair, _as_parts(leaves))
-
-    def __add__(self, other: "WeightedSum") -> "WeightedSum":  # type: ignore[override]  # a sum, not a concatenation of tuples
-        """The sum over both parts."""
-        return sums.add(self, other) if isinstance(other, WeightedSum) else NotImplemented
-
-    def __radd__(self, other: int) -> "WeightedSum":
-        """So that the built-in `sum` can start from 0."""
-        return self if other == 0 else NotImplemented
-
-    def psum(self, axis_name: str | tuple[str, ...]) -> "WeightedSum":
-        """The sum over the devices of a mesh axis, inside `jax.shard_map` or `jax.vmap(axis_name=…)`."""
-        return sums.psum(self, axis_name)
 
     def mean(self) -> Any:
         """Σ w·v / Σ w; exactly 0 with gradient 0 where Σ w = 0."""
         return _mean(self)
 
 
-def _as_parts(leaves):
-    """Arrays or numbers as sums; integers and Python numbers take the floating dtype of the arrays among them."""
-    own = [getattr(x, "dtype", None) for x in leaves]
-    own = [None if d is None or not jnp.issubdtype(d, jnp.floating) else jax.dtypes.canonicalize_dtype(d) for d in own]
-    given = [d for d in own if d is not None]
-    dtype = numerics.accumulation_dtype(*given) if given else jnp.result_type(float)
-    return [sums.parts_of(x, dtype if d is None else d) for x, d in zip(leaves, own, strict=True)]
-
-
 @jax.jit
-def _mean(pair):
+def _mean(pair: WeightedSum) -> Any:
     *totals, weight = sums.split(pair)
     weight = sums.value(weight)
     empty = weight == 0
 
-    def divide(parts):
-        # in the wider of both dtypes: neither may overflow the other's
+    def divide(parts: sums.Parts) -> Array:
+        # in the wider of both dtypes, so that neither overflows in the dtype of the other
         total = sums.value(parts)
         dtype = numerics.accumulation_dtype(total.dtype, weight.dtype)
         divisor = jnp.where(empty, jnp.ones_like(weight), weight).astype(dtype)
@@ -100,6 +75,15 @@ def _mean(pair):
     return jax.tree.unflatten(jax.tree.structure(pair.total), map(divide, totals))
 
 
+def _as_parts(leaves: Sequence[Any]) -> list[sums.Parts]:
+    """Arrays or numbers as running sums. Integers and Python numbers take the floating dtype of the arrays among them."""
+    own = [getattr(x, "dtype", None) for x in leaves]
+    own = [None if d is None or not jnp.issubdtype(d, jnp.floating) else jax.dtypes.canonicalize_dtype(d) for d in own]
+    given = [d for d in own if d is not None]
+    dtype = numerics.accumulation_dtype(*given) if given else jnp.result_type(float)
+    return [sums.parts_of(x, dtype if d is None else d) for x, d in zip(leaves, own, strict=True)]
+
+
 def weighted_sum(
     values: ArrayLike,
     weights: ArrayLike | None = None,
@@ -107,26 +91,26 @@ def weighted_sum(
     where: ArrayLike | None = None,
     axis: int | tuple[int, ...] | None = None,
 ) -> WeightedSum:
-    """The pair (Σ w·v, Σ w) over `axis`, to be added to others and divided once; both [] or the shape left by `axis`.
+    """The sums Σ w·v and Σ w over `axis`, which add to other such pairs, shape [] or [...] without `axis`.
 
-    total = Σ w·v, weight = Σ w over the elements in `where`.
-
-    Weights of both signs, such as advantages in reinforcement learning, have a sum Σ w near 0, and a mean that divides by this sum is
-    meaningless. Use `total` and divide by the number of examples, as the example shows.
+    total = Σ w·v and weight = Σ w over the elements in `where`.
     Gradient: ∂total/∂v = w, ∂total/∂w = v, ∂weight/∂w = 1; 0 outside `where`.
 
+    Weights of both signs, such as advantages in reinforcement learning, can have a sum Σ w near 0. A mean divides by this sum and is then
+    meaningless. Use `total` and divide it by the number of examples, as the second example shows.
+
     Args:
-        values: [...], per-example losses or anything else.
-        weights: [...], the shape of `values`, w ≥ 0 unless `total` alone is used; None weighs each 1.
-        where: [...], which elements count; the others may hold NaN.
-        axis: what to sum over; None is everything.
+        values: [...], per-example losses or any other numbers.
+        weights: [...], the shape of `values`, w ≥ 0 unless only `total` is used; None gives each element the weight 1.
+        where: [...], True for elements that count; the others may be NaN.
+        axis: axis or axes to sum over; None sums over all axes.
 
     Returns:
-        `WeightedSum`, float32 (float64 for float64 values).
+        `WeightedSum`, float32, or float64 if `values` are float64.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit.
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -139,7 +123,19 @@ def weighted_sum(
     Reference:
         Why the pair and not the mean: transformers issues 34191 and 34242 (gradient accumulation), 2024.
     """
-    return _sum(*_check("weighted_sum", values, weights, where), axis)
+    return _sum(*_check("weighted_sum", values, weights, where, signed=True), axis)
+
+
+@functools.partial(jax.jit, static_argnames=("axis",))
+def _sum(values: Array, weights: Array | None, where: Array | None, axis: int | tuple[int, ...] | None) -> WeightedSum:
+    dtype = numerics.accumulation_dtype(values.dtype)
+    v = values.astype(dtype)
+    w = jnp.ones_like(v) if weights is None else weights.astype(dtype)
+    if where is not None:
+        v, w = jnp.where(where, v, 0), jnp.where(where, w, 0)
+    # A value of weight 0 adds 0, even if the value is infinite. Finite values stay, because ∂total/∂w = v.
+    product = jnp.where((w == 0) & ~jnp.isfinite(v), jnp.zeros_like(v), v) * w
+    return WeightedSum(jnp.sum(product, axis), jnp.sum(w, axis))
 
 
 def weighted_mean(
@@ -150,24 +146,24 @@ def weighted_mean(
     axis: int | tuple[int, ...] | None = None,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Array:
-    """Weighted mean of values over `axis` and over devices, [] or the shape left by `axis`.
+    """Weighted mean over `axis` and over devices, shape [] or [...] without `axis`.
 
     mean = Σ w·v / Σ w over the elements in `where`; exactly 0 with gradient 0 if Σ w = 0.
-    Gradient: ∂mean/∂v = w/Σ w;  ∂mean/∂w = (v − mean)/Σ w;  0 outside `where`.
+    Gradient: ∂mean/∂v = w/Σ w and ∂mean/∂w = (v − mean)/Σ w; 0 outside `where`.
 
     Args:
-        values: [...], per-example losses or anything else.
-        weights: [...], the shape of `values`, w ≥ 0 (for signed ones see `weighted_sum`); None weighs each 1.
-        where: [...], which elements count; the others may hold NaN.
-        axis: what to average over; None is everything.
-        axis_name: mesh axis whose devices hold parts of the batch: both sums are taken over it before dividing.
+        values: [...], per-example losses or any other numbers.
+        weights: [...], the shape of `values`, w ≥ 0 (for signed weights see `weighted_sum`); None gives each element the weight 1.
+        where: [...], True for elements that count; the others may be NaN.
+        axis: axis or axes to average over; None averages over all axes.
+        axis_name: mesh axis over which the batch is sharded, inside `jax.shard_map`; both sums are taken over it before the division.
 
     Returns:
-        float32 (float64 for float64 values).
+        float32, or float64 if `values` are float64.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit.
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -176,28 +172,14 @@ def weighted_mean(
         (2.0, 0.0)
 
     Reference:
-        Why both sums cross devices before the division: transformers issues 34191 and 34242, 2024.
+        Why both sums are taken over devices before the division: transformers issues 34191 and 34242, 2024.
     """
-    v, w, counts = _check("weighted_mean", values, weights, where)
-    if w is not None:
-        check_weights("weighted_mean", "weights", w, counts)
-    pair = _sum(v, w, counts, axis)
+    pair = _sum(*_check("weighted_mean", values, weights, where), axis)
     return (pair if axis_name is None else pair.psum(axis_name)).mean()
 
 
-def _check(function, values, weights, where):
-    v, meaning = checks.floating(function, "values", values), "the shape of values"
-    w = None if weights is None else checks.same_shape(function, "weights", checks.floating(function, "weights", weights), v.shape, meaning)
-    return v, w, checks.counted(function, where, v.shape, meaning)
-
-
-@functools.partial(jax.jit, static_argnames=("axis",))
-def _sum(values, weights, where, axis):
-    dtype = numerics.accumulation_dtype(values.dtype)
-    v = values.astype(dtype)
-    w = jnp.ones_like(v) if weights is None else weights.astype(dtype)
-    if where is not None:
-        v, w = jnp.where(where, v, 0), jnp.where(where, w, 0)
-    # a value of weight 0 adds 0, be it infinite; finite values stay, because ∂total/∂w is v
-    product = jnp.where((w == 0) & ~jnp.isfinite(v), jnp.zeros_like(v), v) * w
-    return WeightedSum(jnp.sum(product, axis), jnp.sum(w, axis))
+def _check(
+    function: str, values: ArrayLike, weights: ArrayLike | None, where: ArrayLike | None, *, signed: bool = False
+) -> tuple[Array, Array | None, Array | None]:
+    v = checks.floating(function, "values", values)
+    return v, *checks.example_weights(function, weights, where, v.shape, "the shape of values", signed=signed)

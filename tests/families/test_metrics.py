@@ -1,5 +1,6 @@
 """Metrics per example and from the confusion matrix: equal to scikit-learn, with masks, weights, bad labels and nothing to divide by."""
 
+import functools
 import math
 import re
 
@@ -97,6 +98,33 @@ def test_bad_labels_and_nan_logits_are_nan(function, label):
 def test_bad_labels_of_narrow_dtypes():
     z = jnp.zeros((1, 300))
     assert np.isnan(metrics.accuracy(z, jnp.array([-1], jnp.int8))) and not np.isnan(metrics.accuracy(z, jnp.array([255], jnp.uint8)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("jitted", [False, True])
+def test_each_rule_for_ties_is_the_documented_one(jitted, dtype):
+    """Of tied classes, `accuracy` predicts the first and `top_k_accuracy` the last; each of them is `correct`."""
+    z = np.array([[1, 1, 0], [0, 3, 3], [2, 2, 2], [1, 0, 1], [0.0, -0.0, -1], [-1, 5, 2], [4, -np.inf, 4], [-np.inf] * 3])
+    rows, labels = np.repeat(z, 3, 0), np.tile(np.arange(3), len(z))
+    logits, y = jnp.asarray(rows, dtype), jnp.asarray(labels)
+    wrap = jax.jit if jitted else lambda function: function
+    top_1 = functools.partial(metrics.top_k_accuracy, k=1)
+    possible = rows[np.arange(len(rows)), labels] > -np.inf
+    first, last = rows.argmax(-1), 2 - rows[:, ::-1].argmax(-1)
+    np.testing.assert_array_equal(wrap(metrics.accuracy)(logits, y), possible & (labels == first))
+    np.testing.assert_array_equal(wrap(top_1)(logits, y), possible & (labels == last))
+    tied = possible & (rows[np.arange(len(rows)), labels] == rows.max(-1))
+    np.testing.assert_array_equal(wrap(xentjax.row_statistics)(logits, y).correct, tied)
+    np.testing.assert_array_equal(wrap(xentjax.row_statistics)(logits, jax.nn.one_hot(y, 3)).correct, tied)
+    bins = wrap(functools.partial(metrics.calibration, bins=1))(logits[:-3], y[:-3])  # a row of only −∞ is invalid
+    assert int(bins.hits.sum()) == int(metrics.accuracy(logits, y).sum())
+    for mask in ([False, True, True], [True, True, False]):
+        exists = np.array(mask)
+        hidden = np.where(exists, rows, -np.inf)
+        possible = hidden[np.arange(len(rows)), labels] > -np.inf
+        found = wrap(metrics.accuracy)(logits, y, class_mask=exists), wrap(top_1)(logits, y, class_mask=exists)
+        np.testing.assert_array_equal(found[0], possible & (labels == hidden.argmax(-1)))
+        np.testing.assert_array_equal(found[1], possible & (labels == 2 - hidden[:, ::-1].argmax(-1)))
 
 
 def test_perplexity_is_of_all_tokens(rng):
@@ -236,7 +264,7 @@ SHAPE = "the shape of logits without its class axis; got (2, 1). Use labels.sque
             lambda: metrics.confusion(Y, jnp.ones(2), classes=3),
             TypeError,
             "confusion: labels must have a boolean or integer dtype; got float32. "
-            "Use labels.argmax(-1) for the likeliest class of a distribution.",
+            "Use labels.argmax(-1) for the most likely class of soft labels.",
         ),
         (lambda: metrics.confusion(Y, Y, classes=0), ValueError, "confusion: classes must be at least 1; got 0."),
         (
@@ -258,7 +286,7 @@ SHAPE = "the shape of logits without its class axis; got (2, 1). Use labels.sque
             lambda: metrics.accuracy(Z, Z),
             TypeError,
             "accuracy: labels must have an integer dtype (class indices); got float32. "
-            "Use labels.argmax(1) for the likeliest class of a distribution.",
+            "Use labels.argmax(1) for the most likely class of soft labels.",
         ),
         (lambda: metrics.accuracy(Z, Y[:, None]), ValueError, f"accuracy: labels must have shape (2,), {SHAPE}"),
         (lambda: metrics.top_k_accuracy(Z, Y, k=0), ValueError, "top_k_accuracy: k must be at least 1; got 0."),

@@ -230,7 +230,7 @@ def test_temperature_has_no_gradient(rng):
             lambda z, y: metrics.calibration(z, z),
             TypeError,
             "calibration: labels must have an integer dtype (class indices); got float32. "
-            "Use labels.argmax(1) for the likeliest class of a distribution.",
+            "Use labels.argmax(1) for the most likely class of soft labels.",
         ),
         (
             lambda z, y: metrics.fit_temperature(z, y, steps=1.5),

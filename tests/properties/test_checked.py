@@ -244,7 +244,7 @@ def test_a_loop_differentiated_from_outside_is_never_silent(loop):
     checked = xentjax.checked(jax.jit(jax.value_and_grad(loop)))
     with pytest.raises(ValueError, match=r"^(scanned|mapped): result\[0\] is NaN. No check found .* use checked on one step"):
         checked(Z, BAD)
-    with pytest.raises(ValueError, match=r"^(scanned|mapped): result\[0\] is NaN. So is z\[1, 2\], an argument."):
+    with pytest.raises(ValueError, match=r"^(scanned|mapped): result\[0\] is NaN. The argument z\[1, 2\] is NaN too."):
         checked(put(Z, (1, 2), np.nan), Y)
     value, slope = checked(Z, Y)
     np.testing.assert_allclose(value, cross_entropy(Z, Y).sum(), rtol=4 * EPS)  # added in another order
@@ -254,7 +254,7 @@ def test_a_loop_differentiated_from_outside_is_never_silent(loop):
 def test_every_nan_in_a_result_raises():
     for result, place in (((Y, Z), "result[1][0, 1]"), ({"a": {"b": Z}}, "result['a']['b'][0, 1]"), (Z[0], "result[1]")):
         spoilt = jax.tree.map(lambda x: put(x, (0, 1)[-x.ndim :], np.nan) if x.dtype == np.float32 else x, result)
-        with pytest.raises(ValueError, match=f"^passed_on: {re.escape(place)} is NaN. So is x"):
+        with pytest.raises(ValueError, match=f"^passed_on: {re.escape(place)} is NaN. The argument x"):
             xentjax.checked(passed_on)(spoilt)
         jax.tree.map(np.testing.assert_array_equal, xentjax.checked(passed_on)(result), result)
     xentjax.checked(passed_on)(jax.random.key(0))
@@ -277,7 +277,7 @@ def test_infinite_results_of_finite_arguments_are_values_like_others():
 @pytest.mark.parametrize("function", (*INDICES, *BITS), ids=name_of)
 def test_infinite_logits(function):
     for large in (np.inf, 2.0**100):  # which losses treat alike
-        with raises(f"{function.__name__}: logits[1, 0] = {np.float32(large)} is infinite, as all above 2**80 are."):
+        with raises(f"{function.__name__}: logits[1, 0] = {np.float32(large)} is infinite (values above 2**80 count as infinite)."):
             checked_jit(function)(put(Z, (1, 0), large), Y if function in INDICES else Z * 0)
 
 

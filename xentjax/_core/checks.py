@@ -154,6 +154,27 @@ def counted(function: str, where: ArrayLike | None, expected: tuple[int, ...], m
     return None if where is None else same_shape(function, "where", boolean(function, "where", where), expected, meaning)
 
 
+def weights(function: str, name: str, x: ArrayLike) -> Array:
+    """`x` as an array of floating dtype; `xentjax.checked` raises for a weight that is negative or NaN."""
+    w = real(function, name, x)
+    values.weights(function, name, w)
+    return w
+
+
+def example_weights(
+    function: str, weights: ArrayLike | None, where: ArrayLike | None, expected: tuple[int, ...], meaning: str, *, signed: bool = False
+) -> tuple[Array | None, Array | None]:
+    """`weights` of floating dtype and boolean `where`, each of the expected shape or None.
+
+    `xentjax.checked` raises for a weight that is negative or NaN in an example that counts, unless the weights may be `signed`.
+    """
+    w = None if weights is None else same_shape(function, "weights", floating(function, "weights", weights), expected, meaning)
+    counts = counted(function, where, expected, meaning)
+    if w is not None and not signed:
+        values.weights(function, "weights", w, counts)
+    return w, counts
+
+
 def number(function: str, name: str, x: ArrayLike, low: float = 0.0, high: float = math.inf) -> ArrayLike | None:
     """A scalar hyper-parameter in [low, high]. The Python number 0 becomes None, so that its term is left out of the program.
 
@@ -204,8 +225,7 @@ def pos_weight(function: str, weight: ArrayLike | None, logits: Array) -> ArrayL
     if weight is None or np.ndim(weight) == 0:
         checked = None if weight is None else number(function, "pos_weight", weight)
         return 0.0 if weight is not None and checked is None else checked
-    w = real(function, "pos_weight", weight)
-    values.weights(function, "pos_weight", w)
+    w = weights(function, "pos_weight", weight)
     if w.ndim == logits.ndim and all(n in (1, m) for n, m in zip(w.shape, logits.shape, strict=True)):
         return w
     along = [i for i, n in enumerate(logits.shape) if (n,) == w.shape]
@@ -266,12 +286,11 @@ def examples(
     return checked
 
 
-def class_weights(function: str, weights: ArrayLike | None, batch: rows.Examples) -> Array | None:
-    """The class weights, shape [classes], or None."""
-    if weights is None:
+def class_weights(function: str, class_weights: ArrayLike | None, batch: rows.Examples) -> Array | None:
+    """Weights per class [classes], or None."""
+    if class_weights is None:
         return None
-    w = real(function, "class_weights", weights)
-    values.weights(function, "class_weights", w)
+    w = weights(function, "class_weights", class_weights)
     remedy = _split_remedy("class_weights", mesh.names(batch.axis_name), "logits")
     return shape(function, "class_weights", w, (batch.logits.shape[batch.axis],), "one weight per class", remedy)
 

@@ -98,7 +98,11 @@ def log_normalizer(r: rows.Rows, stats: Statistics) -> Array:
 
 
 def hits(r: rows.Rows, stats: Statistics) -> Array:
-    """Whether the label, or a class with the largest soft label, has the largest logit, shape [...]. Ties count as hits."""
+    """Whether the label, or a most likely class of soft labels, has the largest logit. Every tied class is a hit.
+
+    The gap to the largest logit decides this without a second pass over the classes. `metrics.accuracy` needs a pass to find the first of
+    the tied classes, `metrics.top_k_accuracy` to find the last.
+    """
     if isinstance(stats, WithLabel):
         return rows.row_value(r, (stats.gap >= 0) & ~stats.dead)
     best = rows.maximum(r.given_labels, r.class_mask, r.axis_name)[..., None] == r.given_labels

@@ -1,22 +1,23 @@
-"""Sums that do not drift: two more numbers keep what a running sum cannot hold.
+"""Running sums that do not drift.
 
-A running float32 sum stops growing at 2²⁴ times the size of its parts, and loses bits of every part long before that. An int32 overflows at
-2³¹. So a running sum consists of three numbers, its `Parts`:
+A running float32 sum stops growing once it is 2²⁴ times as large as its parts, and it loses bits of every part long before that. An int32
+overflows at 2³¹. So every running sum V is stored as three numbers, its `Parts`:
 
-    floating    V = x + r₁ + r₂                |r₁| ≤ ulp(x)/2, |r₂| ≤ ulp(r₁)/2, to rounding
+    floating    V = x + r₁ + r₂                |r₁| ≤ ulp(x)/2 and |r₂| ≤ ulp(r₁)/2, up to rounding
     integer     V = x + r₁ + 2³¹·r₂           x stays at 2³¹ − 1 once it is reached; all numbers are ≥ 0
 
-x alone is V rounded, so x is what users read. Two numbers would not be enough: the sum of 2⁴⁰ parts needs 40 bits more than one part, and
-the error of two numbers, u² per addition (u = 2⁻²⁴), would add up to 2⁴⁰·u² = 2⁻⁸. With three the error is u³ per addition, 2⁻³² in all.
+Users read x, which is V rounded, or min(V, 2³¹ − 1) for integers. Two numbers would not be enough: the sum of 2⁴⁰ parts needs 40 bits more
+than one part, and two numbers have an error of u² per addition (u = 2⁻²⁴), in all 2⁴⁰·u² = 2⁻⁸. Three numbers have an error of u³ per
+addition, in all 2⁻³².
 
-Derivatives: ∂V/∂x = ∂V/∂r₁ = ∂V/∂r₂ = 1 for the numbers of every operand. In a result, x alone carries the derivative; r₁ and r₂ have
-none, so nothing is counted twice. Every rule below implements this as one plain sum of tangents.
+Derivatives: ∂V/∂x = ∂V/∂r₁ = ∂V/∂r₂ = 1 for the numbers of every operand. In a result, only x carries a derivative; r₁ and r₂ carry none,
+so nothing is counted twice. Every derivative rule below is therefore one plain sum of tangents.
 """
 
 import functools
 import numbers
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +29,10 @@ from xentjax._core import mesh, numerics
 Parts = tuple[Array, Array, Array]
 _MOST = 2**31 - 1
 _BASE = 2.0**31
-T = TypeVar("T", bound=tuple)
 
 
 def parts_of(x: Any, dtype: Any = None) -> Parts:
-    """An array or number as a running sum in `dtype`; r₁, r₂ keep what `dtype` cannot hold of integers and NumPy's 64-bit numbers."""
+    """An array or number as a running sum in `dtype`. r₁ and r₂ keep the digits of integers and 64-bit numbers that `dtype` cannot hold."""
     if not isinstance(x, Array):
         return _parts_of_numbers(np.asarray(x), dtype)
     dtype = x.dtype if dtype is None else dtype
@@ -45,65 +45,93 @@ def parts_of(x: Any, dtype: Any = None) -> Parts:
     return x, rest, zeros_like(x)
 
 
-def _parts_of_numbers(x, dtype):
-    """`parts_of` for NumPy arrays: what a shorter dtype does not hold goes to r₁ and r₂."""
+def _parts_of_numbers(x: np.ndarray, dtype: Any) -> Parts:
+    """`parts_of` for NumPy arrays. The rounding error of x goes to r₁, and the rounding error of r₁ to r₂."""
     dtype = jax.dtypes.canonicalize_dtype(x.dtype) if dtype is None else dtype
     wide = numerics.accumulation_dtype(dtype)
     x = x.astype(np.int64) if x.dtype.kind in "bu" else x  # differences may be negative
-    found = []
+    parts = []
     for narrow in (dtype, wide, wide):
         held = x.astype(narrow)
-        found.append(jnp.asarray(held))
+        parts.append(jnp.asarray(held))
         finite = np.isfinite(held)
         x = np.where(finite, x, 0) - np.where(finite, held, 0).astype(x.dtype)
-    leading, first, second = found
+    leading, first, second = parts
     return leading, first, second
 
 
 def zeros_like(x: Array) -> Array:
-    """r₁ or r₂ of a sum of one part: 0 in the dtype of the addition, varying over a mesh as `x` does."""
+    """r₁ or r₂ of a sum that has nothing to keep: 0 in the dtype of the addition, varying over the same mesh axes as `x`."""
     wide = numerics.accumulation_dtype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
     return mesh.vary(jnp.zeros_like(x, wide), mesh.axes_of(x))
 
 
 def value(parts: Parts) -> Array:
-    """V, rounded, in the accumulation dtype."""
+    """V rounded to the accumulation dtype."""
     x, first, second = parts
     if _is_floating(parts):
         return x.astype(first.dtype) + (first + second)
-    # 12 bits apart: without r₁ and r₂ there is one rounding, with them two
+    # Split after 12 bits, both halves are exact in float32. The result is rounded once if r₂ is 0, and otherwise twice.
     coarse, fine = ((x >> 12) + (first >> 12)).astype(jnp.float32), ((x & 4095) + (first & 4095)).astype(jnp.float32)
     return (second.astype(jnp.float32) * _BASE + coarse * 4096.0) + fine
 
 
-# Named tuples of sums ---------------------------------------------------------------------------------------------------
+# Named tuples of running sums -------------------------------------------------------------------------------------------
 
 
-def running(cls: type[T]) -> type[T]:
-    """Registers a subclass of a named tuple as a pytree of its fields and `rest`, which holds r₁ and r₂ of every array in the fields.
+class RunningSum(tuple):
+    """The base class of all running sums: they are pytrees, they add over batches, and they sum over devices.
 
-    `rest` is an attribute, not a field, so that users may build, unpack and replace the fields alone. It is None then, which means zeros.
+    A subclass also inherits from a named tuple, which declares its fields. The pytree consists of these fields and of `rest`, which holds
+    r₁ and r₂ of every array in the fields. `rest` is an attribute and not a field, so that users can build, unpack and replace the fields
+    alone. A sum that was built from its fields has a `rest` of None, which means zeros.
     """
 
-    def flatten(sums):
-        structure = jax.tree.structure(tuple(sums))
-        _, *rest = _columns(split(sums))
-        return (*sums, tuple(structure.unflatten(r) for r in rest)), None
+    _fields: ClassVar[tuple[str, ...]]
+    rest: Any = None  # (r₁, r₂) with the structure of the fields, or None
 
-    def flatten_with_keys(sums):
-        children, _ = flatten(sums)
-        return [(jax.tree_util.GetAttrKey(k), x) for k, x in zip((*cls._fields, "rest"), children, strict=True)], None  # type: ignore
+    def __init_subclass__(cls) -> None:
+        """Registers every subclass as a pytree."""
+        jax.tree_util.register_pytree_with_keys(cls, _flatten_with_keys, functools.partial(_unflatten, cls), _flatten)
 
-    def unflatten(_, children):
-        *fields, rest = children
-        return _made(cls, fields, rest)
+    def __add__(self, other: Self) -> Self:
+        """The sums of both parts."""
+        if not isinstance(other, type(self)):
+            return NotImplemented
+        return add(self, other)
 
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
-    return cls
+    def __radd__(self, other: int) -> Self:
+        """Lets the built-in `sum` start from 0."""
+        if other != 0:
+            return NotImplemented
+        return self
+
+    def psum(self, axis_name: str | tuple[str, ...]) -> Self:
+        """The sum over the devices of a mesh axis, inside `jax.shard_map` or `jax.vmap(axis_name=…)`."""
+        return psum(self, axis_name)
 
 
-def split(sums: Any) -> list[Parts]:
-    """The parts of every array in the fields."""
+T = TypeVar("T", bound=RunningSum)
+
+
+def _flatten(sums: RunningSum) -> tuple[tuple, None]:
+    structure = jax.tree.structure(tuple(sums))
+    _, *rest = _columns(split(sums))
+    return (*sums, tuple(structure.unflatten(r) for r in rest)), None
+
+
+def _flatten_with_keys(sums: RunningSum) -> tuple[list[tuple[Any, Any]], None]:
+    children, _ = _flatten(sums)
+    return [(jax.tree_util.GetAttrKey(k), x) for k, x in zip((*sums._fields, "rest"), children, strict=True)], None
+
+
+def _unflatten(cls: type[T], _: None, children: Iterable[Any]) -> T:
+    *fields, rest = children
+    return _made(cls, fields, rest)
+
+
+def split(sums: RunningSum) -> list[Parts]:
+    """The `Parts` of every array in the fields."""
     leaves, structure = jax.tree.flatten(tuple(sums))
     if sums.rest is None:
         return [_nothing_left(x) for x in leaves]
@@ -112,38 +140,38 @@ def split(sums: Any) -> list[Parts]:
 
 
 def join(like: T, parts: list[Parts]) -> T:
-    """The inverse: sums of the type and structure of `like`."""
+    """The inverse of `split`: a running sum with the type and structure of `like`."""
     structure = jax.tree.structure(tuple(like))
     fields, *rest = map(structure.unflatten, _columns(parts))
     return _made(type(like), fields, rest)
 
 
 def collect(cls: type[T], *parts: Parts) -> T:
-    """Sums whose fields are single arrays."""
+    """A running sum of type `cls` whose fields are single arrays."""
     fields, *rest = _columns(parts)
     return _made(cls, fields, rest)
 
 
-def _made(cls, fields, rest):
+def _made(cls: type[T], fields: Iterable[Any], rest: Iterable[Any]) -> T:
     sums = tuple.__new__(cls, fields)
     sums.rest = tuple(rest)
     return sums
 
 
-def _columns(parts):
+def _columns(parts: Sequence[Parts]) -> Iterable[tuple[Array, ...]]:
     return zip(*parts, strict=True) if parts else ((), (), ())
 
 
-def _nothing_left(x):
+def _nothing_left(x: Any) -> tuple[Any, Any, Any]:
     if isinstance(x, Array | np.ndarray | np.generic | numbers.Number):
         x = jnp.asarray(x)
         return x, zeros_like(x), zeros_like(x)
-    return x, x, x  # it says something of an array, as a PartitionSpec does, and the same of what the array rounds off
+    return x, x, x  # a description of an array, such as a PartitionSpec, also describes r₁ and r₂
 
 
 @jax.jit
 def add(a: T, b: T) -> T:
-    """The sums of both."""
+    """The running sum over the parts of `a` and of `b`."""
     if jax.tree.structure(tuple(a)) != jax.tree.structure(tuple(b)):
         got = " and ".join(str(jax.tree.structure(tuple(x))) for x in (a, b))
         raise ValueError(f"{type(a).__name__}: both sums must have the same pytree structure to be added; got {got}.")
@@ -152,12 +180,12 @@ def add(a: T, b: T) -> T:
 
 @functools.partial(jax.jit, static_argnames="axis_name")
 def psum(sums: T, axis_name: str | tuple[str, ...]) -> T:
-    """The sums over the devices of a mesh axis, at most 2¹⁴ devices for integers."""
+    """The sums over the devices of a mesh axis. Integers can be summed over at most 2¹⁴ devices."""
 
-    def add_up(x):
+    def add_up(x: Array) -> Array:
         return mesh.psum(x, mesh.names(axis_name))
 
-    def largest(x):
+    def largest(x: Array) -> Array:
         return lax.pmax(x, axis_name)
 
     return join(sums, [_summed(parts, add_up, largest, mesh.size(axis_name)) for parts in split(sums)])
@@ -167,35 +195,35 @@ def psum(sums: T, axis_name: str | tuple[str, ...]) -> T:
 
 
 def add_parts(a: Parts, b: Parts) -> Parts:
-    """The sum of both."""
+    """The sum of `a` and `b`."""
     if _is_floating(a) or _is_floating(b):
         return _add_floating(_floating(a), _floating(b))
     return _add_integers(a, b)
 
 
 def scaled(parts: Parts, factor: Array | float) -> Parts:
-    """A sum in floating point times a power of two or its negative, exactly."""
+    """The exact product of a sum and `factor`, a power of two or its negative. An integer sum becomes floating."""
     x, first, second = (factor * p for p in _floating(parts))
     return x, first, second
 
 
 def total(parts: Parts, axis: int, keepdims: bool = False) -> Parts:
-    """The sum over an axis, at most 2¹⁴ entries for integers."""
+    """The sum over an axis. Of integers, at most 2¹⁴ entries can be summed."""
     add_up = functools.partial(jnp.sum, axis=axis, keepdims=keepdims)
     return _summed(parts, lambda x: add_up(x, dtype=x.dtype), functools.partial(jnp.max, axis=axis, keepdims=True), parts[0].shape[axis])
 
 
 def cumulative(parts: Parts) -> Parts:
-    """The sums up to each place of the last axis."""
+    """The cumulative sums along the last axis."""
 
-    def add_up(x):
+    def add_up(x: Array) -> Array:
         return jnp.cumsum(x, axis=-1, dtype=x.dtype)
 
     return _summed(parts, add_up, functools.partial(jnp.max, axis=-1, keepdims=True), parts[0].shape[-1])
 
 
 def only_leading(parts: Parts, tangent: Array) -> tuple[Parts, Parts]:
-    """A result and its tangent, which x carries alone."""
+    """A result and its tangent: x carries the whole tangent, r₁ and r₂ carry 0."""
     x, first, second = parts
     return parts, (tangent.astype(x.dtype), jnp.zeros_like(first), jnp.zeros_like(second))
 
@@ -205,14 +233,14 @@ def _is_floating(parts: Parts) -> bool:
 
 
 def _summed(parts: Parts, add_up: Callable, largest: Callable, count: int) -> Parts:
-    """Running sums added by `add_up`, at most `count` of them together; `largest` is the maximum over the same elements."""
+    """Running sums added by `add_up`, which adds at most `count` elements at a time; `largest` is the maximum of the same elements."""
     if parts[0].size == 0:
         return parts_of(add_up(parts[0]))
     return _summed_floating(parts, add_up, largest, count) if _is_floating(parts) else _summed_integers(parts, add_up)
 
 
 def _floating(parts: Parts) -> Parts:
-    """The same number as a floating sum; an integer sum becomes float32."""
+    """The same sum in floating point; an integer sum becomes float32."""
     if _is_floating(parts):
         return parts
     x, first, second = (parts_of(p, jnp.float32) for p in parts)
@@ -231,17 +259,17 @@ def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
 
 
 def _leading_sum(a: Array, b: Array) -> tuple[Array, Array]:
-    """`_two_sum` where the sum may be infinite or NaN: the rounding error is then 0, so ∞ does not become NaN."""
+    """`_two_sum` for a sum that may be infinite or NaN. Its rounding error is then 0, so ∞ does not become NaN."""
     s, lost = _two_sum(a, b)
     return s, numerics.where(jnp.isfinite(s), lost, 0)
 
 
 def _normal(x: Array, first: Array, second: Array, dtype: Any) -> Parts:
-    """The sum of three as `Parts`: x is the rounded sum in `dtype`, r₁ the rounding error of x, r₂ that of r₁."""
+    """The sum of three numbers as `Parts`: x is rounded to `dtype`, r₁ is the rounding error of x, and r₂ is the rounding error of r₁."""
     x, first = _leading_sum(x, first)
-    if x.dtype != dtype:  # half precision: r₁ and r₂ in float32 take over what it lacks
+    if x.dtype != dtype:  # half precision: r₁ and r₂ are float32 and keep the bits that x lacks
         info = jnp.finfo(dtype)
-        # a cast and its inverse would not do: XLA may leave both out
+        # not a cast and a cast back, because XLA may remove both
         narrow = lax.reduce_precision(x, info.nexp, info.nmant)
         first, lost = _two_sum(numerics.where(jnp.isfinite(narrow), x - narrow, 0), first)
         x, second = narrow.astype(dtype), second + lost
@@ -249,6 +277,7 @@ def _normal(x: Array, first: Array, second: Array, dtype: Any) -> Parts:
 
 
 def _wide(parts: Parts, dtype: Any) -> Parts:
+    """The three numbers cast to the accumulation dtype of `dtype`."""
     x, first, second = (p.astype(numerics.accumulation_dtype(dtype)) for p in parts)
     return x, first, second
 
@@ -264,7 +293,7 @@ def _add_floating(a: Parts, b: Parts) -> Parts:
 
 
 @_add_floating.defjvp
-def _(primals, tangents):
+def _(primals: tuple, tangents: tuple) -> tuple[Parts, Parts]:
     dtype = jnp.result_type(primals[0][0], primals[1][0])
     (x, x1, x2), (y, y1, y2) = (_wide(t, dtype) for t in tangents)
     return only_leading(_add_floating(*primals), (x + y) + (x1 + y1 + x2 + y2))
@@ -272,14 +301,16 @@ def _(primals, tangents):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
 def _summed_floating(parts: Parts, add_up: Callable, largest: Callable, count: int) -> Parts:
-    """The multiples of a common unit in each x add up exactly; the remainders, and all r₁ and r₂, are small enough for plain sums.
+    """Each x is split into a multiple of a common unit and a remainder. The multiples add up exactly.
 
-    With a power of two σ ≥ count·max|x|, (σ + x) − σ is x rounded to a multiple of uσ, and no sum of these exceeds σ (Rump, Ogita,
-    Oishi, Accurate floating-point summation, 2008, algorithm 3.2). The remainder is below count·u times the largest x.
+    The remainders and all r₁ and r₂ are small enough for plain sums.
+
+    Let σ ≥ count·max|x| be a power of two. Then (σ + x) − σ is x rounded to a multiple of uσ, and no sum of these exceeds σ (Rump, Ogita,
+    Oishi, Accurate floating-point summation, 2008, algorithm 3.2). The remainder is less than count·u times the largest x.
     """
     x, first, second = _wide(parts, parts[0].dtype)
     size = lax.stop_gradient(largest(lax.stop_gradient(jnp.abs(x))))
-    # σ: the nearest power of two is at least 2/3 of the size; where it overflows, x stays whole
+    # σ: the power of two nearest to the size is at least 2/3 of the size. If σ overflows, x is not split.
     sigma = lax.reduce_precision(size, jnp.finfo(x.dtype).nexp, 0) * 2.0 ** (count.bit_length() + 1)
     coarse = jnp.where(jnp.isfinite(sigma) & jnp.isfinite(x), (sigma + x) - sigma, x)
     fine, finer = _two_sum(numerics.where(jnp.isfinite(x), x - coarse, 0), first)
@@ -287,21 +318,21 @@ def _summed_floating(parts: Parts, add_up: Callable, largest: Callable, count: i
 
 
 @_summed_floating.defjvp
-def _(add_up, largest, count, primals, tangents):
+def _(add_up: Callable, largest: Callable, count: int, primals: tuple, tangents: tuple) -> tuple[Parts, Parts]:
     x, first, second = _wide(tangents[0], primals[0][0].dtype)
     return only_leading(_summed_floating(*primals, add_up, largest, count), add_up(x + (first + second)))
 
 
 def _carried(a: Array, b: Array) -> tuple[Array, Array]:
-    """The sum of numbers ≥ 0 modulo 2³¹, and how often it passed 2³¹."""
-    s = a + b  # an int32 wraps to below 0, and its sign bit is the carry
+    """The sum of two numbers ≥ 0 modulo 2³¹, and the carry."""
+    s = a + b  # an int32 that overflows wraps to a negative number, so its sign bit is the carry
     return s & _MOST, lax.shift_right_logical(s, lax.full_like(s, 31))
 
 
 def _saturated(low: Array, high: Array) -> Parts:
-    """The number low + 2³¹·high."""
+    """The number low + 2³¹·high as `Parts`."""
     full = high > 0
-    rest, carry = _carried(low, jnp.ones_like(low))  # more than 2³¹ − 1
+    rest, carry = _carried(low, jnp.ones_like(low))  # what exceeds x = 2³¹ − 1
     nothing = jnp.zeros_like(low)
     return numerics.where(full, _MOST, low), jnp.where(full, rest, nothing), jnp.where(full, high - 1 + carry, nothing)
 
@@ -315,7 +346,7 @@ def _add_integers(a: Parts, b: Parts) -> Parts:
 
 
 def _summed_integers(parts: Parts, add_up: Callable) -> Parts:
-    """Sums of halves of 16 bits; 31 bits hold the sum of 2¹⁵ halves, those of x and of r₁ from 2¹⁴ running sums."""
+    """The low and the high 16 bits are summed separately. 31 bits hold the sum of 2¹⁵ such halves: x and r₁ of 2¹⁴ running sums."""
     x, first, second = parts
     low, high = add_up((x & 0xFFFF) + (first & 0xFFFF)), add_up((x >> 16) + (first >> 16))
     low, carry = _carried(low, (high & 0x7FFF) << 16)

@@ -14,7 +14,7 @@ s·p_j − v_j at every class j ≠ *, and r·p_* − v_*·q at the pivot. Both 
 Speed. The cross-entropy of soft labels has a derivative rule of its own, because the general rule takes twice the time: XLA on CPUs stores
 several arrays for it. The special rule stores one array, which becomes the gradient: e^(z_k − m), and −1 at the largest classes as a mark.
 Its sums are written so that no two loops share an array of the size of the logits. A constant or a number per row counts as such an array
-if it is broadcast to that size (`benchmarks/README.md`).
+if it is broadcast to that size (`benchmarks/NOTES.md`).
 """
 
 import functools

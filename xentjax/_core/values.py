@@ -1,10 +1,10 @@
-"""Checks on the values of arguments. They run only inside `xentjax.checked`, which sets the context below while it traces.
+"""Checks on the values of arguments. They run only inside `xentjax.checked`, which sets `checking` to True while it traces.
 
-Outside `xentjax.checked` no function here adds anything to a program. A violation leaves the compiled program through
+Outside `xentjax.checked`, no function here adds anything to a program. Inside, a violation leaves the compiled program through
 `jax.experimental.checkify`.
 
-A public function checks its own arguments under its own name, and calls the functions that it is made of through `unchecked`. So a
-message always names the function that the user called, even if JAX traced a shared part first for another function.
+A public function checks its own arguments under its own name. It calls other public functions through `unchecked`. So a message always
+names the function that the user called, even if JAX has already traced a shared part for another function.
 """
 
 import functools
@@ -19,15 +19,15 @@ from jax.experimental import checkify
 
 from xentjax._core import mesh, numerics, rows
 
-# Part of the key of JAX's caches: a function traced with value checks is never used without, nor the other way round.
+# JAX's caches include this context in their keys: a trace with value checks is never reused without them, and vice versa.
 checking = jax.make_user_context(False)
 
 
 def unchecked(function: Callable) -> Callable:
-    """`function` without value checks: part of a public function that has checked its own arguments."""
+    """`function` without value checks, for a public function that has already checked its own arguments."""
 
     @functools.wraps(function)
-    def run(*args, **kwargs):
+    def run(*args: Any, **kwargs: Any) -> Any:
         with checking(False):
             return function(*args, **kwargs)
 
@@ -45,7 +45,7 @@ def check(
 ) -> None:
     """Report the first position at which `bad(x)` holds, and the value there.
 
-    Only examples where `counts` is true are checked; `counts` has the shape of `x`, or that shape without `axis`.
+    Only examples where `counts` is True are checked. `counts` has the shape of `x`, or the shape of `x` without `axis`.
     """
     if not checking.value or x.size == 0:
         return
@@ -53,7 +53,7 @@ def check(
     if counts is not None:
         wrong &= counts if counts.ndim == x.ndim else jnp.expand_dims(counts, axis)
     found, position = jnp.any(wrong), []
-    for k, size in enumerate(x.shape):  # reductions alone: an axis that is split over devices cannot be indexed or flattened
+    for k, size in enumerate(x.shape):  # only reductions, because a sharded axis cannot be indexed or flattened
         index = lax.broadcasted_iota(jnp.int32, x.shape, k, out_sharding=mesh.split_of(x))
         position.append(jnp.min(index, initial=size, where=wrong))
         wrong &= index == position[-1]
@@ -64,53 +64,54 @@ def check(
 
 
 def not_nan(function: str, name: str, x: Array, counts: Array | None = None, axis: int | tuple[int, ...] = -1) -> None:
-    """No NaN."""
+    """Report a NaN."""
     check(function, name, x, jnp.isnan, "is NaN", counts, axis)
 
 
 def logits(function: str, name: str, x: Array, counts: Array | None = None, axis: int | tuple[int, ...] = -1) -> None:
-    """No NaN, no +∞ and nothing that `numerics` treats as +∞; −∞ is allowed, for a class of probability 0."""
+    """Report NaN, +∞ and every number that `numerics` treats as +∞. −∞ is allowed: its class has probability 0."""
     not_nan(function, name, x, counts, axis)
-    check(function, name, x, lambda z: (z == jnp.inf) | numerics.is_infinite(z), "is infinite, as all above 2**80 are", counts, axis)
+    complaint = "is infinite (values above 2**80 count as infinite)"
+    check(function, name, x, lambda z: (z == jnp.inf) | numerics.is_infinite(z), complaint, counts, axis)
 
 
 def finite(function: str, name: str, x: Array, counts: Array | None = None, axis: int | tuple[int, ...] = -1) -> None:
-    """Neither NaN nor infinite."""
+    """Report a number that is NaN or infinite."""
     not_nan(function, name, x, counts, axis)
     check(function, name, x, jnp.isinf, "is infinite", counts, axis)
 
 
 def weights(function: str, name: str, x: Array, counts: Array | None = None) -> None:
-    """Neither negative nor NaN."""
+    """Report a number that is negative or NaN."""
     check(function, name, x, lambda w: ~(w >= 0), "is negative or NaN", counts)
 
 
 def number(function: str, name: str, x: Array, low: float, high: float, interval: str) -> None:
-    """A finite scalar in [low, high]."""
+    """Report a scalar that is not a finite number in [low, high]."""
     check(function, name, x, lambda v: ~((v >= low) & (v <= high) & jnp.isfinite(v)), f"is not a finite number {interval}")
 
 
 def rising(function: str, name: str, x: Array) -> None:
-    """A vector in which no number is below the one before it."""
+    """Report a number of a vector that is NaN or less than an earlier one."""
     lowest = lax.cummax(numerics.where(jnp.isnan(x), -math.inf, x)) if checking.value else x
-    check(function, name, x, lambda t: ~(t >= lowest), "is NaN or below an entry before it")
+    check(function, name, x, lambda t: ~(t >= lowest), "is NaN or less than an earlier entry")
 
 
 def probabilities(function: str, name: str, x: Array, counts: Array | None = None, axis: int | tuple[int, ...] = -1) -> None:
-    """Neither negative nor NaN; the sum may be any number."""
+    """Report a number that is negative or NaN. The sum may be any number."""
     check(function, name, x, lambda p: ~(p >= 0), "is not a probability (it is negative or NaN)", counts, axis)
 
 
 def bits(function: str, name: str, x: Array, counts: Array | None = None) -> None:
-    """In [0, 1]."""
+    """Report a number outside [0, 1]."""
     if x.dtype != jnp.bool_:
         check(function, name, x, lambda t: ~((t >= 0) & (t <= 1)), "is outside [0, 1]", counts)
 
 
 def indices(function: str, name: str, x: Array, classes: int, counts: Array | None = None) -> None:
-    """In [0, classes)."""
+    """Report a class index outside [0, classes)."""
 
-    def outside(index):
+    def outside(index: Array) -> Array:
         wide = index.astype(numerics.index_dtype(index))
         return (wide < 0) | (wide >= classes)
 
@@ -118,7 +119,7 @@ def indices(function: str, name: str, x: Array, classes: int, counts: Array | No
 
 
 def labels(function: str, y: Array, classes: int, counts: Array | None, axis: int) -> None:
-    """Class indices in range, or distributions without a negative number."""
+    """Report a class index out of range, or a soft label that is negative or NaN."""
     if jnp.issubdtype(y.dtype, jnp.integer):
         indices(function, "labels", y, classes, counts)
     else:
@@ -126,7 +127,7 @@ def labels(function: str, y: Array, classes: int, counts: Array | None, axis: in
 
 
 def examples(function: str, batch: rows.Examples, inputs: str) -> None:
-    """The arguments of a categorical loss."""
+    """Report bad logits and labels of a categorical loss. Only the classes that exist, in examples that count, are checked."""
     if not checking.value:
         return
     counts, mask = batch.where, rows.of(batch).class_mask

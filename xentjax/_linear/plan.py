@@ -62,7 +62,7 @@ def plan_linear(hidden: Any, kernel: Any, *, chunk_size: int | None = None, clas
         (2048, 4, 3.8)
 
     Reference:
-        The measurements behind this rule: benchmarks/README.md.
+        The measurements behind this rule: benchmarks/NOTES.md.
     """
     name = "plan_linear"
     check_chunk_size(name, chunk_size)

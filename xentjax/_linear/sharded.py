@@ -3,7 +3,7 @@
 import functools
 import inspect
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -19,8 +19,8 @@ from xentjax._linear.inputs import PyTree
 
 _NAME = "fuse_linear_sharded"
 _AnyMesh: TypeAlias = Mesh | AbstractMesh
-_Axes: TypeAlias = tuple[Hashable, ...]  # mesh axes
-_Entry: TypeAlias = Hashable | _Axes | None  # the mesh axes that split one axis of an array
+_Axes: TypeAlias = tuple[str, ...]  # mesh axes
+_Entry: TypeAlias = str | _Axes | None  # the mesh axes that split one axis of an array
 
 
 class _Split(NamedTuple):

@@ -267,7 +267,11 @@ class RowStatistics(NamedTuple):
     max_logit: Array
     """max_k z_k; not differentiated."""
     correct: Array
-    """Whether the label has the largest logit, ties included; boolean. For soft labels, the label is the most probable class."""
+    """Whether the label, or a most likely class of soft labels, has the largest logit; boolean.
+
+    If several classes share the largest logit, each of them is correct. `metrics.accuracy` counts only the first of them as a hit, and
+    `metrics.top_k_accuracy` with k = 1 only the last.
+    """
 
 
 def row_statistics(

@@ -1,28 +1,34 @@
-"""Metrics of classifiers: accuracy, confusion, calibration, ranking. Exact over batches and devices, inside `jit` and `vmap`.
+"""Metrics of classifiers: accuracy, confusion, calibration and ranking, exact over batches and devices.
 
-There are two kinds of function, and a ratio is formed once, at the very end, by both:
+All metrics work inside `jit` and `vmap`. There are three kinds:
 
-- One value per example [...], for metrics that are plain means: `accuracy`, `top_k_accuracy`, `brier_score`,
-  `negative_log_likelihood`. Hand the values to `xentjax.weighted_mean`, or to `xentjax.weighted_sum` for a pair that adds over
-  batches and devices (`perplexity` takes that pair). They have the arguments of the losses, `axis_name` and `class_mask` included.
-- Sums over all examples, for everything else: `confusion`, `calibration` and `ranking` return `Confusion`, `Calibration` and
-  `Ranking`. These add (`first + second`, `sum(parts)`), are summed over the mesh axis that splits the examples
-  (`.psum("data")`, inside `jax.shard_map`), and have a method per figure. Under `jax.vmap` they get leading axes, and so do the figures.
+- Per-example metrics return one value per example, shape [...]: `accuracy`, `top_k_accuracy`, `brier_score` and
+  `negative_log_likelihood`. They take the arguments of the losses, including `axis_name` and `class_mask`. The metric of a batch is their
+  mean, `xentjax.weighted_mean`. Over batches and devices, use `xentjax.weighted_sum`: it returns a pair of sums that add before they are
+  divided. `perplexity` takes this pair.
+- Sums over all examples: `confusion`, `calibration` and `ranking` return a `Confusion`, `Calibration` or `Ranking`. These add over batches
+  (`first + second`, `sum(parts)`) and over the mesh axis that shards the examples (`.psum("data")`, inside `jax.shard_map`). Each figure is
+  a method, which divides the sums. Under `jax.vmap`, sums and figures get leading axes.
+- Single numbers of all examples: `auroc` and `fit_temperature`.
 
-What every function here shares:
+Shared conventions:
 
-- `where`: which examples count. Values of the others are exactly 0; sums leave them out, whatever they hold.
-- Labels are class indices (for `auroc` and `ranking` bits). An index out of range, like a NaN logit, makes the value of its example
-  NaN. Sums count such an example in no class but in the field `invalid`, and as long as that is not 0 all figures are NaN. An
-  example of weight 0 is never invalid.
-- Nothing to divide by is 0: means of no examples, precision of a class that was never predicted, AUROC without positives.
-- Counts are int32; with `weights` they are sums in float32 (float64 for float64 weights). Weights are ≥ 0.
-- Sums do not drift. `+` and `psum` keep what a field cannot hold in the attribute `rest`, two more arrays per field: what a float32
-  rounds off, and by how much a count exceeds 2³¹ − 1, where its field stays. Figures use both, and are right after 2⁴⁰ batches.
-- `brier_score`, `negative_log_likelihood` and `perplexity` are smooth, with every derivative. The others have the derivative 0 by logits
-  and scores: decisions and ranks are steps, confidences and the temperature are behind `stop_gradient`. By `weights` all are smooth
-  but the temperature.
-- Raises: TypeError for dtypes; ValueError for shapes and for Python numbers out of range.
+- `where` is True for examples that count. The value of any other example is exactly 0, and sums leave it out, whatever it contains.
+- Labels are class indices. `brier_score` and `negative_log_likelihood` also take soft labels; `auroc` and `ranking` take bits.
+- An out-of-range label or a NaN logit makes the value of its example NaN. Sums count such an example in no class, but in the field
+  `invalid`. All figures are NaN if `invalid` is not 0. An example of weight 0 is never invalid.
+- 0/0 is 0: the mean over no examples, the precision of a class that was never predicted, the AUROC without positives.
+- Ties: if several classes share the largest logit, `accuracy` and `calibration` predict the first of them, as `jnp.argmax` does. So
+  they agree with `confusion(logits.argmax(-1), labels)`. `top_k_accuracy` ranks the last of them first, as scikit-learn does.
+  `RowStatistics.correct` is True for each of them, because it only compares the logit of the label with the largest logit, which needs no
+  second pass over the classes. Without ties, all three agree on finite logits.
+- Counts are int32. With `weights`, they are float32 sums, or float64 for float64 weights. Weights must be ≥ 0.
+- Sums do not drift. A float32 field rounds, and an int32 field stays at 2³¹ − 1. `+` and `psum` keep the lost part in the attribute
+  `rest`, in two more arrays per field. Figures use the fields and `rest`, and stay correct after 2⁴⁰ batches.
+- `brier_score`, `negative_log_likelihood` and `perplexity` are smooth and have derivatives of every order. The other metrics have
+  derivative 0 by logits and scores: decisions and ranks are step functions, and confidences and the temperature are behind
+  `stop_gradient`. By `weights`, all metrics except the temperature are smooth.
+- A wrong dtype raises TypeError. A wrong shape, or a Python number out of range, raises ValueError.
 """
 
 from xentjax.metrics._calibration import Calibration as Calibration

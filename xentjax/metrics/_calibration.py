@@ -1,7 +1,7 @@
-"""Whether confidence is what it says, in bins; the conventions stand in `xentjax.metrics`."""
+"""Calibration in bins of confidence. Shared conventions are documented in `xentjax.metrics`."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,27 +10,26 @@ from jax.typing import ArrayLike
 
 from xentjax._core import checks, numerics, rows, statistics, sums
 from xentjax._reduction import WeightedSum
-from xentjax.metrics import _counts
+from xentjax.metrics import _counts, _examples
 
 
 class _Fields(NamedTuple):
     counts: Array
-    """[..., bins], examples or their weights; int32, or floating with weights."""
+    """[..., bins], the number of examples or the sum of their weights; int32, or floating with weights."""
     hits: Array
-    """[..., bins], the same of those whose label was predicted."""
+    """[..., bins], the same, of the examples whose label was predicted."""
     confidences: Array
     """[..., bins], Σ w·confidence; floating."""
     invalid: Array
-    """[...], how many examples had a label out of range, a NaN logit, or no possible class; int32."""
+    """[...], the number of examples with an out-of-range label, a NaN logit, or no possible class; int32."""
 
 
-@sums.running
-class Calibration(_Fields):
-    """Sums of a reliability diagram per bin of confidence, each [..., bins]; adds over batches, sums over devices, has methods for figures.
+class Calibration(sums.RunningSum, _Fields):
+    """Sums of a reliability diagram per bin of confidence, each of shape [..., bins].
 
-    Bin b of B holds the examples with confidence in (b/B, (b + 1)/B]. The data of the diagram are `confidence()`, `accuracy()` and
-    `counts`. Figures are float32 (float64 for float64 logits), with the leading axes that `jax.vmap` gave the sums; all are NaN if
-    an example was invalid.
+    Bin b of B holds the examples with confidence in (b/B, (b + 1)/B]. The diagram consists of `confidence()`, `accuracy()` and `counts`.
+    A `Calibration` adds over batches (`+`), sums over devices (`psum`), and has a method for each figure. Figures are float32, or float64
+    for float64 logits. They have the leading axes that `jax.vmap` gave the sums. All figures are NaN if an example was invalid.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -41,20 +40,6 @@ class Calibration(_Fields):
         >>> float(stats.expected_calibration_error())  # (0.27 + 2·0.5)/3
         0.42289...
     """
-
-    rest: Any = None  # what the fields round off or cannot hold, see `xentjax.metrics`
-
-    def __add__(self, other: "Calibration") -> "Calibration":  # type: ignore[override]  # a sum, not a concatenation of tuples
-        """The sums of both parts."""
-        return sums.add(self, other) if isinstance(other, Calibration) else NotImplemented
-
-    def __radd__(self, other: int) -> "Calibration":
-        """So that the built-in `sum` can start from 0."""
-        return self if other == 0 else NotImplemented
-
-    def psum(self, axis_name: str | tuple[str, ...]) -> "Calibration":
-        """The sum over the devices of a mesh axis, inside `jax.shard_map` or `jax.vmap(axis_name=…)`."""
-        return sums.psum(self, axis_name)
 
     def accuracy(self) -> Array:
         """hits_b / counts_b, [..., bins]; 0 in an empty bin."""
@@ -73,6 +58,17 @@ class Calibration(_Fields):
         return _figures(self)[3]
 
 
+@jax.jit
+def _figures(stats: Calibration) -> tuple[Array, ...]:
+    counts, hits, confidences, _ = sums.split(stats)
+    # Subtract the sums, not their rounded quotients: in a calibrated model both are nearly equal.
+    gaps = jnp.abs(sums.value(sums.add_parts(hits, sums.scaled(confidences, -1.0))))
+    each = [WeightedSum(x, sums.value(counts)).mean() for x in (sums.value(hits), sums.value(confidences), gaps)]
+    expected = WeightedSum(gaps.sum(-1), sums.value(sums.total(counts, -1))).mean()
+    figures = (each[0], each[1], expected, each[2].max(-1))
+    return tuple(_counts.figure(x, stats.invalid) for x in figures)
+
+
 def calibration(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -84,27 +80,28 @@ def calibration(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Calibration:
-    """Confidence against accuracy in bins of equal width, `Calibration` with sums [bins] over all examples.
+    """Confidence and accuracy of all examples in bins of equal width, sums of shape [bins].
 
-    confidence = max_k p_k with p = softmax(z), hit = [argmax_k z_k = y];  an example is in bin ⌈bins·confidence⌉.
-    Gradient: none by the logits, from which the figures are behind `stop_gradient`; a weight has those of its bin.
+    confidence = max_k p_k with p = softmax(z), and hit = [argmax_k z_k = y]. An example belongs to bin b = ⌈bins·confidence⌉ − 1.
+    Gradient: 0 by `logits`, which are behind `stop_gradient`. By the weight w of an example in bin b: ∂counts_b/∂w = 1, ∂hits_b/∂w = hit
+    and ∂confidences_b/∂w = confidence.
 
     Args:
-        logits: [..., classes], unnormalised log-probabilities in nats.
+        logits: [..., classes], unnormalized log-probabilities.
         labels: [...], class indices.
-        bins: how many bins divide (0, 1].
+        bins: number of bins that divide (0, 1].
         weights: [...], w ≥ 0; None counts each example once.
-        axis: the class axis of `logits`.
-        axis_name: mesh axis that splits the class axis, inside `jax.shard_map`.
-        class_mask: [classes] or [..., classes], which classes exist.
-        where: [...], which examples count.
+        axis: class axis of `logits`.
+        axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
+        class_mask: [classes] or [..., classes], True for classes that exist.
+        where: [...], True for examples that count.
 
     Returns:
-        `Calibration`; counts are int32 without `weights`, the other sums float32 (float64 for float64 logits).
+        `Calibration`. Counts are int32 without `weights`; the other sums are float32, or float64 for float64 logits.
 
     Raises:
-        TypeError: a dtype that does not fit; labels that are distributions.
-        ValueError: a shape that does not fit, `bins` below 1.
+        TypeError: an argument has the wrong dtype, or `labels` are soft labels.
+        ValueError: an argument has the wrong shape, or `bins` is below 1.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -119,18 +116,16 @@ def calibration(
         of Modern Neural Networks, 2017, arXiv 1706.04599.
     """
     name = "calibration"
-    batch = _counts.indexed(name, logits, labels, axis, axis_name, class_mask, where)
-    assert batch.labels is not None
-    w, _ = _counts.per_example(name, weights, batch.where, batch.labels.shape, "the shape of logits without its class axis")
+    batch, w = _counts.indexed_and_weighted(name, logits, labels, axis, axis_name, class_mask, where, weights)
     return _calibration(batch, w, checks.count(name, "bins", bins))
 
 
 @functools.partial(jax.jit, static_argnames="bins")
-def _calibration(batch, weights, bins):
+def _calibration(batch: rows.Examples, weights: Array | None, bins: int) -> Calibration:
     r = rows.of(batch)
     stats = statistics.of_row(r)
     confidence = rows.row_value(r, jnp.exp(-lax.stop_gradient(stats.log_sum)))
-    hit = _counts.hits(r, 1, first=True)
+    hit = _examples.hits(r, 1, first=True)
     valid = ~jnp.isnan(hit) & ~jnp.isnan(confidence) & ~stats.dead
     amount, invalid = _counts.amounts(weights, rows.counted(r), valid)
     index = jnp.clip(jnp.ceil(confidence * bins) - 1, 0, bins - 1).astype(jnp.int32)
@@ -138,17 +133,6 @@ def _calibration(batch, weights, bins):
     in_bin = index.reshape(1, -1) == lax.broadcasted_iota(jnp.int32, (bins, index.size), 0)
     counts = _counts.tally(amount, (bins,), index)
     hits = _counts.tally(numerics.where(hit == 1, amount, jnp.zeros_like(amount)), (bins,), index)
-    # a reduction, not a scatter: that adds one by one, and a float32 beyond 2²⁴ no longer changes by 1
+    # A reduction, not a scatter: a scatter adds one number at a time, and a float32 sum beyond 2²⁴ no longer grows by 1.
     confidences = jnp.sum(jnp.where(in_bin, share.reshape(1, -1), 0), axis=-1)
     return sums.collect(Calibration, counts, hits, sums.parts_of(confidences), sums.parts_of(invalid))
-
-
-@jax.jit
-def _figures(stats):
-    counts, hits, confidences, _ = sums.split(stats)
-    # the difference of the sums, not of their rounded quotients, because both are nearly equal in a calibrated model
-    gaps = jnp.abs(sums.value(sums.add_parts(hits, sums.scaled(confidences, -1.0))))
-    each = [WeightedSum(x, sums.value(counts)).mean() for x in (sums.value(hits), sums.value(confidences), gaps)]
-    expected = WeightedSum(gaps.sum(-1), sums.value(sums.total(counts, -1))).mean()
-    figures = (each[0], each[1], expected, each[2].max(-1))
-    return tuple(_counts.figure(x, stats.invalid) for x in figures)

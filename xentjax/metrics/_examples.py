@@ -1,4 +1,4 @@
-"""Metrics that are means over examples, one value each; what they share stands in `xentjax.metrics`."""
+"""Per-example metrics. Shared conventions are documented in `xentjax.metrics`."""
 
 import functools
 
@@ -22,26 +22,28 @@ def accuracy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Whether the class with the largest logit is the label, 1 or 0 per example [...].
+    """Accuracy per example: 1 if the label has the largest logit, else 0, shape [...].
 
-    hit = 1 if y = argmax_k z_k, else 0;  of tied classes the first is predicted, as `jnp.argmax` does. Gradient: 0.
+    hit = 1 if y = argmax_k z_k, else 0. Gradient: 0.
 
-    A label of probability 0 (a logit of −∞, a class outside `class_mask`) is never hit.
+    If several classes share the largest logit, only the first of them is predicted, as by `jnp.argmax`. `top_k_accuracy` and
+    `RowStatistics.correct` have other rules for ties, which `xentjax.metrics` lists. A label of probability 0 (its logit is −∞, or its
+    class is outside `class_mask`) is never a hit.
 
     Args:
-        logits: [..., classes], unnormalised log-probabilities in nats.
+        logits: [..., classes], unnormalized log-probabilities.
         labels: [...], class indices.
-        axis: the class axis of `logits`.
-        axis_name: mesh axis that splits the class axis, inside `jax.shard_map`.
-        class_mask: [classes] or [..., classes], which classes exist.
-        where: [...], which examples count.
+        axis: class axis of `logits`.
+        axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
+        class_mask: [classes] or [..., classes], True for classes that exist.
+        where: [...], True for examples that count.
 
     Returns:
-        [...], float32 (float64 for float64 logits); NaN for a bad label or NaN logits.
+        [...], float32, or float64 if `logits` are float64; NaN for an out-of-range label or a NaN logit.
 
     Raises:
-        TypeError: a dtype that does not fit; labels that are distributions.
-        ValueError: a shape that does not fit.
+        TypeError: an argument has the wrong dtype, or `labels` are soft labels.
+        ValueError: an argument has the wrong shape.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -57,6 +59,35 @@ def accuracy(
     return _hits(_counts.indexed("accuracy", logits, labels, axis, axis_name, class_mask, where), 1, first=True)
 
 
+@functools.partial(jax.jit, static_argnames=("k", "first"))
+def _hits(batch: rows.Examples, k: int, first: bool) -> Array:
+    return hits(rows.of(batch), k, first)
+
+
+def hits(r: rows.Rows, k: int, first: bool) -> Array:
+    """1 if fewer than k classes are ranked before the label, else 0, shape [...], in the accumulation dtype.
+
+    Among classes with equal logits, the first is ranked first if `first`, otherwise the last. The result is NaN if the label is out of
+    range or a logit is NaN. It is 0 if the example does not count or its label is impossible.
+    """
+    assert r.labels is not None
+    z, label = rows.finite_values(r), rows.on_label(r)
+    exists = jnp.ones_like(label) if r.class_mask is None else r.class_mask
+    own = rows.class_sum(r, numerics.where(label, z, 0))[..., None]
+    index, y = rows.class_index(r), r.labels[..., None]
+    ahead = (z > own) | ((z == own) & (index < y if first else index > y))
+    rank = _count(r, ahead & exists)
+    possible = _count(r, label & exists & ~numerics.is_infinite(-z)) > 0
+    hit = ((rank < k) & possible).astype(z.dtype)
+    valid = rows.in_range(r) & (_count(r, jnp.isnan(z) & exists) == 0)
+    return rows.row_value(r, numerics.nan_unless(valid, hit))
+
+
+def _count(r: rows.Rows, mask: Array) -> Array:
+    """The number of classes where `mask` is True, over all devices."""
+    return rows.class_sum(r, mask.astype(jnp.int32))
+
+
 def top_k_accuracy(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -67,28 +98,29 @@ def top_k_accuracy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Whether the label is among the k classes with the largest logits, 1 or 0 per example [...].
+    """Top-k accuracy per example: 1 if the label is among the k largest logits, else 0, shape [...].
 
     hit = 1 if #{j: z_j > z_y} + #{j > y: z_j = z_y} < k, else 0. Gradient: 0.
 
-    Of tied classes the last comes first, as in scikit-learn's `top_k_accuracy_score`; `accuracy` takes the first, as `argmax` does.
-    A label of probability 0 (a logit of −∞, a class outside `class_mask`) is never hit.
+    Among classes with equal logits, the last is ranked first, as in scikit-learn's `top_k_accuracy_score`. So with ties, `k=1` is not the
+    same as `accuracy`, which predicts the first of them, as `jnp.argmax` does. A label of probability 0 (its logit is −∞, or its class is
+    outside `class_mask`) is never a hit.
 
     Args:
-        logits: [..., classes], unnormalised log-probabilities in nats.
+        logits: [..., classes], unnormalized log-probabilities.
         labels: [...], class indices.
-        k: how many classes may be named, at least 1.
-        axis: the class axis of `logits`.
-        axis_name: mesh axis that splits the class axis, inside `jax.shard_map`.
-        class_mask: [classes] or [..., classes], which classes exist.
-        where: [...], which examples count.
+        k: number of classes that are predicted, at least 1.
+        axis: class axis of `logits`.
+        axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
+        class_mask: [classes] or [..., classes], True for classes that exist.
+        where: [...], True for examples that count.
 
     Returns:
-        [...], float32 (float64 for float64 logits); NaN for a bad label or NaN logits.
+        [...], float32, or float64 if `logits` are float64; NaN for an out-of-range label or a NaN logit.
 
     Raises:
-        TypeError: a dtype that does not fit; labels that are distributions; a `k` that is not an integer.
-        ValueError: a shape that does not fit, `k` below 1.
+        TypeError: an argument has the wrong dtype, `labels` are soft labels, or `k` is not an integer.
+        ValueError: an argument has the wrong shape, or `k` is below 1.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -113,27 +145,27 @@ def brier_score(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Squared distance between the predicted and the true distribution, one value per example [...].
+    """Squared distance of the predicted distribution from the labels per example, shape [...].
 
-    score = Σ_k (p_k − t_k)²,  p = softmax(z), t the labels; in [0, 2] for class indices.
-    Gradient: ∂score/∂z_j = 2 p_j (p_j − t_j − Σ_k p_k (p_k − t_k));  ∂score/∂labels = 2 (t − p).
+    score = Σ_k (p_k − t_k)² with p = softmax(z) and labels t; in [0, 2] for class indices.
+    Gradient: ∂score/∂z_j = 2 p_j (p_j − t_j − Σ_k p_k (p_k − t_k)) and ∂score/∂t = 2 (t − p).
 
-    The mean is scikit-learn's `brier_score_loss` with `scale_by_half=False`; for two classes its default is half of this one.
+    The mean equals scikit-learn's `brier_score_loss` with `scale_by_half=False`. For two classes, scikit-learn's default is half of it.
 
     Args:
-        logits: [..., classes], unnormalised log-probabilities in nats.
-        labels: [...] class indices, or [..., classes] distributions.
-        axis: the class axis of `logits`.
-        axis_name: mesh axis that splits the class axis, inside `jax.shard_map`.
-        class_mask: [classes] or [..., classes], which classes exist.
-        where: [...], which examples count.
+        logits: [..., classes], unnormalized log-probabilities.
+        labels: [...] class indices, or [..., classes] soft labels.
+        axis: class axis of `logits`.
+        axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
+        class_mask: [classes] or [..., classes], True for classes that exist.
+        where: [...], True for examples that count.
 
     Returns:
-        [...], float32 (float64 for float64 logits).
+        [...], float32, or float64 if `logits` are float64.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit.
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -146,6 +178,20 @@ def brier_score(
     return _brier(checks.examples("brier_score", logits, labels, axis, axis_name, class_mask, where))
 
 
+@jax.jit
+def _brier(batch: rows.Examples) -> Array:
+    r = rows.of(batch)
+    a = surprises.class_log_odds(r)
+    t = rows.on_label(r).astype(a.dtype) if r.labels_are_indices else r.labels
+    assert t is not None
+    # 1 − p is σ(−a), which stays accurate if p is near 1
+    distance = numerics.where(a > 0, (1 - t) - numerics.sigmoid(-a), numerics.sigmoid(a) - t)
+    score = rows.class_sum(r, rows.masked(distance, r.where) ** 2)
+    if r.labels_are_indices:  # the derivative becomes NaN as well
+        score = numerics.nan_unless(rows.in_range(r), score)
+    return rows.row_value(r, score)
+
+
 def negative_log_likelihood(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -155,29 +201,31 @@ def negative_log_likelihood(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Surprise at the label, one value per example [...]: `softmax_cross_entropy` without options.
+    """Negative log-likelihood of the label per example, shape [...].
 
-    nll = −log p_y,  p = softmax(z);  for distributions −Σ_k labels_k log p_k. Gradient: ∂nll/∂z = s·p − t,  s = Σ t.
+    nll = −log p_y with p = softmax(z); for soft labels t, nll = −Σ_k t_k log p_k. Gradient: ∂nll/∂z = s·p − t with s = Σ_k t_k.
+
+    The same as `xentjax.softmax_cross_entropy` without options.
 
     Args:
-        logits: [..., classes], unnormalised log-probabilities in nats.
-        labels: [...] class indices, or [..., classes] distributions.
-        axis: the class axis of `logits`.
-        axis_name: mesh axis that splits the class axis, inside `jax.shard_map`.
-        class_mask: [classes] or [..., classes], which classes exist.
-        where: [...], which examples count.
+        logits: [..., classes], unnormalized log-probabilities.
+        labels: [...] class indices, or [..., classes] soft labels.
+        axis: class axis of `logits`.
+        axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
+        class_mask: [classes] or [..., classes], True for classes that exist.
+        where: [...], True for examples that count.
 
     Returns:
-        [...], nats, float32 (float64 for float64 logits).
+        [...], in nats, float32, or float64 if `logits` are float64.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit.
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
         >>> nll = xentjax.metrics.negative_log_likelihood(jnp.zeros((2, 256)), jnp.array([7, 9]))
-        >>> (nll / jnp.log(2.0)).tolist()  # in bits: a byte without a model costs 8
+        >>> (nll / jnp.log(2.0)).tolist()  # in bits: a byte costs 8 if all bytes are equally likely
         [8.0, 8.0]
 
     Reference:
@@ -189,17 +237,18 @@ def negative_log_likelihood(
 
 
 def perplexity(losses: WeightedSum) -> Array:
-    """Perplexity of a weighted sum of losses, [] or the shape of the sum: the number of equally likely choices that surprise as much.
+    """Perplexity of a weighted sum of losses, shape [] or the shape of the sum.
 
-    perplexity = exp(Σ w·nll / Σ w);  1 if nothing counts. Gradient: perplexity·w_i/Σ w by the loss of example i.
+    perplexity = exp(Σ w·nll / Σ w); 1 if no example counts. Gradient: ∂perplexity/∂nll_i = perplexity·w_i/Σ w.
 
-    It takes the sums, not the mean, so that they can first be added over batches and devices: a mean of perplexities is not one.
+    Perplexity is the number of equally likely classes that would have the same mean loss. A mean of perplexities is not a perplexity. So
+    the argument is a pair of sums, which can first be added over batches and devices.
 
     Args:
-        losses: sums of losses in nats, from `xentjax.weighted_sum`.
+        losses: weighted sum of losses in nats, from `xentjax.weighted_sum`.
 
     Returns:
-        The shape and dtype of `losses.total`.
+        An array with the shape and dtype of `losses.total`.
 
     Raises:
         TypeError: `losses` is not a `WeightedSum`.
@@ -218,22 +267,3 @@ def perplexity(losses: WeightedSum) -> Array:
     if not isinstance(losses, WeightedSum):
         raise TypeError(f"perplexity: losses must be a WeightedSum; got {type(losses).__name__}. Use xentjax.weighted_sum(losses).")
     return jnp.exp(losses.mean())
-
-
-@functools.partial(jax.jit, static_argnames=("k", "first"))
-def _hits(batch, k, first):
-    return _counts.hits(rows.of(batch), k, first)
-
-
-@jax.jit
-def _brier(batch):
-    r = rows.of(batch)
-    a = surprises.class_log_odds(r)
-    t = rows.on_label(r).astype(a.dtype) if r.labels_are_indices else r.labels
-    assert t is not None
-    # 1 − p is σ(−a), which keeps the little that a confident prediction misses
-    distance = numerics.where(a > 0, (1 - t) - numerics.sigmoid(-a), numerics.sigmoid(a) - t)
-    score = rows.class_sum(r, rows.masked(distance, r.where) ** 2)
-    if r.labels_are_indices:  # a product: the derivative is NaN as well
-        score = numerics.nan_unless(rows.in_range(r), score)
-    return rows.row_value(r, score)

@@ -1,9 +1,9 @@
-"""How well scores rank positives above negatives; the conventions stand in `xentjax.metrics`."""
+"""How well scores rank positives above negatives. Shared conventions are documented in `xentjax.metrics`."""
 
 import functools
 import math
 import numbers
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,24 +17,25 @@ from xentjax.metrics import _counts
 
 class _Fields(NamedTuple):
     positives: Array
-    """[..., points], how many examples with label 1 are at a point of the grid; int32, or floating sums of weights."""
+    """[..., points], the number of examples with label 1 at each point of the grid; int32, or floating sums of weights."""
     negatives: Array
-    """[..., points], the same for label 0."""
+    """[..., points], the same, of the examples with label 0."""
     invalid: Array
-    """[...], how many examples had a label other than 0 and 1 or a NaN score; int32."""
+    """[...], the number of examples with a label other than 0 and 1, or with a NaN score; int32."""
 
 
-@sums.running
-class Ranking(_Fields):
-    """Counts of positives and negatives on a grid of scores, each [..., points]; adds over batches, sums over devices.
+class Ranking(sums.RunningSum, _Fields):
+    """Counts of positives and negatives on a grid of scores, each of shape [..., points].
 
     With p_g and n_g the shares of positives and of negatives at grid point g,
 
         auroc = Σ_g p_g (Σ_{h<g} n_h + n_g/2)        |auroc − exact| ≤ auroc_error = ½ Σ_g p_g n_g
 
-    because only pairs at one point are not told apart, and each is counted as half. Scores that lie on the grid are told apart
-    as far as they differ, so the result is then exact. Figures are float32 (float64 for float64 counts), with the leading axes that
-    `jax.vmap` gave the counts; all are NaN if an example was invalid.
+    The error is bounded because only pairs at the same grid point are indistinguishable, and each of these counts as half. If all scores
+    lie on the grid, such pairs are true ties, and the result is exact.
+
+    A `Ranking` adds over batches (`+`), sums over devices (`psum`), and has a method for each figure. Figures are float32, or float64 for
+    float64 counts. They have the leading axes that `jax.vmap` gave the counts. All figures are NaN if an example was invalid.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -44,27 +45,29 @@ class Ranking(_Fields):
         0.75
     """
 
-    rest: Any = None  # what the fields round off or cannot hold, see `xentjax.metrics`
-
-    def __add__(self, other: "Ranking") -> "Ranking":  # type: ignore[override]  # a sum, not a concatenation of tuples
-        """The counts of both parts."""
-        return sums.add(self, other) if isinstance(other, Ranking) else NotImplemented
-
-    def __radd__(self, other: int) -> "Ranking":
-        """So that the built-in `sum` can start from 0."""
-        return self if other == 0 else NotImplemented
-
-    def psum(self, axis_name: str | tuple[str, ...]) -> "Ranking":
-        """The sum over the devices of a mesh axis, inside `jax.shard_map` or `jax.vmap(axis_name=…)`."""
-        return sums.psum(self, axis_name)
-
     def auroc(self) -> Array:
         """The area under the ROC curve of the scores on the grid, [...]."""
         return _figures(self)[0]
 
     def auroc_error(self) -> Array:
-        """By how much `auroc` may differ from that of the scores themselves, [...]."""
+        """The largest possible difference between `auroc` and the area under the ROC curve of the exact scores, [...]."""
         return _figures(self)[1]
+
+
+@jax.jit
+def _figures(ranking: Ranking) -> tuple[Array, Array]:
+    positives, negatives, _ = sums.split(ranking)
+    half = sums.scaled(negatives, 0.5)
+    below_and_half = sums.value(sums.add_parts(sums.cumulative(negatives), sums.scaled(half, -1.0)))
+    p, half = sums.value(positives), sums.value(half)
+    all_p, all_n = (sums.value(sums.total(x, -1)) for x in (positives, negatives))
+
+    def over_pairs(x: Array) -> Array:
+        """Σ_g p_g x_g divided by the number of pairs; NaN if an example was invalid."""
+        each = WeightedSum(x, jnp.broadcast_to(all_n[..., None], x.shape)).mean()
+        return _counts.figure(WeightedSum((p * each).sum(-1), all_p).mean(), ranking.invalid)
+
+    return over_pairs(below_and_half), over_pairs(half)
 
 
 def ranking(
@@ -77,26 +80,27 @@ def ranking(
     weights: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Ranking:
-    """Histograms of the scores of positives and of negatives, `Ranking` with counts [points]: an AUROC that adds over batches and devices.
+    """Histograms of the scores of positives and of negatives, counts of shape [points].
 
-    A score is counted at the nearest of the points low + g·(high − low)/(points − 1), outside [low, high] at the end.
-    Gradient: 0 by the scores; 1 by a weight on its point.
+    Each score is counted at the nearest grid point low + g·(high − low)/(points − 1), g = 0, …, points − 1. A score outside [low, high] is
+    counted at the nearer end. The result gives an AUROC that adds over batches and devices; `Ranking` has its formula.
+    Gradient: 0 by `scores`. A weight has the derivative 1 at the grid point of its example.
 
     Args:
-        scores: [...], larger for positives; probabilities, or with `low` and `high` of their size logits.
+        scores: [...], larger for positives: probabilities, or logits if `low` and `high` fit their range.
         labels: [...], bits: boolean, or integer 0 and 1.
-        low: the first point of the grid, a Python number.
-        high: the last one, above `low`.
-        points: how many points the grid has, at least 2.
+        low: first grid point, a Python number.
+        high: last grid point, a Python number above `low`.
+        points: number of grid points, at least 2.
         weights: [...], w ≥ 0; None counts each example once.
-        where: [...], which examples count.
+        where: [...], True for examples that count.
 
     Returns:
-        `Ranking`, counts int32, or float32 (float64 for float64 weights) with `weights`.
+        `Ranking`. Counts are int32; with `weights` float32, or float64 for float64 weights.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit, `low` not below `high`, `points` below 2.
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, `low` is not below `high`, or `points` is below 2.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -120,27 +124,40 @@ def ranking(
     return _ranking(s, y, w, counted, float(low), float(high), int(points))
 
 
+@functools.partial(jax.jit, static_argnames="points")
+def _ranking(scores: Array, labels: Array, weights: Array | None, where: Array | None, low: float, high: float, points: int) -> Ranking:
+    positive, negative, invalid = _amounts(scores, labels, weights, where)
+    s = scores.astype(numerics.accumulation_dtype(scores.dtype))
+    s = jnp.where(positive + negative != 0, jnp.clip(s, low, high), low)
+    index = jnp.round((s - low) * ((points - 1) / (high - low)))
+    counts = [_counts.tally(x, (points,), index) for x in (positive, negative)]
+    return sums.collect(Ranking, *counts, sums.parts_of(invalid))
+
+
 def auroc(scores: ArrayLike, labels: ArrayLike, *, weights: ArrayLike | None = None, where: ArrayLike | None = None) -> Array:
-    """The area under the ROC curve over all examples, []: the probability that a positive scores above a negative, ties counted half.
+    """Area under the ROC curve over all examples, shape [].
 
-    auroc = Σ_{i: y_i=1} Σ_{j: y_j=0} w_i w_j ([s_i > s_j] + ½ [s_i = s_j]) / (Σ_{y_i=1} w_i · Σ_{y_j=0} w_j), by sorting; 0 if there are
-    no positives or no negatives. Equal to scikit-learn's `roc_auc_score`. Gradient by the scores: 0.
+    auroc = Σ_{i: y_i=1} Σ_{j: y_j=0} w_i w_j ([s_i > s_j] + ½ [s_i = s_j]) / (Σ_{i: y_i=1} w_i · Σ_{j: y_j=0} w_j).
+    Gradient: 0 by `scores`.
 
-    It needs all examples in one place; `ranking` is the form that adds. One figure per class is
+    This is the probability that a positive has a larger score than a negative; ties count as half. It equals scikit-learn's
+    `roc_auc_score`. It is 0 if there are no positives or no negatives.
+
+    `auroc` sorts all scores, so one device must hold all examples. `ranking` adds over batches and devices. For one figure per class use
     `jax.vmap(auroc, in_axes=-1)(scores, one_hot)`.
 
     Args:
-        scores: [...], larger for positives: logits, probabilities, or anything else that ranks.
+        scores: [...], larger for positives: logits, probabilities, or any other numbers that can be ranked.
         labels: [...], bits: boolean, or integer 0 and 1.
-        weights: [...], w ≥ 0; None weighs each example 1.
-        where: [...], which examples count.
+        weights: [...], w ≥ 0; None gives each example the weight 1.
+        where: [...], True for examples that count.
 
     Returns:
-        [], float32 (float64 for float64 scores); NaN for a bad label or a NaN score.
+        [], float32, or float64 if `scores` are float64; NaN for a label other than 0 and 1, or for a NaN score.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit.
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -153,59 +170,15 @@ def auroc(scores: ArrayLike, labels: ArrayLike, *, weights: ArrayLike | None = N
     return _auroc(*_check("auroc", scores, labels, weights, where))
 
 
-def _check(function, scores, labels, weights, where):
-    s = checks.floating(function, "scores", scores)
-    y = _counts.classes(function, "labels", labels, "Use labels > 0.5 for bits.")
-    checks.same_shape(function, "labels", y, s.shape, "the shape of scores")
-    w, counts = _counts.per_example(function, weights, where, s.shape, "the shape of scores")
-    present = _counts.taking_part(w, counts)
-    values.not_nan(function, "scores", s, present)
-    values.check(function, "labels", y, lambda y: (y != 0) & (y != 1), "is neither 0 nor 1", present)
-    return s, y, w, counts
-
-
-def _amounts(scores, labels, weights, where):
-    """What each example adds to the positives and to the negatives, and how many are invalid."""
-    valid = ((labels == 0) | (labels == 1)) & ~jnp.isnan(scores)
-    amount, invalid = _counts.amounts(weights, where, valid)
-    nothing = jnp.zeros_like(amount)
-    return numerics.where(labels == 1, amount, nothing), numerics.where(labels == 0, amount, nothing), invalid
-
-
-@functools.partial(jax.jit, static_argnames="points")
-def _ranking(scores, labels, weights, where, low, high, points):
-    positive, negative, invalid = _amounts(scores, labels, weights, where)
-    s = scores.astype(numerics.accumulation_dtype(scores.dtype))
-    s = jnp.where(positive + negative != 0, jnp.clip(s, low, high), low)
-    index = jnp.round((s - low) * ((points - 1) / (high - low)))
-    counts = [_counts.tally(x, (points,), index) for x in (positive, negative)]
-    return sums.collect(Ranking, *counts, sums.parts_of(invalid))
-
-
 @jax.jit
-def _figures(ranking):
-    positives, negatives, _ = sums.split(ranking)
-    half = sums.scaled(negatives, 0.5)
-    below_and_half = sums.value(sums.add_parts(sums.cumulative(negatives), sums.scaled(half, -1.0)))
-    p, half = sums.value(positives), sums.value(half)
-    all_p, all_n = (sums.value(sums.total(x, -1)) for x in (positives, negatives))
-
-    def over_pairs(x):
-        each = WeightedSum(x, jnp.broadcast_to(all_n[..., None], x.shape)).mean()
-        return _counts.figure(WeightedSum((p * each).sum(-1), all_p).mean(), ranking.invalid)
-
-    return over_pairs(below_and_half), over_pairs(half)
-
-
-@jax.jit
-def _auroc(scores, labels, weights, where):
+def _auroc(scores: Array, labels: Array, weights: Array | None, where: Array | None) -> Array:
     positive, negative, invalid = _amounts(scores, labels, weights, where)
-    # a NaN, which adds nothing, goes to the end and ties with nothing
+    # NaN scores are sorted to the end. They tie with nothing and add nothing.
     ranked = lax.sort((lax.stop_gradient(scores).reshape(-1), positive.reshape(-1), negative.reshape(-1)), num_keys=1)
     s, positive, negative = ranked
     place, differs = lax.iota(jnp.int32, s.size), s[1:] != s[:-1]
     edge = jnp.ones_like(s[:1], bool)
-    # the places of the first of an example's ties, and of the first after them
+    # For each example: the place of the first example with the same score, and the place after the last one.
     first = lax.cummax(jnp.where(jnp.concatenate([edge, differs]), place, 0))
     after = lax.cummin(jnp.where(jnp.concatenate([differs, edge]), place + 1, s.size), reverse=True)
     up_to = jnp.concatenate([jnp.zeros(1, negative.dtype), jnp.cumsum(negative, dtype=negative.dtype)])
@@ -214,3 +187,24 @@ def _auroc(scores, labels, weights, where):
     p, all_p, all_n = (x.astype(dtype) for x in (positive, positive.sum(), up_to[-1]))
     share = WeightedSum(below, jnp.full_like(below, all_n)).mean()  # 0 where there are no negatives
     return _counts.figure(WeightedSum((p * share).sum(), all_p).mean(), invalid)
+
+
+def _check(
+    function: str, scores: ArrayLike, labels: ArrayLike, weights: ArrayLike | None, where: ArrayLike | None
+) -> tuple[Array, Array, Array | None, Array | None]:
+    s = checks.floating(function, "scores", scores)
+    y = _counts.classes(function, "labels", labels, "Use labels > 0.5 for bits.")
+    checks.same_shape(function, "labels", y, s.shape, "the shape of scores")
+    w, counts = checks.example_weights(function, weights, where, s.shape, "the shape of scores")
+    present = _counts.must_be_valid(w, counts)
+    values.not_nan(function, "scores", s, present)
+    values.check(function, "labels", y, lambda y: (y != 0) & (y != 1), "is neither 0 nor 1", present)
+    return s, y, w, counts
+
+
+def _amounts(scores: Array, labels: Array, weights: Array | None, where: Array | None) -> tuple[Array, Array, Array]:
+    """How much each example adds to the positives and to the negatives, and the number of invalid examples."""
+    valid = ((labels == 0) | (labels == 1)) & ~jnp.isnan(scores)
+    amount, invalid = _counts.amounts(weights, where, valid)
+    nothing = jnp.zeros_like(amount)
+    return numerics.where(labels == 1, amount, nothing), numerics.where(labels == 0, amount, nothing), invalid

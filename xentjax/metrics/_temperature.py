@@ -1,6 +1,7 @@
-"""Temperature scaling; what it shares with the metrics stands in `xentjax.metrics`."""
+"""Temperature scaling. Shared conventions are documented in `xentjax.metrics`."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from xentjax._core import checks, numerics, rows
 from xentjax._reduction import WeightedSum
 from xentjax.metrics import _counts
 
-HIGHEST = 1024.0  # a power of 2, so that its inverse is exact: bound on the temperature, and on its inverse
+HIGHEST = 1024.0  # upper bound on the temperature and on its inverse; a power of 2, so that 1/HIGHEST is exact
 
 
 def fit_temperature(
@@ -26,62 +27,62 @@ def fit_temperature(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """The temperature T that makes logits / T fit the labels best, [], within [1/1024, 1024].
+    """The temperature T for which logits / T fit the labels best, shape [], in [1/1024, 1024].
 
-    T = argmin Σ_i w_i (−log softmax(z_i/T)_{y_i}) over all examples.
-    Gradient: none; the result is behind `stop_gradient`, as a number that was fitted once on held-out examples.
+    T = argmin Σ_i w_i (−log softmax(z_i/T)_{y_i}) over all examples i.
+    Gradient: 0. The result is behind `stop_gradient`, because the temperature is a constant that was fitted on held-out examples.
 
-    In β = 1/T the sum is convex, with slope Σ w (E_p[z] − z_y) and curvature Σ w Var_p[z] under p = softmax(βz). Newton's method finds the
-    root of the slope inside a bracket that halves (in log β) whenever a step would leave it or does not halve the one before.
+    The sum is convex in β = 1/T. With p = softmax(βz), its slope is Σ w (E_p[z] − z_y) and its curvature is Σ w Var_p[z]. Newton's method
+    finds the root of the slope within a bracket. If a Newton step would leave the bracket, or is more than half as long as the previous
+    step, the bracket is halved (in log β) instead.
 
-    Where every hit would gain from more confidence (all labels have the largest logit), T is the lower bound 1/1024; where less is always
-    better (logits no better than chance), the upper bound 1024. Where T does not matter (no examples, equal logits) it is 1.
+    If every label has the largest logit, more confidence is always better, and T is the lower bound 1/1024. If the logits are no better
+    than chance, less confidence is always better, and T is the upper bound 1024. If T does not matter (no examples, equal logits), T is 1.
 
     Args:
-        logits: [..., classes], unnormalised log-probabilities in nats, of examples that were not trained on.
+        logits: [..., classes], unnormalized log-probabilities of examples that were not used for training.
         labels: [...], class indices.
-        steps: the most evaluations of slope and curvature, each a pass over the logits; some 5 to 10 are usually needed.
-        weights: [...], w ≥ 0; None weighs each example 1.
-        batch_axis_name: mesh axis that splits the examples, inside `jax.shard_map`; all devices then find the same temperature.
-        axis: the class axis of `logits`.
-        axis_name: mesh axis that splits the class axis, inside `jax.shard_map`.
-        class_mask: [classes] or [..., classes], which classes exist.
-        where: [...], which examples count.
+        steps: maximum number of evaluations of slope and curvature, each of them a pass over the logits; about 5 to 10 are usually enough.
+        weights: [...], w ≥ 0; None gives each example the weight 1.
+        batch_axis_name: mesh axis over which the examples are sharded, inside `jax.shard_map`; all devices then find the same temperature.
+        axis: class axis of `logits`.
+        axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
+        class_mask: [classes] or [..., classes], True for classes that exist.
+        where: [...], True for examples that count.
 
     Returns:
-        [], float32 (float64 for float64 logits); NaN for a bad label, a NaN logit, or a label of probability 0.
+        [], float32, or float64 if `logits` are float64; NaN for an out-of-range label, a NaN logit, or a label of probability 0.
 
     Raises:
-        TypeError: a dtype that does not fit; labels that are distributions.
-        ValueError: a shape that does not fit, `steps` below 1.
+        TypeError: an argument has the wrong dtype, or `labels` are soft labels.
+        ValueError: an argument has the wrong shape, or `steps` is below 1.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
         >>> logits, labels = jnp.array([[4.0, 0.0]] * 4), jnp.array([0, 0, 0, 1])
-        >>> float(xentjax.metrics.fit_temperature(logits, labels))  # 4/log 3: three of four are right
+        >>> float(xentjax.metrics.fit_temperature(logits, labels))  # 4/log 3, because three of four labels have the larger logit
         3.64095...
 
     Reference:
         Guo et al., On Calibration of Modern Neural Networks, 2017, arXiv 1706.04599.
     """
     name = "fit_temperature"
-    batch = _counts.indexed(name, logits, labels, axis, axis_name, class_mask, where)
-    assert batch.labels is not None
-    w, _ = _counts.per_example(name, weights, batch.where, batch.labels.shape, "the shape of logits without its class axis")
+    batch, w = _counts.indexed_and_weighted(name, logits, labels, axis, axis_name, class_mask, where, weights)
     return _fit(*lax.stop_gradient((batch, w)), checks.count(name, "steps", steps), batch_axis_name)
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "batch_axis_name"))
-def _fit(batch, weights, steps, batch_axis_name):
+def _fit(batch: rows.Examples, weights: Array | None, steps: int, batch_axis_name: str | tuple[str, ...] | None) -> Array:
     x, exists, own, amount, invalid, class_sum = _prepare(rows.of(batch), weights)
 
-    def over_examples(values):
+    def over_examples(values: Array) -> Array:
+        """The weighted mean over all examples of all devices."""
         sums = WeightedSum(jnp.sum(amount * values), jnp.sum(amount))
         return (sums if batch_axis_name is None else sums.psum(batch_axis_name)).mean()
 
-    def slope_and_curvature(beta):
+    def slope_and_curvature(beta: Array) -> tuple[Array, Array]:
         e = jnp.where(exists, jnp.exp(beta * x), 0)
-        near = jnp.where(e > 0, x, 0)  # what has no weight may be too far to be squared
+        near = jnp.where(e > 0, x, 0)  # if the probability is 0, the square of x may overflow
         total = class_sum(e)
         mean = class_sum(e * near) / total
         return over_examples(mean - own), over_examples(class_sum(e * (near - mean[..., None]) ** 2) / total)
@@ -92,8 +93,12 @@ def _fit(batch, weights, steps, batch_axis_name):
     return _counts.figure(1 / beta, invalid)
 
 
-def _prepare(r, weights):
-    """Logits minus the largest of their row, which classes are possible, the label's, and what each example counts; 0 where it does not."""
+def _prepare(r: rows.Rows, weights: Array | None) -> tuple[Array, Array, Array, Array, Array, Callable[[Array], Array]]:
+    """What the search needs, all of it independent of the temperature.
+
+    Logits minus the largest of their row; which classes are possible; the logit of the label, minus the same; how much each example counts,
+    0 if it does not; the number of invalid examples; and the function that sums over all classes.
+    """
     z, label, top = rows.finite_values(r), rows.on_label(r), rows.largest(r)
     exists = ~numerics.is_infinite(-z) if r.class_mask is None else r.class_mask & ~numerics.is_infinite(-z)
     possible = rows.class_sum(r, (label & exists).astype(jnp.int32)) == 1
@@ -105,28 +110,28 @@ def _prepare(r, weights):
     return x, exists, own, amount.astype(z.dtype), invalid, functools.partial(rows.class_sum, r)
 
 
-def _root(slope_and_curvature, steps, dtype):
-    """β in [1/HIGHEST, HIGHEST] at which the slope, which grows with β, is 0; the bound if it is 0 nowhere inside."""
+def _root(slope_and_curvature: Callable[[Array], tuple[Array, Array]], steps: int, dtype: jax.typing.DTypeLike) -> Array:
+    """The β in [1/HIGHEST, HIGHEST] at which the slope is 0. The slope grows with β. If it has no root inside, β is the nearer bound."""
     least, most = jnp.asarray(1 / HIGHEST, dtype), jnp.asarray(HIGHEST, dtype)
     rising, falling = slope_and_curvature(least)[0] >= 0, slope_and_curvature(most)[0] <= 0
     outside = rising | falling
     start = jnp.where(falling, most, jnp.where(rising, least, jnp.ones_like(least)))
 
-    def unfinished(state):
+    def unfinished(state: tuple) -> Array:
         i, _, _, beta, step = state
-        return (i < steps) & (jnp.abs(step) > jnp.finfo(beta.dtype).eps ** 0.75 * beta)  # the next step would be that squared
+        return (i < steps) & (jnp.abs(step) > jnp.finfo(beta.dtype).eps ** 0.75 * beta)  # the next step would be about its square
 
-    def body(state):
+    def body(state: tuple) -> tuple:
         i, low, high, beta, step = state
         slope, curvature = slope_and_curvature(beta)
         low, high = jnp.where(slope < 0, beta, low), jnp.where(slope < 0, high, beta)
         newton = -slope / jnp.where(curvature > 0, curvature, 1)
         inside = (curvature > 0) & (beta + newton >= low) & (beta + newton <= high)
-        # a small step is a good one even if rounding keeps it from halving
+        # a very small step is accepted even if rounding errors keep it from being half as long as the one before
         trusted = inside & (jnp.abs(newton) <= jnp.maximum(jnp.abs(step) / 2, jnp.finfo(beta.dtype).eps ** 0.5 * beta))
         following = jnp.where(trusted, beta + newton, jnp.sqrt(low) * jnp.sqrt(high))
         return i + 1, low, high, following, following - beta
 
-    # selects between equal numbers, so that inside shard_map these vary over devices as far as the slope does
+    # These select between equal numbers. They make the bounds vary over the same mesh axes as the slope, inside `shard_map`.
     low, high = jnp.where(outside, least, least), jnp.where(outside, most, most)
     return lax.while_loop(unfinished, body, (0, low, high, start, jnp.where(outside, jnp.zeros_like(most), most)))[3]
