@@ -1,4 +1,4 @@
-"""Losses of a linear layer by chunks: accuracy, dtypes and the ends of the range; `test_linear_dense.py` has every derivative."""
+"""Losses of a linear layer in chunks: accuracy, dtypes and extreme inputs. `test_linear_dense.py` tests all derivatives."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ FIRST, SECOND = 2e-5, 2e-4  # float32 sums over 97 examples and 131 classes, rel
 
 
 def problem(rng, leading=(97,), features=11, classes=131, dtype=jnp.float32):
-    """Hidden, kernel, bias, weights per example, a temperature; labels and which of them count."""
+    """(hidden, kernel, bias, weights per example, temperature), labels, and which examples count."""
 
     def draw(*shape):
         return jnp.asarray(rng.normal(size=shape), dtype)
@@ -25,7 +25,7 @@ def problem(rng, leading=(97,), features=11, classes=131, dtype=jnp.float32):
 
 
 def exact_loss(z, labels):
-    """−log softmax at the label, by the definition; autodiff of it in float64 is the reference."""
+    """−log softmax at the label, by definition. Its automatic derivative in float64 is the reference."""
     return jax.nn.logsumexp(z, -1) - jnp.take_along_axis(z, jnp.maximum(labels, 0)[..., None], -1)[..., 0]
 
 
@@ -65,7 +65,7 @@ def test_half_precision_is_no_worse_than_dense(rng, reduction, dtype):
     labels = jnp.maximum(labels, 0)
     ct = jnp.asarray(rng.normal(size=61), jnp.float32) if reduction == "none" else jnp.ones(())
 
-    def naive(h, k):  # what one writes without the library: logits of half precision in memory
+    def naive(h, k):  # the usual code without the library: half-precision logits in memory
         each = exact_loss((h @ k).astype(jnp.float32), labels)
         return jnp.sum(ct * (each if reduction == "none" else each.mean()))
 
@@ -88,7 +88,7 @@ def test_half_precision_is_no_worse_than_dense(rng, reduction, dtype):
 
 
 def test_the_kernel_s_gradient_adds_up_in_float32():
-    # 2,048 equal contributions, one a chunk: a sum in bfloat16 stops growing at 256
+    # 2,048 equal contributions, one per chunk: a sum in bfloat16 stops growing at 256
     hidden, kernel, labels = jnp.ones((2048, 1), jnp.bfloat16), jnp.zeros((1, 2), jnp.bfloat16), jnp.zeros(2048, jnp.int32)
     for reduction in ("sum", "none"):
 
@@ -114,8 +114,8 @@ def test_gradients_of_closed_over_arrays_are_added_in_float32(per_class):
     np.testing.assert_array_equal(slope.astype(jnp.float32), [2048, 0] if per_class else 2048)
 
 
-def test_float16_gradients_are_made_before_the_division():
-    # 1/65,536 of a probability of 1e-3 is below the smallest float16: with a loss scale the mean's gradient must survive
+def test_float16_gradients_are_computed_before_the_division():
+    # A probability of 1e-3 divided by 65,536 is below the smallest float16. With a loss scale, the gradient of the mean must not be 0.
     n, classes = 65_536, 512
     hidden, kernel, labels = jnp.ones((n, 1), jnp.float16), jnp.zeros((1, classes), jnp.float16), jnp.zeros(n, jnp.int32)
     slope = jax.grad(lambda k: 1024 * xentjax.linear_softmax_cross_entropy(hidden, k, labels, chunk_size=8192))(kernel)

@@ -1,4 +1,4 @@
-"""A fused loss made anew in a loop is compiled once for each function and its settings, and keeps no function alive."""
+"""`fuse_linear` in a loop compiles once for each function and its settings, and keeps no function alive."""
 
 import functools
 import gc
@@ -52,7 +52,7 @@ def test_one_compilation(fuse, made):
     assert compilations(step) == 0
 
 
-def test_one_for_each_setting():
+def test_one_program_for_each_setting():
     def value(loss_fn, **options):
         return float(jnp.sum(xentjax.fuse_linear(loss_fn, **options)(HIDDEN, KERNEL, LABELS)))
 
@@ -62,13 +62,13 @@ def test_one_for_each_setting():
 
     focal = functools.partial(functools.partial, xentjax.softmax_focal_loss)
     for gamma in (1, 2, 1.5, 1, True, "1.5"):
-        if isinstance(gamma, str):  # an error, not the program of another setting
+        if isinstance(gamma, str):  # must raise, and not use the program of another setting
             with pytest.raises((TypeError, ValueError), match="gamma"):
                 value(focal(gamma=gamma))
         else:
             np.testing.assert_allclose(value(focal(gamma=gamma)), exact(gamma), rtol=1e-6)
     np.testing.assert_allclose(value(focal(gamma=2), reduction="sum"), 2 * exact(2), rtol=1e-6)
-    np.testing.assert_allclose(value(focal(gamma=jnp.float32(2))), exact(2), rtol=1e-6)  # no number: compiled anew
+    np.testing.assert_allclose(value(focal(gamma=jnp.float32(2))), exact(2), rtol=1e-6)  # an array, not a number: compiled again
     np.testing.assert_allclose(value(focal(gamma=2), has_aux=False, chunk_size=1), exact(2), rtol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Losses of a linear layer by chunks equal those of the logits: values and derivatives of every order, for every reduction."""
+"""Losses of a linear layer in chunks equal losses on logits, in value and in derivatives of every order, for every reduction."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def dense(reduction, labels, where):
 
 
 def fused(reduction, labels, where, chunk_size, classes_first=False):
-    """Masked rows are NaN on the way in, the temperature is closed over."""
+    """The fused loss of hidden states that are NaN where masked. The loss function closes over the temperature."""
 
     def value(hidden, kernel, bias, weights, temperature):
         run = xentjax.fuse_linear(

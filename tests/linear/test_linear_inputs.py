@@ -1,4 +1,4 @@
-"""What a fused loss differentiates and accepts: arguments, closures, aux, transformations, errors."""
+"""Inputs of fused losses: arguments, closures, aux, transformations, errors."""
 
 import re
 
@@ -16,7 +16,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 def distillation(run):
-    """Σ over a teacher's distribution: floating labels, class weights and a teacher's kernel that the loss closes over."""
+    """Cross-entropy to a teacher. The loss closes over class weights, the kernel of the teacher and a temperature."""
 
     def value(hidden, kernel, teacher_hidden, teacher_kernel, class_weights, log_temperature):
         def loss(z, teacher):
@@ -186,7 +186,7 @@ def test_third_derivatives(rng, reduction, x64):
     close(got, expected, 1e-10)
 
 
-def test_no_nan_on_the_way(rng):
+def test_no_intermediate_nan(rng):
     (hidden, kernel, *_), labels, where = problem(rng, (11,))
     kernel = kernel.at[:, 3].set(0)
     jax.config.update("jax_debug_nans", True)

@@ -1,4 +1,4 @@
-"""What the compiled program of a fused loss holds and does: no logits of all examples, no product too many, no copy of the kernel."""
+"""Compiled programs of fused losses hold no logits of all examples, no unnecessary product and no copy of the kernel."""
 
 import math
 import re
@@ -19,7 +19,7 @@ H, K, Y = jax.ShapeDtypeStruct((N, D), jnp.float32), jax.ShapeDtypeStruct((D, V)
 def loss(reduction, chunk_size=CHUNK, classes_first=False):
     def value(h, k, y):
         more = {"reduction": reduction, "chunk_size": chunk_size, "classes_first": classes_first}
-        return jnp.sum(jnp.sin(xentjax.linear_softmax_cross_entropy(h, k, y, **more)))  # cotangents that differ
+        return jnp.sum(jnp.sin(xentjax.linear_softmax_cross_entropy(h, k, y, **more)))  # so that the cotangents differ
 
     return value
 
@@ -53,7 +53,7 @@ def derivatives(value):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("name", ["value", "gradient", "jvp", "hvp", "hvp in reverse"])
 def test_no_array_of_examples_times_classes(reduction, name):
-    # two chunks of logits may stand side by side in one array, an eighth of all logits; seen to fail without jax.checkpoint
+    # One array may hold the logits of two chunks, an eighth of all logits. Without jax.checkpoint this test was seen to fail.
     size = largest(text(derivatives(loss(reduction))[name], H, K, Y))
     assert size <= max(2 * CHUNK * V, N * D), size
 
@@ -82,7 +82,7 @@ def products(function, *arguments):
     ("argnums", "expected"), [(None, 1), ((0,), 2), ((1,), 2), ((0, 1), 3), ((3,), 1), ((2,), 2)], ids="value H K HK weights bias".split()
 )
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_what_nobody_differentiates_costs_nothing(reduction, argnums, expected):
+def test_undifferentiated_inputs_cost_nothing(reduction, argnums, expected):
     run = xentjax.fuse_linear(xentjax.softmax_cross_entropy, reduction=reduction, chunk_size=N)
 
     def value(h, k, b, w, y):
@@ -90,11 +90,11 @@ def test_what_nobody_differentiates_costs_nothing(reduction, argnums, expected):
 
     function = value if argnums is None else jax.value_and_grad(value, argnums)
     arguments = H, K, jax.ShapeDtypeStruct((V,), jnp.float32), jax.ShapeDtypeStruct((N,), jnp.float32), Y
-    # the gradient of a bias needs that of the logits, but no product beside theirs
+    # the gradient of a bias needs the gradient of the logits, but no product other than the logits
     assert products(function, *arguments) == (1 if argnums == (2,) else expected)
 
 
-def test_flops_of_the_hidden_gradient_are_those_of_two_products():
+def test_the_gradient_of_hidden_takes_the_flops_of_two_products():
     def flops(function):
         analysis = jax.jit(function).lower(H, K, Y).compile().cost_analysis()
         assert analysis is not None
@@ -103,12 +103,13 @@ def test_flops_of_the_hidden_gradient_are_those_of_two_products():
     run = loss("mean", chunk_size=N)
     product = 2 * N * D * V
     both, hidden, value = flops(jax.grad(run, (0, 1))), flops(jax.grad(run)), flops(run)
-    np.testing.assert_allclose([both - hidden, hidden - value], product, rtol=0.5)  # what the loss itself does differs as well
+    np.testing.assert_allclose([both - hidden, hidden - value], product, rtol=0.5)  # the loss itself also takes different numbers of flops
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_products_of_a_gradient(reduction):
-    # 3 products, and 4 for values per example, in chunks of two sizes; of the first XLA keeps the logits rather than make them again
+def test_number_of_products_of_a_gradient(reduction):
+    # 3 products, or 4 for values per example, in each of two sizes of chunks. XLA keeps the logits of the first chunk instead of computing
+    # them again.
     count = products(jax.grad(loss(reduction), (0, 1)), H, K, Y)
     assert count == {"mean": 6, "none": 7}[reduction]
 
@@ -128,7 +129,7 @@ def test_the_kernel_is_neither_transposed_nor_copied(classes_first, derive):
     shape = (V, D) if classes_first else (D, V)
     program = text(derive(loss("mean", classes_first=classes_first)), H, jax.ShapeDtypeStruct(shape, jnp.float32), Y)
     assert not re.findall(rf"= f32\[(?:{D},{V}|{V},{D})\]\S* transpose\(", program)
-    # an accumulator may be copied into the loop, the argument not
+    # an accumulator may be copied into the loop, but not the argument
     assert not re.findall(rf"= f32\[{shape[0]},{shape[1]}\]\S* copy\([^)]*parameter", program)
     assert not re.findall(rf"= f32\[(?:{D},{V + 1}|\d+,{V},{D}|\d+,{D},{V})\]", program)  # nor padded, nor stacked
 

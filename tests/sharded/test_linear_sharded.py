@@ -1,4 +1,4 @@
-"""fuse_linear_sharded: the value and slopes of the definition, whatever is given and whatever is read off the arguments."""
+"""fuse_linear_sharded: values and gradients equal the definition, whether the split is given or read from the arguments."""
 
 import contextlib
 import functools
@@ -25,10 +25,10 @@ def mesh(request):
 
 @pytest.fixture
 def arrays(mesh, rng):
-    """On the mesh and not split: hidden, kernel, labels and which tokens count; the others hold NaN and labels of no class."""
+    """Hidden, kernel, labels and which tokens count, on the mesh but not split. Other tokens hold NaN and labels of no class."""
     hidden, kernel = rng.normal(size=(BATCH, LENGTH, FEATURES)), rng.normal(size=(FEATURES, CLASSES))
     where = rng.uniform(size=(BATCH, LENGTH)) < 0.7
-    where[0] = False  # nothing counts on a part of the devices
+    where[0] = False  # on some devices no token counts
     labels = np.where(where, rng.integers(0, CLASSES, where.shape), -100)
     hidden[~where] = np.nan
     made = np.float32(hidden), np.float32(kernel), np.int32(labels), where
@@ -64,7 +64,7 @@ def slopes(fused, arrays, **more):
 
 
 @pytest.mark.parametrize("tokens", [P("data"), P(None, "data"), P(("data", "model")), P()], ids=str)
-def test_split_as_said(mesh, arrays, tokens):
+def test_split_as_the_options_say(mesh, arrays, tokens):
     named = {"mesh": mesh, "tokens": tokens, "axis_name": () if "model" in str(tokens) else "model"}
     _, *expected = definition(*arrays)
     arrays = (jnp.tile(arrays[0], (2, 1, 1)), arrays[1], *(jnp.tile(x, (2, 1)) for x in arrays[2:]))  # 8 sequences for 8 devices
@@ -80,7 +80,7 @@ def test_split_as_the_arguments_are(mesh, arrays):
     fused = xentjax.fuse_linear_sharded(xentjax.softmax_cross_entropy)
     _, mean, of_hidden, of_kernel = definition(*arrays)
     close(fused(hidden, kernel, labels, where=where), mean)
-    close(fused(hidden, np.asarray(arrays[1]), labels, where=where), mean)  # a kernel of NumPy is on no mesh, and not split
+    close(fused(hidden, np.asarray(arrays[1]), labels, where=where), mean)  # a NumPy kernel is on no mesh, so it is not split
     run = (
         fused
         if mesh.axis_types[0] == AxisType.Explicit
@@ -91,7 +91,7 @@ def test_split_as_the_arguments_are(mesh, arrays):
     assert found[0].sharding.is_equivalent_to(hidden.sharding, 3) and found[1].sharding.is_equivalent_to(kernel.sharding, 2)
 
 
-def test_the_mesh_in_use(mesh, arrays):
+def test_the_mesh_of_set_mesh(mesh, arrays):
     hidden, kernel, labels, where = map(np.asarray, arrays)
     fused = xentjax.fuse_linear_sharded(xentjax.softmax_cross_entropy, tokens=P("data"), axis_name="model")
     with jax.set_mesh(mesh):
@@ -142,7 +142,7 @@ def test_reductions_weights_and_bias(mesh, arrays, rng, reduction, classes_first
     close(of_bias[3], np.asarray((shifted[0] - shifted[1]) / (2 * step) * scale), 1e-5)
 
 
-def test_values_per_token_come_back_split_as_the_tokens_are(mesh, arrays):
+def test_values_per_token_are_split_as_the_tokens_are(mesh, arrays):
     hidden, kernel, labels, where = arrays
     fused = xentjax.fuse_linear_sharded(
         lambda z, y, *, axis_name: (xentjax.softmax_cross_entropy(z, y, axis_name=axis_name), y),
@@ -158,7 +158,7 @@ def test_values_per_token_come_back_split_as_the_tokens_are(mesh, arrays):
     assert losses.sharding.is_equivalent_to(NamedSharding(mesh, P("data")), 2)
 
 
-def test_what_there_is_per_class_is_split_and_differentiated(mesh, arrays, rng):
+def test_arrays_per_class_are_split_and_differentiated(mesh, arrays, rng):
     hidden, kernel, labels, where = arrays
     parameters = put(mesh, (np.float32(rng.normal(size=CLASSES)), P()), (np.float32(1.7), P()))
 
@@ -198,7 +198,7 @@ def test_under_vmap(mesh, arrays):
 
 
 def test_parts_of_the_batch_and_steps_of_accumulation_make_one_batch(mesh, arrays):
-    """Three steps, two parts each, as uneven as can be: sums and weights apart, added over devices and steps, divided once."""
+    """Three steps with two very uneven parts each. Sums and weights are added over devices and steps separately, and divided once."""
     hidden, kernel, labels, where = arrays
     where = where.at[1, 4:].set(False)
     _, mean, _, of_kernel = definition(hidden, kernel, labels, where)
@@ -248,7 +248,7 @@ def test_the_main_loss_inside_shard_map(mesh, arrays):
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_hidden_gathered_over_the_axis_that_splits_classes(mesh, arrays, reduction):
-    # As with sequence parallelism before the head: to JAX the gathered array may differ between devices, and its gradient is scattered.
+    # As in sequence parallelism before the head. For JAX, the gathered array may differ between devices, so its gradient is scattered.
     _, kernel, _, where = arrays
     specs = P("data", "model"), P(None, "model"), P("data"), P("data")
 
@@ -320,12 +320,12 @@ def call(h=H, k=K, y=Y, *, loss=xentjax.softmax_cross_entropy, jit=False, **more
         ({"y": Y[:, :3]}, ValueError, r"args\[0\] must have shape"),
     ],
 )
-def test_wrong_use_says_what_to_do(more, error, message):
+def test_errors_say_what_to_do(more, error, message):
     with pytest.raises(error, match=f"fuse_linear_sharded: .*{message}"):
         call(**more)
 
 
-def test_inside_shard_map_it_says_what_to_use():
+def test_the_error_inside_shard_map_names_fuse_linear():
     inner = functools.partial(call, tokens=P("data"))
     with pytest.raises(ValueError, match=r"must be called outside jax\.shard_map; .* Use fuse_linear there"):
         jax.shard_map(inner, mesh=MESH, in_specs=(P("data"), P(None, "model"), P("data")), out_specs=P())(H, K, Y)

@@ -17,7 +17,8 @@ logits of each chunk again, which makes four matrix products.
 Dtypes: Products take the dtype of `hidden` and accumulate in float32 (float64 for float64). G is cast to the dtype of `hidden` before its
 two products. Gradients of inputs that all chunks share are added up in float32 and cast once, to the dtype of their input.
 
-Devices: See `xentjax._linear.devices`. The sweep over chunks itself neither knows a mesh nor communicates.
+Devices: See `xentjax._linear.devices`, which prepares the inputs before the sweep over chunks. Inside the sweep, devices exchange only the
+numbers that the loss itself sums over devices.
 
 Memory, in addition to inputs and results: the float32 logits of one chunk, which their gradient overwrites; G in the dtype of `hidden`, if
 that is not float32; and the accumulators. The first chunk initializes the accumulators, so nothing is filled with zeros.
@@ -49,7 +50,7 @@ def total(loss_fn: LossFn, batch: Batch[Array], layer: Layer[Array], layout: Lay
     aux is what `loss_fn(logits, *args)` returns in addition to the losses. It is not differentiated.
     """
     batch = _vary_as_losses(loss_fn, batch, layer, layout, classes_first)
-    pairs = [_make_closure_explicit(loss_fn, chunk, layer, classes_first) for chunk in _one_of_each_size(batch, layout)]
+    pairs = [_closure_as_argument(loss_fn, chunk, layer, classes_first) for chunk in _one_of_each_size(batch, layout)]
     loss_fns, closed_over = zip(*pairs, strict=True)
 
     def sweep(inputs: Inputs[Array], wanted: Inputs[bool]) -> _Swept:
@@ -159,7 +160,7 @@ def _add_chunk(
     classes = 0 if classes_first else 1
     chunk = masked(chunk)
 
-    # Z, the losses, and G. `wanted.closed_over` holds the flags of this size of chunk only.
+    # Z, the losses, and G. `wanted.closed_over` has one entry here: the flags for this size of chunk.
     values = _logits(chunk, layer, classes_first), chunk.args, closed_over
     flags = wanted.batch.hidden or any(jax.tree.leaves(wanted.layer)), wanted.batch.args, wanted.closed_over[0]
     loss, aux, (logits_bar, args_bar, closed_over_bar) = _losses_and_gradients(loss_fn, chunk.weights, values, flags)
@@ -195,7 +196,7 @@ def _add_chunk(
 
 
 def _losses_and_gradients(loss_fn: _ExplicitLossFn, weights: Array, values: PyTree, wanted: PyTree) -> tuple[Array, PyTree, PyTree]:
-    """`loss_fn(*values)`, that is losses and aux; and the gradients of Σ w·loss, None where the flag of a value in `wanted` is False."""
+    """The losses and aux of `loss_fn(*values)`, and the gradient of Σ w·loss for each value; None if its flag in `wanted` is False."""
     leaves, structure = jax.tree.flatten(values)
     flags = jax.tree.leaves(wanted)
 
@@ -221,10 +222,10 @@ def _vary_as_losses(loss_fn: LossFn, batch: Batch[Array], layer: Layer[Array], l
     return devices.vary_as_losses(batch, layer, lambda: _trace(loss_fn, _one_of_each_size(batch, layout)[0], layer, classes_first)[0])
 
 
-def _make_closure_explicit(
+def _closure_as_argument(
     loss_fn: LossFn, chunk: Batch[Array], layer: Layer[Array], classes_first: bool
 ) -> tuple[_ExplicitLossFn, tuple[Array, ...]]:
-    """`loss_fn` as a function of the arrays that it closes over as well, and those arrays."""
+    """`loss_fn` as a function that also takes the arrays it closes over, and these arrays."""
     closed, shapes = _trace(loss_fn, chunk, layer, classes_first)
     devices.check_collectives(closed)
     # The derivative rule keeps this function after the trace. So the function holds the program only, not the arrays, which may be tracers.
@@ -251,7 +252,7 @@ def _ready_for_products(inputs: Inputs[Array]) -> Inputs[Array]:
 
 
 def _keep_derivative_rules(function: _F) -> _F:
-    """`function`, whose derivative again uses the derivative rules of the losses.
+    """`function`, in which JAX keeps the derivative rules of the losses.
 
     When JAX 0.10 splits a derivative into a known part and a linear part, it drops every `custom_jvp` inside a `lax.scan` of the known
     part, even if that part is differentiated later. It keeps them if the scan is inside a `custom_jvp` itself.
@@ -287,7 +288,7 @@ def _one_of_each_size(batch: Batch[Array], layout: Layout) -> tuple[Batch[Array]
 
 
 def _join(first: PyTree, others: PyTree, layout: Layout) -> PyTree:
-    """Results [*leading, ...] of all examples: those of the first chunk, and those of the others (None if there are none)."""
+    """The results [*leading, ...] of all examples, from the results of the first chunk and of the others (None if there are none)."""
     return jax.tree.map(lambda *parts: layout.join(*parts), *((first,) if others is None else (first, others)))
 
 

@@ -2,8 +2,8 @@
 
 Inside `jax.shard_map`, several devices may compute one loss together: each holds a part of its classes. JAX types each value by the mesh
 axes over which it may vary. When a value meets another that varies over more axes, JAX makes it vary over those axes too. The transpose of
-this step is a sum over devices. If it happened inside the loop over chunks, devices would communicate in every chunk. So values are made to
-vary before the loop:
+this step is a sum over devices. If it happened inside the loop over chunks, devices would sum a gradient in every chunk. So values are made
+to vary before the loop:
 
 1. `vary_as_losses`: `where`, `weights` and the arguments of the loss, before the derivative rule;
 2. `vary_alike`: the operands of the matrix products, at the start of the rule;
@@ -28,7 +28,7 @@ Ts = TypeVarTuple("Ts")  # arrays or None
 
 
 def vary_as_losses(batch: Batch[Array], layer: Layer[Array], trace: Callable[[], ClosedJaxpr]) -> Batch[Array]:
-    """The batch, all of whose arrays but `hidden` may vary over the mesh axes over which the losses vary.
+    """The batch, in which all arrays except `hidden` vary at least over the mesh axes over which the losses vary.
 
     `trace` returns the program of the losses of one chunk. It is called only if `hidden` or the layer varies.
     """

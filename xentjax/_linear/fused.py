@@ -52,7 +52,7 @@ def fuse_linear(
     has_aux: bool = False,
     classes_first: bool = False,
 ) -> Callable:
-    """A function of (hidden, kernel, *args) that computes `loss_fn` in chunks, [] or [...].
+    """Turn a loss on logits into a loss on (hidden, kernel), computed in chunks; [] or [...].
 
     `fused_loss(hidden, kernel, *args, bias=None, where=None, weights=None)` = Σ w·loss / Σ w [] ("mean"), Σ w·loss [] ("sum") or
     w·loss [...] ("none"), with loss = `loss_fn(hidden @ kernel + bias, *args)`. The values are those of the dense computation, but only the

@@ -1,7 +1,7 @@
 """How the examples of a batch are cut into chunks and joined again.
 
 Chunks have two sizes. The first chunk takes the remainder and initializes every accumulator. A loop takes the other chunks, which have
-equal sizes. So nothing has to be padded.
+equal sizes. Only symbolic numbers of examples need padding.
 """
 
 import dataclasses
