@@ -20,14 +20,14 @@ T = TypeVar("T")
 def checked(function: Callable[P, T]) -> Callable[P, T]:
     """`function` with value checks: out-of-range labels, NaN logits, negative probabilities or weights.
 
-    `function` is a loss, or any function that calls losses, jitted or not: a training step, its gradient. The wrapped function returns the
-    same results [...]. If a check fails, it raises after the call. The error names the loss, the argument, the first offending position and
-    its value. Examples outside `where` are not checked.
+    `function` is a loss, or any function that calls losses, for example a training step or its gradient. It may be jitted or not. The
+    wrapped function returns the same results. If a check fails, the wrapped function raises after the call. The error names the loss, the
+    argument, the first offending position and its value. Examples outside `where` are not checked.
 
     - NaN: a NaN in a result always raises, even if `function` only passes it on. This also covers loops (`jax.lax.scan`, `jax.lax.map`)
       that are differentiated from outside. JAX drops value checks from such loops, so a bad label appears only as a NaN in the result.
-    - Infinity: an infinite result does not raise. +∞ is the loss of a label of probability 0, and the value of log(1/0). The arguments that
-      make +∞ a mistake do raise: logits that are +∞ or above 2⁸⁰, infinite `hidden`.
+    - Infinity: an infinite result does not raise. +∞ is the loss of a label of probability 0, and the value of log(1/0). Infinite or huge
+      arguments do raise, because then +∞ is a mistake: logits that are +∞ or above 2⁸⁰, and infinite `hidden`.
     - Speed: write `checked(jax.jit(step))`. A function that is not jitted is traced and compiled again at every call.
     - Positions refer to the array that the loss receives. Under `vmap`, `scan` or `shard_map`, this is a slice of the whole array.
     - Integers beyond int32 are reported as the largest or the smallest int32.
@@ -39,8 +39,8 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
         A function with the arguments and results of `function`.
 
     Raises:
-        TypeError: when called with a model of `flax.nnx`, or around `flax.nnx.jit`, because tracing would break the model. Split the model
-            and wrap `jax.jit` of a function of its state.
+        TypeError: when called with a model of `flax.nnx`, or if `function` comes from `flax.nnx.jit`, because tracing would break the
+            model. Split the model, and wrap a jitted function of the model's state.
         ValueError: when called, if a check fails or a result is NaN; if a function that is not from this library gets a 64-bit integer
             that JAX would truncate; or if the wrapped function is itself traced, as in `jax.jit(checked(step))`. An error can only be
             raised outside a trace, so write `checked(jax.jit(step))`.

@@ -11,8 +11,8 @@ All losses share these conventions:
 - `chunk_size`: maximum number of queries whose similarities to all keys exist at a time. None means all queries if their similarities
   take at most 32 MiB, and otherwise the chunk size that `plan_linear` chooses.
 - `axis_name`: mesh axis over which the batch is sharded, inside `jax.shard_map`. Each device computes the losses of its own examples, with
-  the examples of all devices as negatives. Devices exchange embeddings, but never similarities. The sum over devices (`lax.psum`) has the
-  derivatives of the loss of the whole batch.
+  the examples of all devices as negatives. Devices exchange embeddings, but never similarities. The sum of the losses over devices
+  (`lax.psum`) has the same derivatives as the sum of the losses of the whole batch.
 - `where` [batch]: True for examples that count. The others are neither positives nor negatives. They have loss exactly 0 and gradient
   exactly 0, whatever they contain.
 - Raises: TypeError if an argument has the wrong dtype; ValueError if an argument has the wrong shape or a Python number is out of range.

@@ -1,7 +1,7 @@
 """Checks of arguments that several public functions share: dtypes, shapes, axes, and Python numbers out of range.
 
-All of them can be checked while tracing. A check converts its argument to an array and returns it, or raises a TypeError or ValueError. The
-message names the function, the argument, what is expected, what the caller passed, and a remedy.
+All these properties can be checked while tracing. A check converts its argument to an array and returns it, or raises a TypeError or
+ValueError. The message names the function, the argument, what is expected, what the caller passed, and a remedy.
 
 Other checks are elsewhere. `mesh` has the checks of mesh axes. `values` has the checks of values, which run only inside `xentjax.checked`.
 A check that only one function or one family of functions needs is in the file of that function or family.

@@ -1,4 +1,4 @@
-"""Differences of numbers, exponentials and sigmoids that do not cancel, and values that take their derivatives from another formula."""
+"""Differences of numbers, exponentials and sigmoids, computed without cancellation, and values with the derivatives of another formula."""
 
 import math
 
@@ -20,7 +20,7 @@ def exact_difference(x: Array, y: Array) -> tuple[Array, Array]:
 def with_slope_of(value: Array, formula: Array) -> Array:
     """`value`, with the derivatives of `formula`, which computes the same number but loses digits.
 
-    JAX may differentiate this code instead of the rule: `lax.scan` drops rules in computations that a second derivative goes through.
+    JAX may differentiate this code instead of the rule: `lax.scan` drops the rules of computations that are differentiated twice.
     So the code adds a zero that has the derivative of `formula`, except where `formula` is not finite.
     """
     finite = numerics.where(jnp.isfinite(formula), formula, 0)

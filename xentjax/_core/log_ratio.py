@@ -6,7 +6,7 @@ both surprises, which may be larger than the result. The log-ratio is instead co
     δ_k = (z_k − y_k) − (lse(z) − lse(y))    from exact differences of logits; mainly the constant lse(z) − lse(y) has a rounding error
     d_k = δ_k − L                            L corrects that constant
 
-L follows from Σ q·e^d = Σ p = 1: it is L = log Σ q·e^δ = log1p(Σ q·(e^δ − 1)). The terms of this sum have the size of the log-ratios.
+L follows from Σ q·e^d = Σ p = 1: L = log Σ q·e^δ = log1p(Σ q·(e^δ − 1)). The terms of this sum have the size of the log-ratios.
 """
 
 from typing import NamedTuple

@@ -3,8 +3,8 @@
 Inside `jax.shard_map`, the type of a value lists the mesh axes over which the value may vary. On a mesh with explicit axes, the type of an
 array also tells how the array is split.
 
-An operation on two values first makes both vary over the axes of either. The transpose of this step is a sum over devices. So the place of
-the step decides how often a gradient is summed over devices, and at which size.
+An operation on two values first makes both vary over every axis over which either of them varies. The transpose of this step is a sum over
+devices. So the place of the step decides how often a gradient is summed over devices, and how large the summed array is.
 
 Functions whose names begin with `check_` raise a ValueError if arguments are distributed in a way that would give wrong results.
 """

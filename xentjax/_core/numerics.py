@@ -307,7 +307,7 @@ def _bits(x: Array) -> Array:
 
 
 # JAX cannot differentiate a function of the bits of x. A `custom_jvp` rule would give it a derivative, but JAX may drop the rule:
-# `lax.scan` drops rules from computations that a second derivative goes through. So the function is a primitive, whose derivative is always
+# `lax.scan` drops the rules of computations that are differentiated twice. So the function is a primitive, whose derivative is always
 # used.
 # `value` works on the bits. `tangent` maps the tangent of x to the tangent of the result, in operations that JAX can differentiate.
 

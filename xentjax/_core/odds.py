@@ -1,6 +1,6 @@
 """Losses that are functions φ of the log-odds a = log(p/(1 − p)) of the label.
 
-With log-odds, −log p = softplus(−a) and 1 − p = σ(−a). A class index y costs φ(a_y), and soft labels t cost Σ_k t_k φ(a_k).
+With log-odds, −log p = softplus(−a) and 1 − p = σ(−a). The loss of a class index y is φ(a_y). The loss of soft labels t is Σ_k t_k φ(a_k).
 """
 
 import functools
@@ -15,12 +15,12 @@ from xentjax._core import numerics, rows, statistics, surprises
 
 
 def surprise(log_odds: Array) -> Array:
-    """The surprise −log p, in the shape of `log_odds`."""
+    """The surprise −log p, with the shape of `log_odds`."""
     return numerics.softplus(-log_odds)
 
 
 def focal(log_odds: Array, gamma: ArrayLike | None) -> Array:
-    """(1 − p)^γ (−log p), in the shape of `log_odds`; −log p if `gamma` is None.
+    """(1 − p)^γ (−log p), with the shape of `log_odds`; −log p if `gamma` is None.
 
     The power is computed as an exponential, which has derivatives of any order for every γ ≥ 0.
     """

@@ -249,7 +249,7 @@ def in_range(rows: Rows) -> Array:
 
 
 def is_class(rows: Rows, index: Array) -> Array:
-    """Whether a global class index lies in [0, classes), in the shape of `index`; `class_mask` is ignored."""
+    """Whether a global class index lies in [0, classes), with the shape of `index`; `class_mask` is ignored."""
     return local_index(rows, index)[1]
 
 

@@ -23,13 +23,13 @@ p_y − 1 but contains no subtraction. In the rules, the exponentials are differ
 derivative −ℓ̇·e^(−ℓ). So derivatives of any order consist of products only, and no power of a small sum can overflow. The softmax p over
 all classes has a rule of its own: dp_k = p_k·(dz_k − Σ_j p_j dz_j).
 
-Loops. JAX may ignore a rule and differentiate the code of the function: `lax.scan` drops the rules of computations that a second derivative
-goes through. So the code of every function that has a rule also has the correct first derivative.
+Loops. JAX may ignore a rule and differentiate the code of the function: `lax.scan` drops the rules of computations that are differentiated
+twice. So the code of every function that has a rule also has the correct first derivative.
 
 Memory. In float32, the sum and the gradient share one array of exponentials, which becomes the gradient. In half precision, such an array
-would be a float32 copy of the logits. So there the sum reads a copy of the logits that is masked in their own dtype, and the gradient
-recomputes the exponentials from the bits of the logits (`numerics.widen`). Then no two loops share a float32 array. Without a label, the
-array of exponentials also marks the largest classes, by −1. So no loop needs the logits and the maximum to find these classes.
+would be a float32 copy of the logits. So the sum instead reads a masked copy of the logits in their own dtype, and the gradient recomputes
+the exponentials from the bits of the logits (`numerics.widen`). Then no two loops share a float32 array. Without a label, the array of
+exponentials also marks the largest classes, by −1. So no loop needs the logits and the maximum to find these classes.
 """
 
 import functools

@@ -3,8 +3,8 @@
 With m the largest logit and c = lse(z) − m (see `statistics`), −log p_k = (m − z_k) + c. Neither term is negative, so nothing cancels.
 
 Derivatives. ∂(−log p_k)/∂z_j = p_j − [j = k]. This difference cancels only at a class that holds most of the probability. At most one class
-does. It is called the pivot *: the largest class, if p_* > 1/2. With q = 1 − p_* = −expm1(−c), computed from the sum of the exponentials of
-all other classes,
+does. It is called the pivot, with index *. It is the largest class, if p_* > 1/2. With q = 1 − p_* = −expm1(−c), computed from the sum of
+the exponentials of all other classes,
 
     d(−log p_k) = Σ_{j≠*} p_j dz_j + p_* dz_* − dz_k  for k ≠ *        d(−log p_*) = Σ_{j≠*} p_j dz_j − q dz_*
 
@@ -12,9 +12,9 @@ Let v_k be the derivative of a loss with respect to −log p_k, and let s = Σ_k
 s·p_j − v_j at every class j ≠ *, and r·p_* − v_*·q at the pivot. Both terms of each component have a small relative error at any margin.
 
 Speed. The cross-entropy of soft labels has a derivative rule of its own, because the general rule takes twice the time: XLA on CPUs stores
-several arrays for it. The special rule stores one array, which becomes the gradient: e^(z_k − m), and −1 at the largest classes as a mark.
-Its sums are written so that no two loops share an array of the size of the logits. A constant or a number per row counts as such an array
-if it is broadcast to that size (`benchmarks/NOTES.md`).
+several arrays for it. The special rule stores one array, which becomes the gradient. The array holds e^(z_k − m), and −1 as a mark at the
+largest classes. Its sums are written so that no two loops share an array of the size of the logits. A constant or a number per row counts
+as such an array if it is broadcast to that size (`benchmarks/NOTES.md`).
 """
 
 import functools

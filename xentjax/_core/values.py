@@ -1,7 +1,7 @@
 """Checks on the values of arguments. They run only inside `xentjax.checked`, which sets `checking` to True while it traces.
 
-Outside `xentjax.checked`, no function here adds anything to a program. Inside, a violation leaves the compiled program through
-`jax.experimental.checkify`.
+Outside `xentjax.checked`, no function here adds anything to a program. Inside `xentjax.checked`, the compiled program reports a violation
+through `jax.experimental.checkify`.
 
 A public function checks its own arguments under its own name. It calls other public functions through `unchecked`. So a message always
 names the function that the user called, even if JAX has already traced a shared part for another function.

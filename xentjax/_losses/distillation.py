@@ -5,7 +5,8 @@ that are not negative, because Σ p = Σ q = 1:
 
     D(p‖q) = Σ p·g(d),  g(d) = e^(−d) − 1 + d,  computed by a series for small d
 
-So the divergence of nearly equal distributions, about Σ p·d²/2, is accurate relative to its own size if d is (`_core.log_ratio`).
+The divergence of nearly equal distributions is about Σ p·d²/2. So it is accurate relative to its own size if d is accurate relative to its
+own size (see `_core.log_ratio`).
 """
 
 import functools
@@ -57,7 +58,7 @@ def distillation_loss(
 
     Args:
         student_logits: [..., classes], unnormalized log-probabilities.
-        teacher_logits: [..., classes], unnormalized log-probabilities, in the shape of `student_logits`.
+        teacher_logits: [..., classes], unnormalized log-probabilities, with the shape of `student_logits`.
         temperature: T > 0, divides both logits.
         divergence: "forward", "reverse", "js" or "tv".
         beta: β in (0, 1), weight of the teacher in m; used by "js" only. β = 1/2 gives the Jensen-Shannon divergence.

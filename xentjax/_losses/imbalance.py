@@ -3,8 +3,8 @@
 All functions share the conventions of `xentjax.softmax_cross_entropy`. In the formulas, z are the logits, y is the label, n_k is the number
 of training examples of class k, and [k = y] is 1 for the label and 0 for other classes. The loss of soft labels t is Σ_k t_k·loss(k).
 
-`class_counts` [classes] holds the numbers n_k, in an integer or floating dtype. Under `axis_name` it holds those of the classes on this
-device. Half-precision logits are adjusted in float32, which takes one float32 copy of them.
+`class_counts` [classes] holds the numbers n_k, in an integer or floating dtype. Under `axis_name`, it holds the numbers of the classes on
+this device. Half-precision logits are adjusted in float32, which takes one float32 copy of them.
 """
 
 import jax
@@ -38,7 +38,7 @@ def logit_adjusted_cross_entropy(
         logits: [..., classes], unnormalized log-probabilities.
         labels: [...] class indices, or [..., classes] soft labels.
         class_log_prior: [classes], log π in nats, such as log(counts/total); adding a constant does not change the loss.
-        tau: τ ≥ 0, factor of the shift.
+        tau: τ ≥ 0, multiplies the shift.
         axis: class axis of `logits`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
         class_mask: [classes] or [..., classes], True for classes that exist.
@@ -221,11 +221,11 @@ def _seesaw(batch: rows.Examples, class_counts: Array, p: ArrayLike | None, q: A
 
 
 def class_balanced_weights(class_counts: ArrayLike, beta: ArrayLike = 0.999) -> Array:
-    """Class weights from the effective number of examples, 1 on average over the classes, shape [classes].
+    """Class weights from the effective number of examples, 1 on average over the classes with examples, shape [classes].
 
     w_k ∝ (1 − β)/(1 − β^(n_k)) for classes that have examples, and w_k = 0 for other classes. The sum Σ_k w_k is the number of classes that
     have examples.
-    Gradient: that of the formula, with respect to `beta` and to floating `class_counts`.
+    Gradient: the derivative of the formula, with respect to `beta` and to floating `class_counts`.
 
     Pass the weights as `class_weights` to a loss, or pass `weights[labels]` to `weighted_mean`.
 
@@ -268,7 +268,7 @@ def inverse_frequency_weights(class_counts: ArrayLike) -> Array:
     """Class weights by inverse frequency, 1 on average over the training examples, shape [classes].
 
     w_k = Σ_j n_j/(K·n_k) for the K classes that have examples, and w_k = 0 for other classes.
-    Gradient: that of the formula, with respect to floating `class_counts`.
+    Gradient: the derivative of the formula, with respect to floating `class_counts`.
 
     Args:
         class_counts: [classes], number of training examples of each class.

@@ -6,8 +6,8 @@ Shared conventions:
   have the dtype of their argument.
 - `targets` [...] are integer or floating numbers, one per result. They are not broadcast.
 - Likelihoods are complete: they include the constant terms, so losses of different distributions can be compared.
-- `where`, in the shape of the result, is True for elements or examples that count. The others have a loss of exactly 0 and a gradient of
-  exactly 0, whatever they hold.
+- `where` has the shape of the result, and is True for elements or examples that count. The others have a loss of exactly 0 and a gradient
+  of exactly 0, whatever they hold.
 """
 
 import math
@@ -140,8 +140,8 @@ def poisson_nll(log_rate: ArrayLike, targets: ArrayLike, *, where: ArrayLike | N
 
     Args:
         log_rate: [...], λ, the logarithm of the expected count; −∞ is a rate of 0.
-        targets: [...], k ≥ 0. A negative k makes its value and its gradient NaN. log k! is exact for whole counts. For fractions below 10,
-            it comes from `jax.lax.lgamma`, whose error is a few 1e-6 in float32.
+        targets: [...], k ≥ 0. A negative k makes its value and its gradient NaN. log k! is exact for whole counts. If k is below
+            10 and not whole, log k! comes from `jax.lax.lgamma`, whose error is a few 1e-6 in float32.
         where: [...], True for elements that count.
 
     Returns:
@@ -212,12 +212,13 @@ def mixture_of_logistics_nll(
     where h is half the distance between two levels. The lowest cell begins at −∞ and the highest ends at +∞, so the probabilities of all
     levels sum to 1.
 
-    Gradient, with responsibilities ρ_j = π_j P_j/Σ π P and a_j < b_j the arguments of the two σ: ∂/∂mixture_logits = π − ρ;
-    ∂/∂μ_j = ρ_j (σ(−b_j) − σ(a_j))/s_j;  ∂/∂log s_j = ρ_j (b_j σ(−b_j) − a_j σ(a_j) + w/(e^w − 1)), w = 2h/s_j.
+    Gradient: let a_j < b_j be the arguments of the two σ of component j, and let P_j = σ(b_j) − σ(a_j) and w = 2h/s_j. The
+    responsibilities are ρ_j = π_j P_j/Σ π P. Then ∂/∂mixture_logits = π − ρ;  ∂/∂μ_j = ρ_j (σ(−b_j) − σ(a_j))/s_j;
+    ∂/∂log s_j = ρ_j (b_j σ(−b_j) − a_j σ(a_j) + w/(e^w − 1)).
 
     Args:
         mixture_logits: [..., components], unnormalized log-weights.
-        targets: [...], level indices in [0, levels) if the dtype is an integer one, otherwise values in [low, high].
+        targets: [...], level indices in [0, levels) for integer dtypes, otherwise values in [low, high].
         means: [..., components], μ, in the units of `low` and `high`.
         log_scales: [..., components], log s.
         levels: number of levels, at least 2, evenly spaced from `low` to `high`.

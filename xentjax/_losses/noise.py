@@ -30,7 +30,7 @@ def forward_corrected_cross_entropy(
     loss = −log Σ_i p_i T_iy. The expected loss is minimal if p is the distribution of the true classes.
     Gradient: ∂loss/∂z = p − r, where r_i = p_i T_iy/Σ_j p_j T_jy is the posterior probability of the true class i.
 
-    The loss of soft labels t is Σ_k t_k·loss(k). It is computed for one class after another.
+    The loss of soft labels t is Σ_k t_k·loss(k). The terms are computed one class after another.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities of the true classes.

@@ -4,9 +4,9 @@ Conventions of every function here:
 
 - `logits` [..., classes] have a floating dtype, and `axis` is their class axis. Arithmetic and results are float32, or float64 if `logits`
   are float64. Gradients have the dtype of `logits`.
-- Integer `labels` are class indices, in the shape of `logits` without the class axis. Floating `labels` are soft labels, which are
-  distributions over the classes, in the shape of `logits`. If an index is outside [0, classes), the value and the gradient of its example
-  are NaN. Exclude padded examples with `where=labels != -100`.
+- Integer `labels` are class indices. They have the shape of `logits` without the class axis. Floating `labels` are soft labels, which are
+  distributions over the classes. They have the shape of `logits`. If an index is outside [0, classes), the value and the gradient of its
+  example are NaN. Exclude padded examples with `where=labels != -100`.
 - `axis_name` is the mesh axis over which the classes are sharded, inside `jax.shard_map`. Class indices are global.
 - `class_mask` has shape [classes] or the shape of `logits`, and is True for classes that exist. A class that does not exist has probability
   0 and gradient 0. If the label is such a class, the loss is +∞.

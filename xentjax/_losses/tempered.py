@@ -11,8 +11,9 @@ The function log_t2 Z(λ) decreases in λ. It is convex, because a power mean of
 equal. So Newton's method, started at the largest logit, approaches the root from the left and needs only a few steps. At t2 = 1 a single
 step is exact, and λ is the log-sum-exp.
 
-Derivatives. The loop that finds λ is not differentiated. It is followed by two Newton steps that are differentiated. Each of them squares
-the order of the error, so the first, second and third derivatives are those of the root. The first is ∂λ/∂z_k = p_k^t2/Σ_j p_j^t2.
+Derivatives. The loop that finds λ is not differentiated. It is followed by two Newton steps that are differentiated. Each of them doubles
+the order of the error, so the first, second and third derivatives equal the derivatives of the root. The first is
+∂λ/∂z_k = p_k^t2/Σ_j p_j^t2.
 """
 
 import jax

@@ -120,7 +120,7 @@ def adaptive_softmax_cross_entropy(
 
     loss = −log softmax(hidden·head)_y if y is in the shortlist; if y is in cluster j,
     loss = −log softmax(hidden·head)_(shortlist + j) − log softmax(hidden·projection_j·kernel_j)_(y − cutoff_j).
-    Gradient: softmax − one-hot with respect to the logits of the head and of the label's cluster, 0 with respect to those of other
+    Gradient: softmax − one-hot with respect to the logits of the head and of the label's cluster, 0 with respect to the logits of other
     clusters.
 
     All clusters are computed for all examples, in chunks, and the cluster of the label is selected. So the cost does not depend on the
@@ -129,7 +129,7 @@ def adaptive_softmax_cross_entropy(
     Args:
         hidden: [..., features], activations.
         parameters: made by `init_adaptive_softmax`.
-        labels: [...] class indices, in descending order of frequency.
+        labels: [...] class indices. The classes are numbered in descending order of frequency.
         chunk_size: maximum number of examples whose logits exist at a time; None: chosen by `plan_linear`.
         where: [...], True for examples that count.
 
@@ -237,9 +237,10 @@ class BinaryTree(NamedTuple):
 
 
 def huffman_tree(counts: ArrayLike) -> BinaryTree:
-    """Huffman tree: the binary tree with the shortest expected path, nodes and signs of shape [classes, depth].
+    """Huffman tree, the binary tree with the shortest expected path. Its nodes and signs have shape [classes, depth].
 
-    The tree minimizes Σ counts·length. With p = counts/Σ counts, H(p) ≤ Σ p·length < H(p) + 1, where H(p) is the entropy in bits.
+    The tree minimizes Σ counts·length, where length is the number of decisions on the path to a class. With p = counts/Σ counts,
+    H(p) ≤ Σ p·length < H(p) + 1, where H(p) is the entropy in bits.
     Gradient: none.
 
     Build the tree once, outside `jax.jit`. If several trees have the shortest expected path, one of minimal depth is returned. Inner
@@ -332,7 +333,7 @@ def hierarchical_softmax_cross_entropy(
         labels: [...] class indices.
         tree: made by `huffman_tree`, or any `BinaryTree` of arrays [classes, depth].
         bias: [classes − 1], added to the logits of the inner nodes.
-        classes_first: whether `kernel` has shape [classes − 1, features], where each node is contiguous in memory.
+        classes_first: whether `kernel` has shape [classes − 1, features], where the weights of each node are contiguous in memory.
         where: [...], True for examples that count.
 
     Returns:

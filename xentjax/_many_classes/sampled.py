@@ -1,16 +1,16 @@
-"""Losses for many classes that compute few logits: those of the label and of sampled classes, or of the batch.
+"""Losses for many classes that compute few logits: the logits of the label and of sampled classes, or of the candidates in a batch.
 
 The losses on sampled classes share these conventions:
 
 - `hidden` has shape [..., features]. Matrix products are computed in its dtype and accumulate in float32 or wider.
-- `kernel` has shape [features, classes], as in flax, or [classes, features] with `classes_first=True`, where each class is contiguous in
-  memory. `bias` has shape [classes]. The logit of class k is z_k = hidden·kernel_k + bias_k. Only the logits of labels and samples are
-  computed.
+- `kernel` has shape [features, classes], as in flax, or [classes, features] with `classes_first=True`, where the weights of each class are
+  contiguous in memory. `bias` has shape [classes]. The logit of class k is z_k = hidden·kernel_k + bias_k. Only the logits of labels and
+  samples are computed.
 - `labels` [...] are integer class indices. If a label is outside [0, classes), the loss of its example and the gradient of its `hidden` are
   NaN. A sampled id outside [0, classes) has the same effect on every example that uses this sample.
 - `samples` come from `samplers.draw`. They have shape [samples] if all examples share them, or [..., samples] if each example has its own.
-  `samples.log_expected_count` is log Q_k, where Q_k is the expected count of class k. A sample with log Q_k = +∞ is left out. Expected
-  counts of 0, log Q_k = −∞, give the limit of small counts: the loss is +∞ if a sample has count 0, and 0 if the label has count 0.
+  `samples.log_expected_count` is log Q_k, where Q_k is the expected count of class k. A sample with log Q_k = +∞ is left out. If an
+  expected count Q_k is 0 (log Q_k = −∞), the loss is the limit for Q_k → 0: +∞ if a sample has count 0, and 0 if the label has count 0.
 - `remove_accidental_hits`: whether samples that equal the label of an example are left out for this example.
 - `where` [...]: True for examples that count. The others have loss exactly 0 and gradient exactly 0, whatever they contain.
 - Results are float32, or float64 if `hidden` is float64. Each gradient has the dtype of its argument. The gradient of `kernel`

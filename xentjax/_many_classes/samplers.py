@@ -55,7 +55,7 @@ def _uniform_log_prob(ids: Array, classes: Array) -> Array:
 
 
 def uniform(classes: int) -> Uniform:
-    """Sampler that draws all classes with equal probability, ids of shape [...].
+    """Sampler that draws all classes with equal probability; ids have shape [...].
 
     P(k) = 1/classes.
     Gradient: none.
@@ -82,7 +82,7 @@ def uniform(classes: int) -> Uniform:
 
 
 class LogUniform(NamedTuple):
-    """Zipf's law over classes in descending order of frequency, made by `samplers.log_uniform`; ids have shape [...].
+    """Zipf distribution over classes in descending order of frequency, made by `samplers.log_uniform`; ids have shape [...].
 
     P(k) ≈ 1/((k + 1)·log(classes + 1)). The docstring of `samplers.log_uniform` has the exact formula.
     """
@@ -121,7 +121,7 @@ def _log_uniform_log_prob(ids: Array, classes: Array) -> Array:
 
 
 def log_uniform(classes: int) -> LogUniform:
-    """Sampler that follows Zipf's law over classes in descending order of frequency, ids of shape [...].
+    """Sampler that follows Zipf's law over classes in descending order of frequency; ids have shape [...].
 
     P(k) = log((k + 2)/(k + 1)) / log(classes + 1).
     Gradient: none.
@@ -303,7 +303,7 @@ def _draw(key: Array, sampler: Sampler, count: int, shape: tuple[int, ...], uniq
 def log_expected_count(sampler: Sampler, ids: ArrayLike, count: int, *, unique: bool = False) -> Array:
     """Logarithm of the expected count of each class among `count` draws, shape [...].
 
-    log(n·P(k)), or with `unique` log(1 − (1 − P(k))^n), where 1 − (1 − P(k))^n is the probability that class k is drawn at all.
+    The result is log(n·P(k)), or log(1 − (1 − P(k))^n) with `unique`. 1 − (1 − P(k))^n is the probability that class k is drawn at all.
     Gradient: none.
 
     Args:

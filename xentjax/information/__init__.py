@@ -8,13 +8,14 @@ Shared conventions:
 - A function `…_from_logits` computes the same quantity of softmax(logits), accurately at any margin. For a joint distribution, the softmax
   is over both axes together. A logit of −∞ means a probability of 0. A row of only −∞ has no possible class: its probabilities are all
   0, and its gradient is 0.
-- `base` is the base of the logarithms: nats by default, bits for `base=2`, hartleys for `base=10`. It is a Python number or a traced
-  scalar, above 0 and not 1.
-- `where`, in the shape of the result, is True for examples that count. The others have a value of exactly 0 and a gradient of exactly 0,
-  whatever they hold.
+- `base` is the base of the logarithms. The default e gives nats, 2 gives bits, 10 gives hartleys. It is a Python number or a traced scalar,
+  above 0 and not 1.
+- `where` has the shape of the result, and is True for examples that count. The others have a value of exactly 0 and a gradient of exactly
+  0, whatever they hold.
 - Zeros are exact, without an ε: 0·log 0 = 0 and 0·log(0/0) = 0. If p > 0 = q for some class, `cross_entropy`, `kl_divergence` and
   `renyi_divergence` of order α ≥ 1 are +∞.
-- Gradients are finite at zeros. If the true derivative with respect to an entry is infinite (log p at p = 0, p/q at q = 0), it is 0.
+- Gradients are finite at zeros. If the true derivative with respect to an entry is infinite (log p at p = 0, p/q at q = 0), the gradient is
+  0 there.
 - Nothing cancels: divergences of nearly equal distributions are accurate relative to their own size.
 - Probabilities need not sum to 1. The formulas are not normalized. `kl_divergence` is Σ [p·log(p/q) − p + q], whose terms are never
   negative, so that rounding errors of Σ p do not affect it. Negative probabilities give NaN.

@@ -22,8 +22,8 @@ def cross_entropy(p: ArrayLike, q: ArrayLike, *, base: ArrayLike = math.e, axis:
 
     Args:
         p: [..., classes], true probabilities, which need not sum to 1.
-        q: [..., classes], predicted probabilities, in the shape of `p`.
-        base: unit of the result, a scalar above 0 and not 1: e for nats (default), 2 for bits.
+        q: [..., classes], predicted probabilities, with the shape of `p`.
+        base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
         axis: class axis of `p` and `q`.
         where: [...], True for examples that count.
 
@@ -69,8 +69,8 @@ def cross_entropy_from_logits(
 
     Args:
         p_logits: [..., classes], unnormalized log-probabilities of the true distribution.
-        q_logits: [..., classes], unnormalized log-probabilities of the prediction, in the shape of `p_logits`.
-        base: unit of the result, a scalar above 0 and not 1: e for nats (default), 2 for bits.
+        q_logits: [..., classes], unnormalized log-probabilities of the prediction, with the shape of `p_logits`.
+        base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
         axis: class axis of both logits.
         where: [...], True for examples that count.
 
@@ -105,8 +105,8 @@ def kl_divergence(p: ArrayLike, q: ArrayLike, *, base: ArrayLike = math.e, axis:
 
     Args:
         p: [..., classes], probabilities, which need not sum to 1.
-        q: [..., classes], probabilities, in the shape of `p`.
-        base: unit of the result, a scalar above 0 and not 1: e for nats (default), 2 for bits.
+        q: [..., classes], probabilities, with the shape of `p`.
+        base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
         axis: class axis of `p` and `q`.
         where: [...], True for examples that count.
 
@@ -155,8 +155,8 @@ def kl_divergence_from_logits(
 
     Args:
         p_logits: [..., classes], unnormalized log-probabilities.
-        q_logits: [..., classes], unnormalized log-probabilities, in the shape of `p_logits`.
-        base: unit of the result, a scalar above 0 and not 1: e for nats (default), 2 for bits.
+        q_logits: [..., classes], unnormalized log-probabilities, with the shape of `p_logits`.
+        base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
         axis: class axis of both logits.
         where: [...], True for examples that count.
 

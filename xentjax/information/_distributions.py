@@ -1,4 +1,4 @@
-"""What the functions of `xentjax.information` share: checks of arguments, distributions, log-ratios, and sums over classes.
+"""Parts shared by the functions of `xentjax.information`: checks of arguments, distributions, log-ratios, and sums over classes.
 
 Log-ratios d = log(p/q) are computed without cancellation:
 
@@ -9,16 +9,16 @@ Sums of terms of either sign are written as sums of terms that are not negative,
 
     KL    Σ G(p, q, −d)                 JS    Σ [G(p, m, −log(p/m)) + G(q, m, −log(q/m))]/2,  m = (p + q)/2
 
-Derivatives obtained by the chain rule cancel as well. Let u = −log p. The derivative of Σ p·u is Σ u·ṗ + Σ p·u̇. The second sum is 0 for
-every row of logits, but its rounding errors would remain. So `with_slope` gives each term only the part of the derivative that does not
-cancel, and further derivatives are derivatives of that part:
+Derivatives obtained by the chain rule also have terms that cancel. Let u = −log p. The derivative of Σ p·u is Σ u·ṗ + Σ p·u̇. The second
+sum is 0 for every row of logits, but its rounding errors would remain. So `with_slope` gives each term only the part of the derivative that
+does not cancel, and further derivatives are derivatives of that part:
 
     entropy Σ p·u    u·ṗ
     KL               d·ṗ + (1 − p/q)·q̇ for probabilities, d·ṗ + (p − q)·v̇ with v = −log q for logits
     JS               [log(p/m)·ṗ + log(q/m)·q̇]/2
 
 Zeros. If p or q is 0, the log-ratio is ±FAR, a finite number, which is always multiplied by a factor of 0. A slope that would be infinite
-is 0. A result of +∞ is the sum of a finite number and +∞, added last.
+is 0. If a result is +∞, the +∞ is added last, to a finite number.
 """
 
 import math

@@ -20,7 +20,7 @@ def self_information(p: ArrayLike, *, base: ArrayLike = math.e, where: ArrayLike
 
     Args:
         p: [...], probabilities.
-        base: unit of the result, a scalar above 0 and not 1: e for nats (default), 2 for bits.
+        base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
         where: [...], True for elements that count.
 
     Returns:
@@ -59,12 +59,12 @@ def self_information_from_logits(logits: ArrayLike, *, base: ArrayLike = math.e,
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.
-        base: unit of the result, a scalar above 0 and not 1: e for nats (default), 2 for bits.
+        base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
         axis: class axis of `logits`.
         where: [..., classes], True for values that count. The other values are 0, but their logits remain part of the softmax.
 
     Returns:
-        [..., classes], in the shape of `logits`, float32, or float64 if `logits` are float64.
+        [..., classes], with the shape of `logits`, float32, or float64 if `logits` are float64.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -105,7 +105,7 @@ def entropy(p: ArrayLike, *, base: ArrayLike = math.e, axis: int = -1, where: Ar
 
     Args:
         p: [..., classes], probabilities, which need not sum to 1.
-        base: unit of the result, a scalar above 0 and not 1: e for nats (default), 2 for bits.
+        base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
         axis: class axis of `p`.
         where: [...], True for examples that count.
 
@@ -149,7 +149,7 @@ def entropy_from_logits(logits: ArrayLike, *, base: ArrayLike = math.e, axis: in
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.
-        base: unit of the result, a scalar above 0 and not 1: e for nats (default), 2 for bits.
+        base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
         axis: class axis of `logits`.
         where: [...], True for examples that count.
 

@@ -20,8 +20,8 @@ def js_divergence(p: ArrayLike, q: ArrayLike, *, base: ArrayLike = math.e, axis:
 
     Args:
         p: [..., classes], probabilities, which need not sum to 1.
-        q: [..., classes], probabilities, in the shape of `p`.
-        base: unit of the result, a scalar above 0 and not 1: e for nats (default), 2 for bits.
+        q: [..., classes], probabilities, with the shape of `p`.
+        base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
         axis: class axis of `p` and `q`.
         where: [...], True for examples that count.
 
@@ -72,8 +72,8 @@ def js_divergence_from_logits(
 
     Args:
         p_logits: [..., classes], unnormalized log-probabilities.
-        q_logits: [..., classes], unnormalized log-probabilities, in the shape of `p_logits`.
-        base: unit of the result, a scalar above 0 and not 1: e for nats (default), 2 for bits.
+        q_logits: [..., classes], unnormalized log-probabilities, with the shape of `p_logits`.
+        base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
         axis: class axis of both logits.
         where: [...], True for examples that count.
 

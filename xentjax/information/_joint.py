@@ -9,7 +9,7 @@ Mutual information is the KL divergence Σ G(p(x, y), p(x) p(y), −d), with G a
 the closest product to p(x, y). So an error of d that depends on x alone, or on y alone, changes the result only in second order, and the
 marginals may have rounding errors. An error that depends on both x and y changes the result in first order. It is avoided:
 
-    probabilities   p(x, y) − p(x) p(y) is computed with a product whose leading half is exact
+    probabilities   p(x, y) − p(x) p(y) uses the product of the leading digits of p(x) and p(y), which is exact
     logits          z − (lse_x + lse_y − lse) is computed with the bracket rounded to a grid on which sums are exact
 """
 
@@ -35,7 +35,7 @@ def conditional_entropy(joint: ArrayLike, *, base: ArrayLike = math.e, where: Ar
 
     Args:
         joint: [..., x, y], probabilities, which need not sum to 1.
-        base: unit of the result, a scalar above 0 and not 1: e for nats (default), 2 for bits.
+        base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
         where: [...], True for examples that count.
 
     Returns:
@@ -85,7 +85,7 @@ def conditional_entropy_from_logits(joint_logits: ArrayLike, *, base: ArrayLike 
 
     Args:
         joint_logits: [..., x, y], unnormalized log-probabilities of a distribution over both axes together.
-        base: unit of the result, a scalar above 0 and not 1: e for nats (default), 2 for bits.
+        base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
         where: [...], True for examples that count.
 
     Returns:
@@ -116,7 +116,7 @@ def mutual_information(joint: ArrayLike, *, base: ArrayLike = math.e, where: Arr
 
     Args:
         joint: [..., x, y], probabilities, which need not sum to 1.
-        base: unit of the result, a scalar above 0 and not 1: e for nats (default), 2 for bits.
+        base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
         where: [...], True for examples that count.
 
     Returns:
@@ -207,7 +207,7 @@ def mutual_information_from_logits(joint_logits: ArrayLike, *, base: ArrayLike =
 
     Args:
         joint_logits: [..., x, y], unnormalized log-probabilities of a distribution over both axes together.
-        base: unit of the result, a scalar above 0 and not 1: e for nats (default), 2 for bits.
+        base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
         where: [...], True for examples that count.
 
     Returns:
@@ -255,5 +255,5 @@ def _flat(x: Array) -> Array:
 
 
 def _spread(x: Array, axis: int, like: Array) -> Array:
-    """`x` repeated along a new axis, in the shape of `like`."""
+    """`x` repeated along a new axis, with the shape of `like`."""
     return jnp.broadcast_to(jnp.expand_dims(x, axis), like.shape)

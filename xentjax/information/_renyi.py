@@ -40,9 +40,9 @@ def renyi_divergence(
 
     Args:
         p: [..., classes], probabilities, which need not sum to 1.
-        q: [..., classes], probabilities, in the shape of `p`.
+        q: [..., classes], probabilities, with the shape of `p`.
         alpha: scalar α > 0, the order. A traced α may be equal or close to 1 as well.
-        base: unit of the result, a scalar above 0 and not 1: e for nats (default), 2 for bits.
+        base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
         axis: class axis of `p` and `q`.
         where: [...], True for examples that count.
 
@@ -143,9 +143,9 @@ def renyi_divergence_from_logits(
 
     Args:
         p_logits: [..., classes], unnormalized log-probabilities.
-        q_logits: [..., classes], unnormalized log-probabilities, in the shape of `p_logits`.
+        q_logits: [..., classes], unnormalized log-probabilities, with the shape of `p_logits`.
         alpha: scalar α > 0, the order. A traced α may be equal or close to 1 as well.
-        base: unit of the result, a scalar above 0 and not 1: e for nats (default), 2 for bits.
+        base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
         axis: class axis of both logits.
         where: [...], True for examples that count.
 

@@ -2,32 +2,32 @@
 
 All metrics work inside `jit` and `vmap`. There are three kinds:
 
-- Per-example metrics return one value per example, shape [...]: `accuracy`, `top_k_accuracy`, `brier_score` and
-  `negative_log_likelihood`. They take the arguments of the losses, including `axis_name` and `class_mask`. The metric of a batch is their
-  mean, `xentjax.weighted_mean`. Over batches and devices, use `xentjax.weighted_sum`: it returns a pair of sums that add before they are
-  divided. `perplexity` takes this pair.
-- Sums over all examples: `confusion`, `calibration` and `ranking` return a `Confusion`, `Calibration` or `Ranking`. These add over batches
+- Per-example metrics return one value per example, shape [...]: `accuracy`, `top_k_accuracy`, `brier_score` and `negative_log_likelihood`.
+  They take the arguments of the losses, including `axis_name` and `class_mask`. The metric of a batch is their mean,
+  `xentjax.weighted_mean`. Over batches and devices, use `xentjax.weighted_sum`: it returns a pair of sums. Add the pairs first, then
+  divide. `perplexity` takes this pair.
+- Sums over all examples: `confusion`, `calibration` and `ranking` return a `Confusion`, `Calibration` or `Ranking`. Add these over batches
   (`first + second`, `sum(parts)`) and over the mesh axis that shards the examples (`.psum("data")`, inside `jax.shard_map`). Each figure is
   a method, which divides the sums. Under `jax.vmap`, sums and figures get leading axes.
-- Single numbers of all examples: `auroc` and `fit_temperature`.
+- One number for all examples: `auroc` and `fit_temperature`.
 
 Shared conventions:
 
-- `where` is True for examples that count. The value of any other example is exactly 0, and sums leave it out, whatever it contains.
-- Labels are class indices. `brier_score` and `negative_log_likelihood` also take soft labels; `auroc` and `ranking` take bits.
-- An out-of-range label or a NaN logit makes the value of its example NaN. Sums count such an example in no class, but in the field
-  `invalid`. All figures are NaN if `invalid` is not 0. An example of weight 0 is never invalid.
+- `where` is True for examples that count. Any other example has the value exactly 0 and is left out of sums, whatever it contains.
+- Labels are class indices. `brier_score` and `negative_log_likelihood` also take soft labels; `auroc` and `ranking` take binary labels.
+- An out-of-range label or a NaN logit makes the value of its example NaN. Sums count such an example only in the field `invalid`. All
+  figures are NaN if `invalid` is not 0. An example of weight 0 is never invalid.
 - 0/0 is 0: the mean over no examples, the precision of a class that was never predicted, the AUROC without positives.
-- Ties: if several classes share the largest logit, `accuracy` and `calibration` predict the first of them, as `jnp.argmax` does. So
-  they agree with `confusion(logits.argmax(-1), labels)`. `top_k_accuracy` ranks the last of them first, as scikit-learn does.
-  `RowStatistics.correct` is True for each of them, because it only compares the logit of the label with the largest logit, which needs no
-  second pass over the classes. Without ties, all three agree on finite logits.
+- Ties: if several classes share the largest logit, `accuracy` and `calibration` predict the first of them, as `jnp.argmax` does. So they
+  agree with `confusion(logits.argmax(-1), labels)`. `top_k_accuracy` ranks the last of them first, as scikit-learn does.
+  `RowStatistics.correct` is True for each of them. It only compares the logit of the label with the largest logit, so it needs no second
+  pass over the classes. Without ties, `accuracy`, `top_k_accuracy` with k = 1 and `RowStatistics.correct` agree on finite logits.
 - Counts are int32. With `weights`, they are float32 sums, or float64 for float64 weights. Weights must be ≥ 0.
-- Sums do not drift. A float32 field rounds, and an int32 field stays at 2³¹ − 1. `+` and `psum` keep the lost part in the attribute
+- Sums do not drift. A float32 field rounds, and an int32 field stops growing at 2³¹ − 1. `+` and `psum` keep the lost part in the attribute
   `rest`, in two more arrays per field. Figures use the fields and `rest`, and stay correct after 2⁴⁰ batches.
 - `brier_score`, `negative_log_likelihood` and `perplexity` are smooth and have derivatives of every order. The other metrics have
-  derivative 0 by logits and scores: decisions and ranks are step functions, and confidences and the temperature are behind
-  `stop_gradient`. By `weights`, all metrics except the temperature are smooth.
+  derivative 0 with respect to logits and scores: decisions and ranks are step functions, and confidences and the temperature are behind
+  `stop_gradient`. With respect to `weights`, all metrics except the temperature are smooth.
 - A wrong dtype raises TypeError. A wrong shape, or a Python number out of range, raises ValueError.
 """
 

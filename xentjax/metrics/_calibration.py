@@ -27,9 +27,9 @@ class _Fields(NamedTuple):
 class Calibration(sums.RunningSum, _Fields):
     """Sums of a reliability diagram per bin of confidence, each of shape [..., bins].
 
-    Bin b of B holds the examples with confidence in (b/B, (b + 1)/B]. The diagram consists of `confidence()`, `accuracy()` and `counts`.
-    A `Calibration` adds over batches (`+`), sums over devices (`psum`), and has a method for each figure. Figures are float32, or float64
-    for float64 logits. They have the leading axes that `jax.vmap` gave the sums. All figures are NaN if an example was invalid.
+    Bin b of B holds the examples with confidence in (b/B, (b + 1)/B]. The diagram consists of `confidence()`, `accuracy()` and `counts`. A
+    `Calibration` is added over batches (`+`), is summed over devices (`psum`), and has a method for each figure. Figures are float32, or
+    float64 for float64 logits. They have the leading axes that `jax.vmap` gave the sums. All figures are NaN if an example was invalid.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -83,8 +83,8 @@ def calibration(
     """Confidence and accuracy of all examples in bins of equal width, sums of shape [bins].
 
     confidence = max_k p_k with p = softmax(z), and hit = [argmax_k z_k = y]. An example belongs to bin b = ⌈bins·confidence⌉ − 1.
-    Gradient: 0 by `logits`, which are behind `stop_gradient`. By the weight w of an example in bin b: ∂counts_b/∂w = 1, ∂hits_b/∂w = hit
-    and ∂confidences_b/∂w = confidence.
+    Gradient: 0 with respect to `logits`, which are behind `stop_gradient`. For the weight w of an example in bin b: ∂counts_b/∂w = 1,
+    ∂hits_b/∂w = hit and ∂confidences_b/∂w = confidence.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.

@@ -25,7 +25,7 @@ class _Fields(NamedTuple):
 class Confusion(sums.RunningSum, _Fields):
     """Counts of pairs (true class, predicted class), shape [..., classes, classes].
 
-    A `Confusion` adds over batches (`+`), sums over devices (`psum`), and has a method for each figure. With n the counts,
+    A `Confusion` is added over batches (`+`), is summed over devices (`psum`), and has a method for each figure. With n the counts,
     true_k = Σ_j n_kj and predicted_k = Σ_j n_jk. `precision`, `recall` and `f1` give one figure per class, or an average:
 
     - `average="micro"`: the ratio of the sums over classes;
@@ -104,13 +104,13 @@ def confusion(
 
     Args:
         predictions: [...], class indices (`logits.argmax(-1)`), or decisions (`logits > 0`) for two classes.
-        labels: [...], class indices, or bits for two classes.
+        labels: [...], class indices, or booleans for two classes.
         classes: number of classes.
         weights: [...], w ≥ 0; None counts each example once.
         where: [...], True for examples that count.
 
     Returns:
-        `Confusion`. Counts are int32; with `weights` float32, or float64 for float64 weights.
+        `Confusion`. Counts are int32. With `weights`, they are float32, or float64 for float64 weights.
 
     Raises:
         TypeError: an argument has the wrong dtype, for example logits in place of `predictions`.

@@ -150,7 +150,8 @@ def brier_score(
     score = Σ_k (p_k − t_k)² with p = softmax(z) and labels t; in [0, 2] for class indices.
     Gradient: ∂score/∂z_j = 2 p_j (p_j − t_j − Σ_k p_k (p_k − t_k)) and ∂score/∂t = 2 (t − p).
 
-    The mean equals scikit-learn's `brier_score_loss` with `scale_by_half=False`. For two classes, scikit-learn's default is half of it.
+    The mean equals scikit-learn's `brier_score_loss` with `scale_by_half=False`. For two classes, scikit-learn's default is half of this
+    mean.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.

@@ -34,8 +34,8 @@ class Ranking(sums.RunningSum, _Fields):
     The error is bounded because only pairs at the same grid point are indistinguishable, and each of these counts as half. If all scores
     lie on the grid, such pairs are true ties, and the result is exact.
 
-    A `Ranking` adds over batches (`+`), sums over devices (`psum`), and has a method for each figure. Figures are float32, or float64 for
-    float64 counts. They have the leading axes that `jax.vmap` gave the counts. All figures are NaN if an example was invalid.
+    A `Ranking` is added over batches (`+`), is summed over devices (`psum`), and has a method for each figure. Figures are float32, or
+    float64 for float64 counts. They have the leading axes that `jax.vmap` gave the counts. All figures are NaN if an example was invalid.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -83,12 +83,12 @@ def ranking(
     """Histograms of the scores of positives and of negatives, counts of shape [points].
 
     Each score is counted at the nearest grid point low + g·(high − low)/(points − 1), g = 0, …, points − 1. A score outside [low, high] is
-    counted at the nearer end. The result gives an AUROC that adds over batches and devices; `Ranking` has its formula.
-    Gradient: 0 by `scores`. A weight has the derivative 1 at the grid point of its example.
+    counted at the nearer end. Results can be added over batches and devices before the AUROC is computed; `Ranking` has its formula.
+    Gradient: 0 with respect to `scores`. A weight has the derivative 1 at the grid point of its example.
 
     Args:
         scores: [...], larger for positives: probabilities, or logits if `low` and `high` fit their range.
-        labels: [...], bits: boolean, or integer 0 and 1.
+        labels: [...], booleans, or the integers 0 and 1.
         low: first grid point, a Python number.
         high: last grid point, a Python number above `low`.
         points: number of grid points, at least 2.
@@ -96,7 +96,7 @@ def ranking(
         where: [...], True for examples that count.
 
     Returns:
-        `Ranking`. Counts are int32; with `weights` float32, or float64 for float64 weights.
+        `Ranking`. Counts are int32. With `weights`, they are float32, or float64 for float64 weights.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -138,17 +138,17 @@ def auroc(scores: ArrayLike, labels: ArrayLike, *, weights: ArrayLike | None = N
     """Area under the ROC curve over all examples, shape [].
 
     auroc = Σ_{i: y_i=1} Σ_{j: y_j=0} w_i w_j ([s_i > s_j] + ½ [s_i = s_j]) / (Σ_{i: y_i=1} w_i · Σ_{j: y_j=0} w_j).
-    Gradient: 0 by `scores`.
+    Gradient: 0 with respect to `scores`.
 
     This is the probability that a positive has a larger score than a negative; ties count as half. It equals scikit-learn's
     `roc_auc_score`. It is 0 if there are no positives or no negatives.
 
-    `auroc` sorts all scores, so one device must hold all examples. `ranking` adds over batches and devices. For one figure per class use
-    `jax.vmap(auroc, in_axes=-1)(scores, one_hot)`.
+    `auroc` sorts all scores, so one device must hold all examples. Results of `ranking` can be added over batches and devices. For one
+    figure per class, use `jax.vmap(auroc, in_axes=-1)(scores, one_hot)`.
 
     Args:
         scores: [...], larger for positives: logits, probabilities, or any other numbers that can be ranked.
-        labels: [...], bits: boolean, or integer 0 and 1.
+        labels: [...], booleans, or the integers 0 and 1.
         weights: [...], w ≥ 0; None gives each example the weight 1.
         where: [...], True for examples that count.
 
