@@ -25,6 +25,7 @@ def value_and_gradient(loss, z, y):
     return value, pull(jnp.ones_like(value))[0]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", cases.FAMILIES, ids=str)
 def test_a_distribution_costs_the_mean_over_its_labels(case, rng, x64):
     z, labels = case.draw(rng, (4,), dtype=jnp.float64, kind="distribution")
@@ -54,6 +55,7 @@ LIMITS = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("loss", "scale"), LIMITS.values(), ids=LIMITS)
 def test_each_ends_in_cross_entropy(loss, scale, rng):
     z = jnp.clip(jnp.asarray(rng.normal(size=(30, 7)) * scale, jnp.float32), -3, 3) * (0.3 if scale < 1 else 1)
@@ -146,6 +148,7 @@ def test_derivative_with_respect_to_parameters(name, formula, keyword, at, rng, 
     np.testing.assert_allclose(result, numeric, rtol=1e-6, atol=1e-6)  # differences of step 1e-5
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("name", "keyword", "values"),
     [
@@ -309,6 +312,7 @@ def test_confident_bi_tempered_losses_are_relatively_right(rng):
     np.testing.assert_allclose(np.asarray(loss, np.float64), value.astype(float), rtol=100 * EPS)
 
 
+@pytest.mark.exhaustive
 def test_third_derivatives_of_bi_tempered(rng, x64):
     z, v = jnp.asarray(rng.normal(size=5)), jnp.asarray(rng.normal(size=5))
 
@@ -346,6 +350,13 @@ def test_class_balanced_weights_are_by_effective_number(beta):
     assert xentjax.class_balanced_weights(jnp.array([3, 0]), beta)[1] == 0
     slope = jax.grad(lambda b: xentjax.class_balanced_weights(jnp.array([3, 30]), b)[0])(jnp.float32(beta))
     assert np.isfinite(slope)
+
+
+def test_class_balanced_weights_at_the_limit_are_by_inverse_frequency():
+    n = np.array([1000.0, 10])
+    expected = 2 / n / (1 / n).sum()
+    weights = xentjax.class_balanced_weights(jnp.array([1000, 10, 0]), 1.0)
+    np.testing.assert_allclose(weights, [*expected, 0], rtol=4 * EPS)
 
 
 @pytest.mark.parametrize(

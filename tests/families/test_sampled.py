@@ -76,6 +76,7 @@ def test_a_candidate_of_probability_0_is_the_limit_of_small_ones():
     np.testing.assert_array_equal(sampled.in_batch_softmax_cross_entropy(q, q, candidate_log_prob=log_prob), [np.inf, 0])
 
 
+@pytest.mark.exhaustive
 def test_every_class_once_is_the_full_softmax(rng):
     hidden, kernel, bias = (jnp.asarray(rng.normal(size=s) * 3, jnp.float32) for s in ((20, 6), (6, 50), (50,)))
     labels = jnp.asarray(rng.integers(0, 50, 20))
@@ -126,6 +127,7 @@ def test_the_estimate_of_the_partition_function_is_unbiased(n, unique):
     assert np.ptp(estimate, axis=1).min() > 0.1, "single estimates differ"
 
 
+@pytest.mark.exhaustive
 def test_the_bias_of_the_gradient_vanishes_with_samples():
     # The gradient is a ratio of sums, and its denominator is an average over n samples. So its bias is of order 1/n. With three classes,
     # 8 samples have only 3⁸ tuples.
@@ -155,6 +157,7 @@ def expected_slope(loss, logits, n, remove=False, **counts):
     return jax.grad(expectation)(jnp.asarray(logits, jnp.float32))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_noise_contrastive_estimation_has_its_minimum_at_the_data(n):
     tuples = len(NOISE) ** n
@@ -167,6 +170,7 @@ def test_noise_contrastive_estimation_has_its_minimum_at_the_data(n):
     assert np.abs(slope(np.log(DATA), remove=True)).max() > 1e-3, "without accidental hits, the minimum is elsewhere"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_sampled_softmax_with_a_corrected_label_has_its_minimum_at_the_data(n):
     counts = {"label_log_expected_count": jnp.broadcast_to(jnp.log(n * jnp.asarray(NOISE, jnp.float32))[:, None], (4, len(NOISE) ** n))}
@@ -176,6 +180,7 @@ def test_sampled_softmax_with_a_corrected_label_has_its_minimum_at_the_data(n):
     np.testing.assert_allclose(slope, np.zeros(4), atol=8 * EPS)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_negative_sampling_has_the_expectation_of_the_paper(n):
     ids, chance = drawn(n)
@@ -186,6 +191,7 @@ def test_negative_sampling_has_the_expectation_of_the_paper(n):
     np.testing.assert_allclose(slope, np.zeros(4), atol=4 * EPS)
 
 
+@pytest.mark.exhaustive
 def test_only_the_label_remains_when_every_sample_equals_it():
     hits = Samples(jnp.full(5, 2), jnp.zeros(5))
     for loss, expected in zip(LOSSES, (0, np.log(2), np.log(2)), strict=True):
@@ -219,6 +225,7 @@ def test_any_integer_dtype(loss, dtype, rng):
     np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.exhaustive
 @every_loss
 def test_checked_names_the_bad_label(loss):
     samples = Samples(jnp.array([0]), jnp.zeros(1))
@@ -285,6 +292,7 @@ def compiled(loss, dtype, classes_first, derive):
     return jax.jit(run).lower(*arguments, jax.ShapeDtypeStruct((EXAMPLES,), jnp.int32)).compile()
 
 
+@pytest.mark.exhaustive
 @every_loss
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("classes_first", [False, True])

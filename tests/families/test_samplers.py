@@ -39,6 +39,7 @@ def test_log_probabilities(sampler, probs):
     assert sampler.log_prob(np.uint8(0)).dtype == jnp.float32
 
 
+@pytest.mark.exhaustive
 @every_sampler
 @pytest.mark.parametrize("seed", [0, 1])
 def test_goodness_of_fit(sampler, probs, seed):
@@ -124,6 +125,7 @@ def test_as_many_classes_as_ids():
     assert np.isnan(sampler.log_prob(jnp.array([-1, classes]))).all()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("unique", [False, True])
 def test_drawn_samples_carry_their_expected_counts(unique):
     sampler = samplers.log_uniform(4)
@@ -146,6 +148,7 @@ def test_unique_samples_occur_as_often_as_expected():
     assert (np.abs(shares - 1) < 4 * spread).all()
 
 
+@pytest.mark.exhaustive
 def test_the_same_key_draws_the_same_ids_and_another_key_does_not():
     for sampler, _ in list(SAMPLERS.values())[:5]:
         first, again, other = (sampler.sample(k, (64,)) for k in (jax.random.key(0), jax.random.key(0), jax.random.key(1)))
@@ -157,6 +160,7 @@ def test_the_same_key_draws_the_same_ids_and_another_key_does_not():
     assert samplers.uniform(5).sample(jax.random.PRNGKey(0), ()).shape == ()  # a key in the older format
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["uniform", "log-uniform", "alias"])
 def test_export_for_every_platform(name):
     sampler, bits = SAMPLERS[name][0], jax.random.key_data(jax.random.key(5))

@@ -135,6 +135,7 @@ def run_digits(example, tmp_path, *options):
     return accuracy
 
 
+@pytest.mark.exhaustive
 def test_digits_are_learned_and_reported(example, tmp_path, capsys):
     assert run_digits(example, tmp_path, "--epochs", "12", "--seed", "1") >= 0.95
     printed = capsys.readouterr().out
@@ -145,10 +146,12 @@ def test_digits_are_learned_and_reported(example, tmp_path, capsys):
     assert "gradient norm per example" in printed and "held-out accuracy" in printed
 
 
+@pytest.mark.exhaustive
 def test_digits_are_learned_with_focal_loss_and_smoothing(example, tmp_path):
     assert run_digits(example, tmp_path, "--epochs", "12", "--loss", "focal", "--label-smoothing", "0.05") >= 0.95
 
 
+@pytest.mark.exhaustive
 def test_digits_are_learned_from_idx_files(example, tmp_path):
     write_mnist(tmp_path, some_mnist(train=640), *SPELLINGS["gzip"])
     assert run_digits(example, tmp_path, "--data-dir", str(tmp_path), "--epochs", "3") >= 0.9  # chance is 0.1
@@ -184,6 +187,7 @@ def test_gradient_descent_by_hand_lowers_the_loss(example):
     assert loss[1] < loss[0] / 2 and loss[0] < np.log(2)
 
 
+@pytest.mark.exhaustive
 def test_disease_is_diagnosed_and_the_shape_mistake_refused(example, capsys):
     found = example("disease").main([])
     assert found["accuracy"] >= 0.95

@@ -98,6 +98,7 @@ def test_token_statistics(recipes, given):
     np.testing.assert_array_equal(hits, where & (table.argmax(-1) == y))
 
 
+@pytest.mark.exhaustive
 def test_distillation(recipes, given):
     def dense(h, k, th, tk):
         teacher = jax.nn.softmax(th @ tk / 2)
@@ -120,6 +121,7 @@ def test_top_k_distillation(recipes, given):
     equal(lambda h, k: recipes["top_k_distillation"](h, k, ids, probs, where), dense, given["hidden"], given["kernel"])
 
 
+@pytest.mark.exhaustive
 def test_dpo(recipes, given):
     shape = 2, B // 2, T
     h, y, where = given["hidden"].reshape(*shape, D), given["labels"].reshape(shape), given["where"].reshape(shape)
@@ -132,6 +134,7 @@ def test_dpo(recipes, given):
     equal(lambda h, k: recipes["dpo"](h, k, y, where, reference), dense, h, given["kernel"])
 
 
+@pytest.mark.exhaustive
 def test_grpo(recipes, given):
     y, where, old, reference, advantages = (given[n] for n in ("labels", "where", "old", "reference", "advantages"))
 
@@ -154,6 +157,7 @@ def test_focal(recipes, given):
     equal(lambda h, k: recipes["focal"](h, k, y, where), dense, given["hidden"], given["kernel"])
 
 
+@pytest.mark.exhaustive
 def test_accumulated(recipes, given):
     h, k, y, where = (given[n] for n in ("hidden", "kernel", "labels", "where"))
     y, where = jnp.maximum(y, 0), where.at[1].set(False).at[2].set(True)  # parts of very different weight, one of none

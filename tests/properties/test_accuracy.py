@@ -268,6 +268,7 @@ def test_shift_invariance(case, shift, rng):
         np.testing.assert_array_equal(shifted, plain)
 
 
+@pytest.mark.exhaustive
 def test_float64(x64, rng):
     for case in cases.LOSSES:
         for kind in case.kinds:

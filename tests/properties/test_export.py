@@ -27,6 +27,7 @@ def exported(function, arguments):
     return export.export(jax.jit(function))(*jax.tree.map(typed, arguments))
 
 
+@pytest.mark.exhaustive
 @each_row
 def test_every_function_and_its_gradient(row, rng):
     arguments = row.arguments(rng, (BATCH,))
@@ -49,6 +50,7 @@ def test_every_function_and_its_gradient(row, rng):
             close(mine, other, 10 * RTOL)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", [c for c in cases.LOSSES if c.thorough], ids=str)
 def test_every_loss_and_its_gradient(case, rng):
     for kind in case.kinds:
@@ -115,6 +117,7 @@ def plain(hidden, kernel, weights, labels, where, mean):
     return np.sum(w * (lse - (z * target).sum(-1))), g @ k.T, np.tensordot(h, g, axes=(range(h.ndim - 1),) * 2)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("reduction", "chunk_size"), [("mean", None), ("mean", 3), ("none", None)])
 def test_fused_losses_are_the_plain_ones_at_every_size(reduction, chunk_size, rng):
     batch, length = export.symbolic_shape("batch, length")

@@ -42,6 +42,7 @@ def test_value(row, rng):
         close(result, row.exact(arguments), RTOL)
 
 
+@pytest.mark.exhaustive
 @each_row
 def test_value_in_float64(row, rng, x64):
     narrow = row.arguments(rng)

@@ -70,6 +70,7 @@ def test_any_axis_with_top_k_labels(rng):
     np.testing.assert_allclose(case(jnp.moveaxis(z, -1, 0), labels, axis=0), case.exact(ref.Double, z, labels)[0], rtol=RTOL)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", cases.CLASSES, ids=str)
 def test_indices_equal_one_hot_rows(case, rng):
     z, y = case.draw(rng, (50,))

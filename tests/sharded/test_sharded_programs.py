@@ -81,6 +81,7 @@ def test_such_sums_in_the_loop_would_be_seen():
     assert any((FEATURES, CLASSES // 4) in c.shapes and c.times == 6 for c in found)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_loss_on_logits_exchanges_numbers_per_example(case, types, rng):

@@ -231,7 +231,7 @@ def class_balanced_weights(class_counts: ArrayLike, beta: ArrayLike = 0.999) -> 
 
     Args:
         class_counts: [classes], number of training examples of each class.
-        beta: β in [0, 1); β = 0 gives all classes the same weight, and the limit β → 1 gives weights by inverse frequency.
+        beta: β in [0, 1]; β = 0 gives all classes the same weight, and β = 1 gives weights by inverse frequency.
 
     Returns:
         [classes], float32, or float64 if `class_counts` are float64.
@@ -259,7 +259,9 @@ def _class_balanced(class_counts: Array, beta: ArrayLike) -> Array:
     some = n > 0
     inside = beta > 0
     log_beta = jnp.log(jnp.where(inside, beta, jnp.ones_like(beta)))
-    effective = jnp.where(inside, -jnp.expm1(numerics.where(some, n, 1) * log_beta), jnp.ones_like(n))  # 1 − β^n
+    examples = numerics.where(some, n, 1)
+    effective = jnp.where(inside, -jnp.expm1(examples * log_beta), jnp.ones_like(n))  # 1 − β^n
+    effective = jnp.where(beta == 1, examples, effective)  # the limit β → 1 of (1 − β^n)/(1 − β); the factor 1/(1 − β) is common to all
     w = numerics.where(some, 1 / effective, 0)
     return w * jnp.sum(some.astype(n.dtype)) / jnp.maximum(jnp.sum(w), jnp.finfo(n.dtype).tiny)
 
