@@ -68,7 +68,7 @@ def info_nce(
         keys: [batch, features]; key i is the positive of query i.
         temperature: τ > 0.
         negatives: [more, features], additional keys for all queries, such as a queue of earlier keys; the same on every device.
-        normalize: whether similarities are cosines.
+        normalize: whether embeddings are normalized, so that similarities are cosines.
         chunk_size: maximum number of queries whose similarities exist at a time; None: chosen automatically.
         axis_name: mesh axis over which the batch is sharded, inside `jax.shard_map`.
         where: [batch], True for examples that count.
@@ -133,7 +133,7 @@ def nt_xent(
         first: [batch, features], one view of each example.
         second: [batch, features], the other view of each example.
         temperature: τ > 0.
-        normalize: whether similarities are cosines.
+        normalize: whether embeddings are normalized, so that similarities are cosines.
         chunk_size: maximum number of views whose similarities exist at a time; None: chosen automatically.
         axis_name: mesh axis over which the batch is sharded, inside `jax.shard_map`.
         where: [batch], True for examples that count.
@@ -198,9 +198,9 @@ def clip_loss(
     Args:
         images: [batch, features], one embedding per pair.
         texts: [batch, features], one embedding per pair.
-        labels: [batch], integers of any range, such as the class or the image of a caption; None: every pair has its own label.
+        labels: [batch], any integers, such as class indices or image ids; None: every pair has its own label.
         logit_scale: t > 0, the inverse of a temperature. The paper learns log t and limits t to 100.
-        normalize: whether similarities are cosines.
+        normalize: whether embeddings are normalized, so that similarities are cosines.
         chunk_size: maximum number of images or texts whose similarities exist at a time; None: chosen automatically.
         axis_name: mesh axis over which the batch is sharded, inside `jax.shard_map`.
         where: [batch], True for pairs that count.
@@ -259,21 +259,21 @@ def siglip_loss(
     axis_name: str | tuple[str, ...] | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """SigLIP loss: binary cross-entropy of whether texts belong to the image, summed over texts, shape [batch].
+    """SigLIP loss: binary cross-entropy of classifying each text as belonging to the image or not, summed over texts, shape [batch].
 
     loss_i = Σ_j −log σ(y_ij·z_ij), where z_ij = t·s_ij + b, y_ij = 1 if j = i, and y_ij = −1 otherwise.
     Gradient: ∂loss_i/∂z_ij = σ(z_ij) − [j = i], so ∂loss_i/∂t = Σ_j s_ij·(σ(z_ij) − [j = i]) and ∂loss_i/∂b = Σ_j (σ(z_ij) − [j = i]).
 
-    The mean over the batch is the paper's loss. With `labels`, every text with the label of the image belongs to it: y_ij = 1 if
-    labels_j = labels_i, and in the gradient [labels_j = labels_i] replaces [j = i].
+    The mean over the batch is the paper's loss. With `labels`, an image and a text belong together if their labels are equal:
+    y_ij = 1 if labels_j = labels_i. In the gradient, [labels_j = labels_i] replaces [j = i].
 
     Args:
         images: [batch, features], one embedding per pair.
         texts: [batch, features], one embedding per pair.
-        labels: [batch], integers of any range, such as the class or the image of a caption; None: every pair has its own label.
+        labels: [batch], any integers, such as class indices or image ids; None: every pair has its own label.
         logit_scale: t > 0. The paper learns log t, initialized to log 10.
         logit_bias: b, any finite number. The paper learns b, initialized to −10 because most images and texts do not belong together.
-        normalize: whether similarities are cosines.
+        normalize: whether embeddings are normalized, so that similarities are cosines.
         chunk_size: maximum number of images whose similarities exist at a time; None: chosen automatically.
         axis_name: mesh axis over which the batch is sharded, inside `jax.shard_map`.
         where: [batch], True for pairs that count.
@@ -343,9 +343,9 @@ def supervised_contrastive_loss(
 
     Args:
         embeddings: [batch, features], one embedding per example or view.
-        labels: [batch], integers of any range.
+        labels: [batch], any integers.
         temperature: τ > 0.
-        normalize: whether similarities are cosines.
+        normalize: whether embeddings are normalized, so that similarities are cosines.
         chunk_size: maximum number of examples whose similarities exist at a time; None: chosen automatically.
         axis_name: mesh axis over which the batch is sharded, inside `jax.shard_map`.
         where: [batch], True for examples that count.

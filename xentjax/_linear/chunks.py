@@ -8,11 +8,13 @@ K the kernel and b the bias. Each chunk computes its logits Z = H·K + b and one
     ∂/∂H = G·Kᵀ for its examples        ∂/∂K = Σ_chunks Hᵀ·G        ∂/∂b = Σ_examples G        ∂/∂w = loss
 
 The cotangent of a sum is a number. So these gradients can be computed in the forward pass, before the cotangent is known. The tangent of
-the sum is Σ ⟨gradient, tangent⟩ over the inputs that have a tangent, and JAX transposes it into multiplications by the cotangent. This
-takes three matrix products in all, and fewer if fewer gradients are wanted. The rule is a `custom_jvp`, so it can be differentiated again.
+the sum is Σ ⟨gradient, tangent⟩ over the inputs that have a tangent. JAX transposes this sum into multiplications of the gradients by the
+cotangent. The loss and its gradients take three matrix products in all, and fewer if fewer gradients are wanted. The rule is a
+`custom_jvp`, so it can be differentiated again.
 
-`per_example` returns w·loss per example. Each example then has a cotangent of its own, so JAX derives the backward pass. It computes the
-logits of each chunk again, which makes four matrix products.
+`per_example` returns w·loss per example. Each example then has a cotangent of its own, which is not known in the forward pass. So
+JAX derives the backward pass. The backward pass computes the logits of each chunk again. The loss and its gradients take four matrix
+products in all.
 
 Dtypes: Products take the dtype of `hidden` and accumulate in float32 (float64 for float64). G is cast to the dtype of `hidden` before its
 two products. Gradients of inputs that all chunks share are added up in float32 and cast once, to the dtype of their input.

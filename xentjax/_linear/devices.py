@@ -1,14 +1,14 @@
 """How the inputs of a fused loss vary over the devices of a mesh, decided before the sweep over chunks.
 
-Inside `jax.shard_map`, several devices may compute one loss together: each holds a part of its classes. JAX types each value by the mesh
-axes over which it may vary. When a value meets another that varies over more axes, JAX makes it vary over those axes too. The transpose of
-this step is a sum over devices. If it happened inside the loop over chunks, devices would sum a gradient in every chunk. So values are made
-to vary before the loop:
+Inside `jax.shard_map`, several devices may compute one loss together. Each device then holds a part of the classes. JAX types each value by
+the mesh axes over which it may vary. If two operands vary over different axes, JAX first makes both vary over the axes of either. The
+transpose of this conversion is a sum over devices. If values were converted inside the loop over chunks, devices would sum a gradient in
+every chunk. So all conversions and sums are outside the loop:
 
-1. `vary_as_losses`: `where`, `weights` and the arguments of the loss, before the derivative rule;
-2. `vary_alike`: the operands of the matrix products, at the start of the rule;
-3. `sum_over_devices`: each device contracts the gradient of its own part with the tangent. These numbers are summed over devices at the end
-   of the rule. The transpose sums the gradient of `hidden` over devices once, after the loop.
+1. `vary_as_losses` makes `where`, `weights` and the arguments of the loss vary, before the derivative rule;
+2. `vary_alike` makes the operands of the matrix products vary, at the start of the rule;
+3. `sum_over_devices` sums the tangent, at the end of the rule. Each device contracts the gradient of its own part with the tangent. These
+   numbers are summed over devices. The transpose sums the gradient of `hidden` over devices once, after the loop.
 
 Outside `jax.shard_map` no value varies, and these functions return their arguments.
 """

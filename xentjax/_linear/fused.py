@@ -4,17 +4,17 @@ Shared conventions:
 
 - `hidden` is [..., features]. The matrix products take its dtype.
 - `kernel` is [features, classes], as in flax, or [classes, features] with `classes_first=True`, as in torch and for tied embeddings. It is
-  never transposed in memory. A kernel in another dtype than `hidden` is converted once, and its gradient has the dtype of the kernel. So
-  float32 master weights get float32 gradients under bfloat16 activations.
+  never transposed in memory. If its dtype is not the dtype of `hidden`, it is converted once. The gradient has the dtype of the given
+  kernel. So float32 master weights get float32 gradients under bfloat16 activations.
 - `bias` is [classes].
 - `where` [...] is True for examples that count. The others may hold NaN or any label. They cost exactly 0 and have weight 0.
-- `weights` [...] has one weight per example, ≥ 0 for a mean.
+- `weights` [...] has one weight per example. For the mean, weights must be ≥ 0.
 - `reduction`: "mean" is Σ w·loss / Σ w, "sum" is Σ w·loss, and "none" is w·loss per example, shape [...]. The mean of no examples is 0.
 - `chunk_size` is the largest number of examples whose logits exist at the same time. If it is None, `plan_linear` chooses it. Under
-  `jax.vmap` it applies to each instance.
-- If the number of examples is symbolic (`jax.export`), there are four chunks, or at least three with a given `chunk_size`, whatever the
-  number turns out to be. Leading axes are flattened into one. Padding adds up to one example per chunk. The memory of the logits is bounded
-  only if `chunk_size` is given.
+  `jax.vmap`, it applies to each element of the mapped axis separately.
+- The number of examples may be symbolic (`jax.export`). Then there are four chunks, whatever the number of examples turns out to be. With a
+  given `chunk_size`, there are as many chunks as it requires, but at least three. Leading axes are flattened into one. Padding adds at most
+  one example per chunk. The memory of the logits is bounded only if `chunk_size` is given.
 - TypeError is raised for wrong dtypes. ValueError is raised for wrong shapes and for Python numbers out of range.
 """
 

@@ -1,4 +1,4 @@
-"""Checks of the arguments of a linear layer, and of the results of a loss function on a chunk of its logits."""
+"""Checks of the arguments of a linear layer, and of the values that a loss function returns for a chunk of logits."""
 
 from typing import Any
 

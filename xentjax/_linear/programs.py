@@ -1,7 +1,7 @@
-"""A cache of compiled programs of functions that take a loss. There is one program for each loss function and its settings.
+"""A cache of compiled programs. Each program is compiled from a function whose argument is a loss function.
 
-The programs of a loss function are stored under a weak reference to it and freed with it. So a function made in a loop leaves nothing
-behind.
+There is one program for each combination of a loss function and settings. The programs of a loss function are stored under a weak reference
+to it and freed with it. So loss functions that are created in a loop do not accumulate in the cache.
 """
 
 import functools

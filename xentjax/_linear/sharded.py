@@ -1,4 +1,4 @@
-"""Losses of a linear layer over a mesh of devices: `fuse_linear` inside `jax.shard_map`, for the common case."""
+"""`fuse_linear` inside `jax.shard_map`, for the common case: the axes of a mesh shard the tokens, the classes, or both."""
 
 import functools
 import inspect

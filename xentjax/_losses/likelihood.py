@@ -49,7 +49,8 @@ def gaussian_nll(
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: an argument has the wrong shape, `variance` is not above 0, or both or neither of the two parameters are given.
+        ValueError: an argument has the wrong shape, `variance` is not above 0, or `variance` and `log_variance` are both given or
+            both missing.
 
     Example:
         >>> import jax, jax.numpy as jnp, xentjax
@@ -104,7 +105,7 @@ def laplace_nll(
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: an argument has the wrong shape, `scale` is not above 0, or both or neither of the two parameters are given.
+        ValueError: an argument has the wrong shape, `scale` is not above 0, or `scale` and `log_scale` are both given or both missing.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -140,8 +141,8 @@ def poisson_nll(log_rate: ArrayLike, targets: ArrayLike, *, where: ArrayLike | N
 
     Args:
         log_rate: [...], λ, the logarithm of the expected count; −∞ is a rate of 0.
-        targets: [...], k ≥ 0. A negative k makes its value and its gradient NaN. log k! is exact for whole counts. If k is below
-            10 and not whole, log k! comes from `jax.lax.lgamma`, whose error is a few 1e-6 in float32.
+        targets: [...], k ≥ 0. If k is negative, the value and the gradient of its element are NaN. log k! is exact for whole counts. If k
+            is below 10 and not whole, log k! comes from `jax.lax.lgamma`, whose error in float32 is a few times 1e-6.
         where: [...], True for elements that count.
 
     Returns:

@@ -30,7 +30,7 @@ def forward_corrected_cross_entropy(
     loss = −log Σ_i p_i T_iy. The expected loss is minimal if p is the distribution of the true classes.
     Gradient: ∂loss/∂z = p − r, where r_i = p_i T_iy/Σ_j p_j T_jy is the posterior probability of the true class i.
 
-    The loss of soft labels t is Σ_k t_k·loss(k). The terms are computed one class after another.
+    The loss of soft labels t is Σ_k t_k·loss(k). The terms of this sum are computed one class at a time.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities of the true classes.
@@ -38,7 +38,7 @@ def forward_corrected_cross_entropy(
         noise_matrix: [classes, classes], T_ij = P(label j | class i), in [0, 1].
         axis: class axis of `logits`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
-        class_mask: [classes] or [..., classes], True for true classes that exist.
+        class_mask: [classes] or [..., classes], True where the true class exists.
         where: [...], True for examples that count.
 
     Returns:
@@ -105,7 +105,8 @@ def backward_corrected_cross_entropy(
         noise_matrix: [classes, classes], T_ij = P(label j | class i), invertible.
         axis: class axis of `logits`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
-        class_mask: [classes] or [..., classes], True for true classes that exist; between these and the others, T must be 0.
+        class_mask: [classes] or [..., classes], True where the true class exists; T must be 0 between these classes
+            and the classes that do not exist.
         where: [...], True for examples that count.
 
     Returns:

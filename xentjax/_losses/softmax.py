@@ -42,7 +42,8 @@ def softmax_cross_entropy(
 ) -> Array:
     """Cross-entropy between labels and the softmax of logits, shape [...].
 
-    loss = Σ_k t_k (lse(z) − z_k) + ζ·s·lse(z)². For an index y and default options, this is −log p_y.
+    loss = Σ_k t_k (lse(z) − z_k) + ζ·s·lse(z)², where t_k = w_k((1 − ε)·labels_k + ε/K) are the targets, s = Σ_k t_k, and K is the number
+    of classes that exist. For an index y and default options, the loss is −log p_y.
     Gradient: ∂loss/∂z = s·p − t + 2ζ·s·lse·p;  ∂loss/∂labels_k = w_k (1 − ε)(lse − z_k + ζ·lse²).
 
     Args:

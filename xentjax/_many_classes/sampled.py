@@ -139,7 +139,7 @@ def noise_contrastive_estimation_loss(
     classes_first: bool = False,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Noise-contrastive estimation: binary cross-entropy of telling the label from sampled noise, shape [...].
+    """Noise-contrastive estimation: binary cross-entropy of a classifier that distinguishes the label from sampled noise, shape [...].
 
     loss = softplus(−(z_y − log Q_y)) + Σ_j softplus(z_{k_j} − log Q_{k_j}), where Q_k = n·P(k) for n samples from the noise P.
     The expected loss is minimal where e^(z_k) are the class probabilities of the data. They sum to 1 without any explicit normalization.
@@ -152,7 +152,8 @@ def noise_contrastive_estimation_loss(
         samples: ids and log Q, both [samples] or [..., samples].
         label_log_expected_count: [...], log Q_y, computed by `samplers.log_expected_count(sampler, labels, count)`.
         bias: [classes], added to the logits.
-        remove_accidental_hits: whether samples equal to the label are left out. The minimum above requires that they are kept.
+        remove_accidental_hits: whether samples equal to the label are left out. The expected loss has the minimum
+            described above only if these samples are kept.
         classes_first: whether `kernel` has shape [classes, features].
         where: [...], True for examples that count.
 

@@ -184,12 +184,13 @@ def _alias_log_prob(ids: Array, log_probs: Array) -> Array:
 
 
 def alias(weights: ArrayLike) -> Alias:
-    """Sampler of the distribution that is proportional to given weights or counts, ids of shape [...].
+    """Sampler of classes in proportion to given weights or counts; ids have shape [...].
 
     P(k) = weights_k / Σ weights.
     Gradient: none.
 
-    Build the table once, outside `jax.jit`, in time proportional to the number of classes. Each draw then takes two look-ups and no search.
+    Call `alias` once, outside `jax.jit`. It builds a table in time proportional to the number of classes. Each draw then takes two look-ups
+    and no search.
 
     Args:
         weights: [classes], ≥ 0, not all 0. For `negative_sampling_loss`, use word counts to the power 3/4.

@@ -18,7 +18,7 @@ def cross_entropy(p: ArrayLike, q: ArrayLike, *, base: ArrayLike = math.e, axis:
     H(p, q) = −Σ_k p_k log q_k, and +∞ if p_k > 0 = q_k for some class.
     Gradient: ∂H/∂p_k = −log q_k;  ∂H/∂q_k = −p_k/q_k;  both are 0 at q_k = 0.
 
-    The minimum over q is H(p), at q = p. It is not 0.
+    The minimum over q is H(p), at q = p. In general, it is not 0.
 
     Args:
         p: [..., classes], true probabilities, which need not sum to 1.
@@ -32,7 +32,7 @@ def cross_entropy(p: ArrayLike, q: ArrayLike, *, base: ArrayLike = math.e, axis:
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: an argument has the wrong shape, or `base` is not above 0 or is 1.
+        ValueError: an argument has the wrong shape, or `base` is 0, 1 or negative.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -79,7 +79,7 @@ def cross_entropy_from_logits(
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: an argument has the wrong shape, or `base` is not above 0 or is 1.
+        ValueError: an argument has the wrong shape, or `base` is 0, 1 or negative.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -115,7 +115,7 @@ def kl_divergence(p: ArrayLike, q: ArrayLike, *, base: ArrayLike = math.e, axis:
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: an argument has the wrong shape, or `base` is not above 0 or is 1.
+        ValueError: an argument has the wrong shape, or `base` is 0, 1 or negative.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -165,7 +165,7 @@ def kl_divergence_from_logits(
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: an argument has the wrong shape, or `base` is not above 0 or is 1.
+        ValueError: an argument has the wrong shape, or `base` is 0, 1 or negative.
 
     Example:
         >>> import jax.numpy as jnp, xentjax

@@ -28,7 +28,7 @@ def self_information(p: ArrayLike, *, base: ArrayLike = math.e, where: ArrayLike
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: an argument has the wrong shape, or `base` is not above 0 or is 1.
+        ValueError: an argument has the wrong shape, or `base` is 0, 1 or negative.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -68,7 +68,7 @@ def self_information_from_logits(logits: ArrayLike, *, base: ArrayLike = math.e,
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: an argument has the wrong shape, or `base` is not above 0 or is 1.
+        ValueError: an argument has the wrong shape, or `base` is 0, 1 or negative.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -114,7 +114,7 @@ def entropy(p: ArrayLike, *, base: ArrayLike = math.e, axis: int = -1, where: Ar
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: an argument has the wrong shape, or `base` is not above 0 or is 1.
+        ValueError: an argument has the wrong shape, or `base` is 0, 1 or negative.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -158,7 +158,7 @@ def entropy_from_logits(logits: ArrayLike, *, base: ArrayLike = math.e, axis: in
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: an argument has the wrong shape, or `base` is not above 0 or is 1.
+        ValueError: an argument has the wrong shape, or `base` is 0, 1 or negative.
 
     Example:
         >>> import jax.numpy as jnp, xentjax

@@ -30,7 +30,7 @@ def js_divergence(p: ArrayLike, q: ArrayLike, *, base: ArrayLike = math.e, axis:
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: an argument has the wrong shape, or `base` is not above 0 or is 1.
+        ValueError: an argument has the wrong shape, or `base` is 0, 1 or negative.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -78,11 +78,11 @@ def js_divergence_from_logits(
         where: [...], True for examples that count.
 
     Returns:
-        [...], between 0 and log 2, float32, or float64 if either argument is float64.
+        [...], between 0 and log 2 in the given base, float32, or float64 if either argument is float64.
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: an argument has the wrong shape, or `base` is not above 0 or is 1.
+        ValueError: an argument has the wrong shape, or `base` is 0, 1 or negative.
 
     Example:
         >>> import jax.numpy as jnp, xentjax

@@ -43,7 +43,7 @@ def conditional_entropy(joint: ArrayLike, *, base: ArrayLike = math.e, where: Ar
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: an argument has the wrong shape, or `base` is not above 0 or is 1.
+        ValueError: an argument has the wrong shape, or `base` is 0, 1 or negative.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -93,7 +93,7 @@ def conditional_entropy_from_logits(joint_logits: ArrayLike, *, base: ArrayLike 
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: an argument has the wrong shape, or `base` is not above 0 or is 1.
+        ValueError: an argument has the wrong shape, or `base` is 0, 1 or negative.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -124,7 +124,7 @@ def mutual_information(joint: ArrayLike, *, base: ArrayLike = math.e, where: Arr
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: an argument has the wrong shape, or `base` is not above 0 or is 1.
+        ValueError: an argument has the wrong shape, or `base` is 0, 1 or negative.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -215,7 +215,7 @@ def mutual_information_from_logits(joint_logits: ArrayLike, *, base: ArrayLike =
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: an argument has the wrong shape, or `base` is not above 0 or is 1.
+        ValueError: an argument has the wrong shape, or `base` is 0, 1 or negative.
 
     Example:
         >>> import jax.numpy as jnp, xentjax

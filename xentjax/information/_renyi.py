@@ -51,7 +51,7 @@ def renyi_divergence(
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: an argument has the wrong shape, `alpha` is not above 0, or `base` is not above 0 or is 1.
+        ValueError: an argument has the wrong shape, `alpha` is not above 0, or `base` is 0, 1 or negative.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -154,7 +154,7 @@ def renyi_divergence_from_logits(
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: an argument has the wrong shape, `alpha` is not above 0, or `base` is not above 0 or is 1.
+        ValueError: an argument has the wrong shape, `alpha` is not above 0, or `base` is 0, 1 or negative.
 
     Example:
         >>> import jax.numpy as jnp, xentjax

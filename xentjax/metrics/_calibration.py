@@ -80,7 +80,7 @@ def calibration(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Calibration:
-    """Confidence and accuracy of all examples in bins of equal width, sums of shape [bins].
+    """Sums of confidences and of hits in bins of equal width, over all examples, shape [bins].
 
     confidence = max_k p_k with p = softmax(z), and hit = [argmax_k z_k = y]. An example belongs to bin b = ⌈bins·confidence⌉ − 1.
     Gradient: 0 with respect to `logits`, which are behind `stop_gradient`. For the weight w of an example in bin b: ∂counts_b/∂w = 1,
@@ -97,7 +97,8 @@ def calibration(
         where: [...], True for examples that count.
 
     Returns:
-        `Calibration`. Counts are int32 without `weights`; the other sums are float32, or float64 for float64 logits.
+        `Calibration`. Counts and hits are int32. With `weights`, they are float32, or float64 for float64 weights. Confidences are float32,
+        or float64 for float64 logits.
 
     Raises:
         TypeError: an argument has the wrong dtype, or `labels` are soft labels.

@@ -206,7 +206,7 @@ def negative_log_likelihood(
 
     nll = −log p_y with p = softmax(z); for soft labels t, nll = −Σ_k t_k log p_k. Gradient: ∂nll/∂z = s·p − t with s = Σ_k t_k.
 
-    The same as `xentjax.softmax_cross_entropy` without options.
+    This is `xentjax.softmax_cross_entropy` with default options.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.

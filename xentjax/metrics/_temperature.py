@@ -42,7 +42,8 @@ def fit_temperature(
     Args:
         logits: [..., classes], unnormalized log-probabilities of examples that were not used for training.
         labels: [...], class indices.
-        steps: maximum number of evaluations of slope and curvature, each of them a pass over the logits; about 5 to 10 are usually enough.
+        steps: maximum number of evaluations of slope and curvature; about 5 to 10 are usually enough. Each evaluation is one pass over
+            the logits.
         weights: [...], w ≥ 0; None gives each example the weight 1.
         batch_axis_name: mesh axis over which the examples are sharded, inside `jax.shard_map`; all devices then find the same temperature.
         axis: class axis of `logits`.
