@@ -1,6 +1,7 @@
 """Eight CPU devices, strict dtype promotion and no rank promotion for every test; which tests run; how long the files took."""
 
 import collections
+import gc
 import os
 import pathlib
 
@@ -16,6 +17,8 @@ import numpy as np
 import pytest
 
 from tests import drawing, selection
+
+gc.set_threshold(100_000, 20, 100)  # tracing makes many objects and little garbage: a fifth of the time was spent looking for it
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -39,9 +42,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    names = selection.short(items)
+    config.stash[selection.EVERYTHING], config.stash[selection.SHORT] = [item.nodeid for item in items], names
     if config.getoption("--exhaustive") or any("::" in argument for argument in config.args):
         return
-    names = selection.short(items)
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in names])
     items[:] = [item for item in items if item.nodeid in names]
 
@@ -60,6 +64,7 @@ def forget_programs():
     """Each compiled program holds memory maps, of which a process may have 65,530: without this, XLA crashes after some 1,500 tests."""
     yield
     jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,10 @@ from typing import Any
 
 import pytest
 
+# What pytest collected, and which of it belongs to the short run.
+EVERYTHING: pytest.StashKey[list[str]] = pytest.StashKey()
+SHORT: pytest.StashKey[set[str]] = pytest.StashKey()
+
 
 def short(items: Iterable[pytest.Item]) -> set[str]:
     """The identifiers of the tests in the short run."""
@@ -28,7 +32,8 @@ def short(items: Iterable[pytest.Item]) -> set[str]:
 
 def subject(value: Any) -> Hashable | None:
     """The public function that a row of a table is about; None for other parameters."""
-    return getattr(value, "name", None)
+    name = getattr(value, "name", None)
+    return name.split("-")[0] if isinstance(name, str) else None
 
 
 def parameters(item: pytest.Item) -> dict[str, Hashable]:

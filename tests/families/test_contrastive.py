@@ -131,6 +131,7 @@ def test_one_example_without_a_positive_costs_nothing(rng):
     assert contrastive.supervised_contrastive_loss(x[:1], jnp.array([4])).tolist() == [0]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("temperature", [0.001, 0.01, 0.02])
 def test_extreme_temperatures_are_exact(temperature):
     # Cosines of 0 and 1 are exact. So the loss is log1p(2·e^(−1/τ)) for a matching pair, and larger by 1/τ otherwise.
@@ -163,6 +164,7 @@ def test_siglip_with_large_logits():
     )
 
 
+@pytest.mark.exhaustive
 @names
 def test_zero_vectors_have_cosine_and_gradient_zero(name, rng):
     loss, (x, y) = every_loss()[name], draw(rng)
@@ -228,6 +230,7 @@ def test_no_array_of_batch_times_batch(name, index):
     assert largest(every_loss(chunk_size=CHUNK)[name], index) <= 2 * CHUNK * 2 * N < N * N
 
 
+@pytest.mark.exhaustive
 def test_an_array_of_batch_times_batch_would_be_found():
     for name in every_loss():
         assert largest(every_loss()[name], 1) >= N * N
@@ -249,6 +252,7 @@ def test_half_precision_is_summed_over_devices_in_float32(rng):
     assert scattered and set(scattered) == {"f32"}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", SHARDED)
 def test_only_embeddings_are_gathered(name, rng):
     batch, features = 1024, 6
@@ -334,6 +338,7 @@ def test_other_errors():
     raises(ValueError, "temperature must be above 0; got 0.", supervised, X, LABELS[:3], temperature=0)
 
 
+@pytest.mark.exhaustive
 def test_value_checks_name_the_first_nan(rng):
     x, y = draw(rng)
     bad, where = x.at[2, 1].set(jnp.nan), jnp.arange(12) != 2

@@ -13,6 +13,7 @@ from xentjax._contrastive import losses as contrastive
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
+@pytest.mark.exhaustive
 @names
 def test_permuted_examples_have_permuted_losses(name, rng, x64, monkeypatch):
     loss, (x, y) = every_loss()[name], draw(rng)
@@ -28,6 +29,7 @@ def test_permuted_examples_have_permuted_losses(name, rng, x64, monkeypatch):
     close(run(x[order], y[order]), (value[order], tuple(s[order] for s in slope)), 1e-12)
 
 
+@pytest.mark.exhaustive
 @names
 def test_chunks_equal_the_whole(name, rng, x64):
     pairs = draw(rng)
@@ -42,6 +44,7 @@ def test_chunks_equal_the_whole(name, rng, x64):
         close(of(chunk_size), whole, 1e-12)
 
 
+@pytest.mark.exhaustive
 @names
 @pytest.mark.parametrize("chunk_size", [None, 4])
 def test_examples_that_do_not_count_have_no_effect(name, chunk_size, rng, x64, monkeypatch):
@@ -59,6 +62,7 @@ def test_examples_that_do_not_count_have_no_effect(name, chunk_size, rng, x64, m
     assert not any(np.any(v) for v in jax.tree.leaves(run(*bad, jnp.zeros_like(where))))
 
 
+@pytest.mark.exhaustive
 def test_additional_negatives(rng, x64):
     x, y = draw(rng)
     more, _ = draw(rng, batch=7)

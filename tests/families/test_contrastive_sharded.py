@@ -131,6 +131,7 @@ def test_negatives_are_the_same_on_every_device(rng, x64):
         np.testing.assert_allclose(mine, other, rtol=TOLERANCE, atol=TOLERANCE * np.abs(other).max())
 
 
+@pytest.mark.exhaustive
 @names
 def test_gradients_inside_the_mapped_function(name, rng, x64):
     """As in a training step: the gradient of the psum on each device. JAX sums the gradient of replicated values over devices."""
@@ -151,6 +152,7 @@ def test_gradients_inside_the_mapped_function(name, rng, x64):
         np.testing.assert_allclose(mine, other, rtol=TOLERANCE, atol=TOLERANCE * np.abs(other).max())
 
 
+@pytest.mark.exhaustive
 @names
 def test_gradients_inside_an_axis_without_types(name, rng, x64):
     """There the gradient is that of the sum over devices, even without a psum: the transpose of all_gather is a sum over devices."""

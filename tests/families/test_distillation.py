@@ -80,6 +80,7 @@ def test_right_relative_to_its_own_size(kind, offset, apart, rng):
             assert (np.abs(slope[row] - np.float64([float(x) for x in gradient])) <= tolerance * scale + 1e-37).all()
 
 
+@pytest.mark.exhaustive
 @each
 def test_equal_predictions_cost_nothing(kind, rng):
     z = jnp.asarray(rng.normal(size=(20, 1000)) * 10, jnp.float32)

@@ -176,6 +176,7 @@ def test_traced_parameters_equal_python_numbers(name, keyword, values, rng):
         np.testing.assert_allclose(result, function(z, y, **needed, **{keyword: x}).sum(), rtol=RTOL)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("hide", ["logit", "mask"])
 def test_impossible_labels_cost_infinity_or_the_bound(hide):
     z = jnp.array([-jnp.inf, 1.0, 0.5, 0.0, -1.0, 0.0, 0.2]) if hide == "logit" else jnp.array([3.0, 1.0, 0.5, 0.0, -1.0, 0.0, 0.2])

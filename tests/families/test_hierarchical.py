@@ -39,6 +39,7 @@ def log_probs(hidden, parameters):
 CUTOFFS = [[5], [3, 4], [4, 7, 19], [1, 3, 10, 31]]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("cutoffs", CUTOFFS, ids=str)
 def test_adaptive_probabilities_are_products_and_sum_to_one(cutoffs, rng):
     parameters, classes = adaptive(cutoffs), cutoffs[-1]

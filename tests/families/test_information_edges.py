@@ -62,6 +62,7 @@ def test_zeros_are_exact_and_gradients_finite(name, rows, expected):
             assert np.isfinite(slope).all()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_renyi_at_zeros(alpha):
     for suffix, part in (("", 0), ("_from_logits", 1)):
@@ -106,6 +107,7 @@ def test_curvature_of_tiny_probabilities_does_not_overflow():
         np.testing.assert_allclose(jnp.diagonal(jax.hessian(f)(x)), expected, rtol=1e-5)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", [n for n in ALL if n.endswith("from_logits") and not n.startswith("self")])
 def test_a_row_without_a_class_has_no_gradient(name):
     shape = (2, 2) if name.removesuffix("_from_logits") in JOINT else (4,)

@@ -137,6 +137,7 @@ def test_perplexity_is_of_all_tokens(rng):
         metrics.perplexity(losses)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("shards", [2, 8])
 def test_classes_split_over_devices(shards, rng):
     mesh = jax.make_mesh((shards,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))

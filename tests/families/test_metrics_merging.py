@@ -60,6 +60,7 @@ def same(got, expected):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 @EACH
 @pytest.mark.parametrize("weighted", [False, True])
 @examples(15)

@@ -47,6 +47,7 @@ class Dense(Fused):
         return each.mean() if self.reduction == "mean" else each.sum()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_arguments_and_closures_are_differentiated(rng, reduction):
     def draw(*shape):
@@ -165,6 +166,7 @@ def test_transformations(rng, reduction):
     close(doubled, twice, 1e-6)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_third_derivatives(rng, reduction, x64):
     hidden, kernel = jnp.asarray(rng.normal(size=(9, 3))), jnp.asarray(rng.normal(size=(3, 5)))

@@ -80,6 +80,7 @@ def test_linear_plots_its_sweeps(tmp_path, capsys):
     assert [row["tokens"] for row in written["sweeps"]["tokens"]] == [1, 1, 2, 2]
 
 
+@pytest.mark.exhaustive
 def test_dense_has_a_row_for_each_shape(tmp_path, capsys):
     printed, written = run(tmp_path, capsys, "dense", "--shapes", "tiny", "8x4:bfloat16", "--rounds", "1", plot=True)
     assert [row["shape"] for row in written["compiled"]] == ["24 x 41", "8 x 4"]
@@ -91,6 +92,7 @@ def test_dense_has_a_row_for_each_shape(tmp_path, capsys):
     assert "| 24 x 41 |" in printed
 
 
+@pytest.mark.exhaustive
 def test_dense_with_all_losses_has_a_row_for_each(tmp_path, capsys):
     printed, written = run(tmp_path, capsys, "dense", "--all", "--shapes", "12x5", "--rounds", "1", plot=True)
     assert {row["loss"] for row in written["losses"]} == set(families.contenders(5))

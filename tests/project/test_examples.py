@@ -157,6 +157,7 @@ def test_digits_are_learned_from_idx_files(example, tmp_path):
     assert run_digits(example, tmp_path, "--data-dir", str(tmp_path), "--epochs", "3") >= 0.9  # chance is 0.1
 
 
+@pytest.mark.exhaustive
 def test_gradient_norms_are_those_of_single_examples(example):
     digits = example("digits_cnn")
     images, labels = np.random.default_rng(0).normal(size=(3, 8, 8, 1)).astype(np.float32), np.array([0, 4, 9], np.int32)

@@ -1,11 +1,7 @@
 """The short run leaves out no test function, no public function and no value of an option."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
-
-import pytest
 
 from tests import selection
 from tests.tables import cases
@@ -60,27 +56,26 @@ def test_nothing_that_is_exhaustive():
     assert not chosen("exhaustive")
 
 
-@pytest.fixture(scope="module")
-def collected():
-    """For each run, the identifiers that pytest itself collects."""
-
-    def collect(*options):
-        command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "--collect-only", *options]
-        return re.findall(r"^tests/\S.*$", subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout, re.M)
-
-    return collect(), collect("--exhaustive")
+def test_no_test_function_is_left_out(pytestconfig):
+    """Of all that this run collected: whole files and test functions are left out only by the mark `exhaustive`."""
+    kept = {name.split("[")[0] for name in pytestconfig.stash[selection.SHORT]}
+    left_out = {name.split("[")[0] for name in pytestconfig.stash[selection.EVERYTHING]} - kept
+    marked = {name for name in left_out if is_marked(name)}
+    assert left_out == marked
 
 
-def test_no_test_function_is_left_out(collected):
-    short, everything = ({name.split("[")[0] for name in names} for names in collected)
-    left_out = everything - short
-    assert all(name.split("::")[0] in EXHAUSTIVE or name in EXHAUSTIVE for name in left_out), left_out
+def is_marked(name):
+    """Whether the source marks a test function, or its whole file."""
+    file, *_, function = name.split("::")
+    text = (ROOT / file).read_text()
+    decorators = re.search(rf"((?:^@.*\n(?:^[ )].*\n)*)*)^def {function}\(", text, re.M)
+    return "pytestmark = pytest.mark.exhaustive" in text or (decorators is not None and "@pytest.mark.exhaustive" in decorators.group(1))
 
 
-def test_every_public_function_meets_every_property(collected):
+def test_every_public_function_meets_every_property(pytestconfig):
     """A property is a test function over a table. The functions that it names in the exhaustive run are named in the short run."""
-    short, everything = (subjects(names) for names in collected)
-    assert {test: names for test, names in everything.items() if test in short and names - short[test]} == {}
+    short, everything = (subjects(pytestconfig.stash[key]) for key in (selection.SHORT, selection.EVERYTHING))
+    assert {test: names - short[test] for test, names in everything.items() if test in short and names - short[test]} == {}
 
 
 def subjects(names):
@@ -90,12 +85,3 @@ def subjects(names):
         if subject := re.split(r"[-\]]", parameters)[0]:
             found.setdefault(test, set()).update({subject} & TABLES)
     return found
-
-
-# Files and tests that the short run leaves out, with the reason.
-EXHAUSTIVE = {
-    "tests/project/test_notebook.py": "executes a notebook",
-    "tests/project/test_processes.py": "starts processes",
-    "tests/project/test_remedies.py": "trains 400 models",
-    "tests/project/test_char_lm.py": "trains a language model",
-}

@@ -111,6 +111,7 @@ def test_dtypes_without_infinities_are_refused(call):
                 call(call.replaced(path, jnp.asarray(x, dtype)))
 
 
+@pytest.mark.exhaustive
 @each_call
 def test_checked_names_function_and_argument(call):
     """Every NaN, every index out of range, every negative weight, and every hyper-parameter that is not a number."""

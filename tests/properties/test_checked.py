@@ -142,6 +142,7 @@ def test_what_is_masked_is_not_checked(function):
         checked(put(Z.T, (2, 1), np.nan), Y, axis=0, class_mask=mask)
 
 
+@pytest.mark.exhaustive
 def test_good_arguments_give_the_same_bits():
     for function in INDICES:
         checked = checked_jit(function)

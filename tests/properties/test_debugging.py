@@ -35,6 +35,7 @@ def masked(call, rng):
 ONE_CLASS_AFTER_ANOTHER = ("bi_tempered_cross_entropy", "forward_corrected_cross_entropy", "seesaw_loss")
 
 
+@pytest.mark.exhaustive
 @each_call
 def test_no_operation_makes_nan_or_looks_beyond_an_array(call, rng, debug_nans, monkeypatch):
     arguments, where = masked(call, rng)
@@ -69,6 +70,7 @@ def test_no_tracer_outlives_its_trace(call, rng):
         jax.jit(lambda *x: call.total(*x)).trace(arguments, where)
 
 
+@pytest.mark.exhaustive
 @each_call
 def test_float32_stays_float32_with_x64(call, rng, x64):
     arguments, where = masked(call, rng)
@@ -98,5 +100,6 @@ def test_figures_make_no_nan(debug_nans):
     assert all(np.isfinite(x).all() for x in figures())
 
 
+@pytest.mark.exhaustive
 def test_figures_of_float32_with_x64(x64):
     assert all(x.dtype == jnp.float32 for x in figures())

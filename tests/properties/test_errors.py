@@ -289,5 +289,8 @@ def test_the_class_axis_is_one_integer(call):
 def test_what_must_be_given_may_not_be_none(call):
     for name, p in inspect.signature(call.function).parameters.items():
         if name in call.arrays and p.default is p.empty and isinstance(call.arrays[name], np.ndarray):
-            with raises(TypeError, f"{call.function.__name__}: {name} must be an array or convertible to one; got NoneType."):
+            with raises(
+                TypeError,
+                f"{call.name.removeprefix('metrics.').removeprefix('information.')}: {name} must be an array or convertible to one; got NoneType.",
+            ):
                 call({**call.arrays, name: None})

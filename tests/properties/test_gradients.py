@@ -141,6 +141,7 @@ def test_derivative_with_respect_to_class_weights(rng):
     np.testing.assert_allclose(result, [per_example[np.asarray(y) == k].sum() for k in range(7)], rtol=RTOL, atol=1e-7)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0, 1.5, 2.0, 5.0])
 @pytest.mark.parametrize("traced", [False, True])
 def test_focal_losses_are_finite_at_saturated_logits(gamma, traced):

@@ -58,6 +58,7 @@ def inside_scan(case, labels):
     return lambda z: jax.lax.scan(step, jnp.zeros((), jax.eval_shape(lambda *x: case(*x), z, labels).dtype), (z, labels))[0]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("case", "kind"),
     [

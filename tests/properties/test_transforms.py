@@ -104,7 +104,6 @@ def test_export_with_gradient_for_every_platform(case, rng):
         np.testing.assert_allclose(np.asarray(slope, np.float64), gradient, rtol=half, atol=tolerance)
 
 
-@pytest.mark.exhaustive
 @each_kind()
 def test_no_nan_on_the_way_to_a_finite_answer(case, kind, rng):
     z, labels = case.draw(rng, (4,), kind=kind)
