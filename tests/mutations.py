@@ -124,14 +124,14 @@ MUTATIONS: tuple[Mutation, ...] = (
         (f"{PROPERTIES}/test_accuracy.py",),
     ),
     Mutation(
-        "the classes that tie do not share a derivative",
+        "the derivative of a likely class cancels",
         "_core/surprises.py",
         "jnp.expm1(-of_pivot) * by_pivot",
         "(jnp.exp(-of_pivot) - 1) * by_pivot",
         (f"{PROPERTIES}/test_accuracy.py",),
     ),
     Mutation(
-        "class weights not smoothed",
+        "smoothing without the factor of the label",
         "_core/odds.py",
         "return (1 - smoothing) * loss + smoothing * spread",
         "return loss + smoothing * spread",
@@ -160,7 +160,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation("z-loss without the sum of the labels", "_losses/softmax.py", "* total * (stats.reference", "* (stats.reference", (V,)),
     Mutation(
-        "wide labels of top-k rounded",
+        "probabilities of top-k labels are rounded",
         "_losses/softmax.py",
         "probs.astype(r.values.dtype) *",
         "jnp.round(probs).astype(r.values.dtype) *",
@@ -204,17 +204,17 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "p^(2 − t1) with another sign", "_losses/tempered.py", "jnp.exp(-(1 + alpha) * u)  # p^(2 − t1)", "jnp.exp(-(1 - alpha) * u)", (V,)
     ),
-    Mutation("fewer Newton steps", "_losses/tempered.py", "_STEPS = 12", "_STEPS = 1", (V, FAMILY)),
+    Mutation("one Newton step", "_losses/tempered.py", "_STEPS = 12", "_STEPS = 1", (V, FAMILY)),
     Mutation("prior subtracted", "_losses/imbalance.py", "shift = jnp.asarray(tau", "shift = -jnp.asarray(tau", (V,)),
     Mutation(
-        "mean of the counts on one device only",
+        "the smallest count of one device only",
         "_losses/imbalance.py",
         "fewest = rows.class_minimum(r, present)",
         "fewest = jnp.min(present)",
         (SHARDED,),
     ),
     Mutation(
-        "margin is differentiated",
+        "counts are differentiated",
         "_losses/imbalance.py",
         "jnp.maximum(lax.stop_gradient(class_counts.astype(dtype)), 1)",
         "jnp.maximum(class_counts.astype(dtype), 1)",
@@ -222,7 +222,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation("angle added with another sign", "_losses/margin.py", "- jnp.sin(m2) *", "+ jnp.sin(m2) *", (V,)),
     Mutation(
-        "temperature multiplies",
+        "keys that do not count are negatives",
         "_contrastive/losses.py",
         "own, class_mask=counts)",
         "own)",
@@ -257,14 +257,14 @@ MUTATIONS: tuple[Mutation, ...] = (
         (ROWS, f"{FAMILIES}/test_sampled.py"),
     ),
     Mutation(
-        "a candidate that occurs twice",
+        "only repeated candidates are negatives",
         "_many_classes/sampled.py",
         "(ids[:, None] != ids[None, :]) | jnp.eye",
         "(ids[:, None] == ids[None, :]) | jnp.eye",
         (ROWS, f"{FAMILIES}/test_sampled.py"),
     ),
     Mutation(
-        "a cluster too far",
+        "one cluster too far",
         "_many_classes/hierarchical.py",
         "cutoffs[0] + cluster - 1)",
         "cutoffs[0] + cluster)",
@@ -279,14 +279,14 @@ MUTATIONS: tuple[Mutation, ...] = (
         (f"{FAMILIES}/test_samplers.py",),
     ),
     Mutation(
-        "draws with replacement for unique ones",
+        "unique draws are counted as draws with replacement",
         "_many_classes/samplers.py",
         "if not unique or count == 1:",
         "if True:",
         (f"{FAMILIES}/test_samplers.py",),
     ),
     Mutation(
-        "a figure of 0 for an empty bin",
+        "a confidence at an edge falls into the next bin",
         "metrics/_calibration.py",
         "index = jnp.clip(jnp.ceil(confidence * bins) - 1, 0, bins - 1)",
         "index = jnp.clip(jnp.floor(confidence * bins), 0, bins - 1)",
@@ -314,7 +314,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         (f"{FAMILIES}/test_metrics.py",),
     ),
     Mutation(
-        "the square of the temperature",
+        "the square of the inverse temperature",
         "metrics/_temperature.py",
         "return _counts.figure(1 / beta, invalid)",
         "return _counts.figure(1 / beta**2, invalid)",
@@ -400,7 +400,13 @@ MUTATIONS: tuple[Mutation, ...] = (
         "weight = jnp.sum(w)",
         (SHARDED,),
     ),
-    Mutation("no tanh", "_linear/fused.py", "logits = cap * jnp.tanh(logits / cap)", "logits = cap * (logits / cap)", (LINEAR,)),
+    Mutation(
+        "the softcap without its tanh",
+        "_linear/fused.py",
+        "logits = cap * jnp.tanh(logits / cap)",
+        "logits = cap * (logits / cap)",
+        (LINEAR,),
+    ),
     Mutation(
         "the chunks in another order",
         "_linear/layout.py",

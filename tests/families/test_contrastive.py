@@ -114,6 +114,7 @@ def test_labels_of_supervised_losses_have_any_range_and_width(rng):
         )
 
 
+@pytest.mark.exhaustive
 @of_pairs
 def test_a_batch_of_one_pair(loss, rng):
     x, y = draw(rng, batch=1)
@@ -182,6 +183,7 @@ def test_zero_vectors_have_cosine_and_gradient_zero(name, rng):
     assert slope[1][3].any()
 
 
+@pytest.mark.exhaustive
 @names
 @pytest.mark.parametrize("scale", [2.0**-100, 2.0**100])
 def test_lengths_do_not_matter(name, scale, rng):

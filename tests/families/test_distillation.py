@@ -90,6 +90,7 @@ def test_equal_predictions_cost_nothing(kind, rng):
         np.testing.assert_allclose(slope, np.zeros_like(slope), rtol=0, atol=1e-12)  # q·(rounding)², and nothing of size eps
 
 
+@pytest.mark.exhaustive
 @each
 def test_second_derivatives_at_equal_predictions(kind, rng, x64):
     """All but tv, which has a kink there, are (1/2)·c·(dz)ᵀ(diag q − q qᵀ)(dz) near 0, c = 1 or β(1 − β)."""
@@ -102,6 +103,7 @@ def test_second_derivatives_at_equal_predictions(kind, rng, x64):
     np.testing.assert_allclose(product, curvature, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.exhaustive
 @each
 def test_second_derivatives_inside_a_loop(kind, rng):
     """`lax.scan` drops derivative rules in computations that a second derivative goes through."""

@@ -21,6 +21,7 @@ def value_and_slopes(function, student, teacher):
     return value, pull(jnp.ones_like(value))
 
 
+@pytest.mark.exhaustive
 @each
 def test_impossible_in_both_is_not_there(kind, rng):
     student, teacher = (jnp.asarray(rng.normal(size=(4, 6)), jnp.float32) for _ in range(2))
@@ -33,6 +34,7 @@ def test_impossible_in_both_is_not_there(kind, rng):
         np.testing.assert_array_equal(slope[:, 6:], np.zeros((4, 2)))
 
 
+@pytest.mark.exhaustive
 @each
 @pytest.mark.parametrize("who", ["student", "teacher"])
 @pytest.mark.parametrize("temperature", [1e-3, 1.0, 4.0])
@@ -71,6 +73,7 @@ def test_nothing_to_compare(kind):
             np.testing.assert_array_equal(slope, np.zeros(3))
 
 
+@pytest.mark.exhaustive
 @each
 @pytest.mark.parametrize("per_row", [False, True])
 def test_missing_classes(kind, per_row, rng):
@@ -89,6 +92,7 @@ def test_missing_classes(kind, per_row, rng):
     assert not any(x.any() for x in jax.tree.leaves(nothing))
 
 
+@pytest.mark.exhaustive
 @each
 def test_masked_rows_leave_the_temperature_alone(kind, rng):
     student, teacher = (jnp.asarray(rng.normal(size=(4, 6)), jnp.float32) for _ in range(2))
@@ -111,6 +115,7 @@ def test_nan_stays_in_its_row(kind, rng):
         assert all(np.isfinite(slope[::2]).all() and np.isnan(slope[1]).any() for slope in slopes)
 
 
+@pytest.mark.exhaustive
 @each
 def test_axis_and_dtypes(kind, rng):
     student, teacher = (jnp.asarray(rng.normal(size=(4, 3, 6)), jnp.float32) for _ in range(2))

@@ -240,6 +240,7 @@ def test_margins_bound_the_sine_by_the_dtype_of_the_cosines(dtype, m1):
     np.testing.assert_allclose(np.asarray(slope, np.float64), exact, rtol=max(eps, 4 * EPS**0.5))
 
 
+@pytest.mark.exhaustive
 def test_margins_compose_with_a_fused_layer(rng):
     hidden, kernel = rng.normal(size=(50, 8)), rng.normal(size=(8, 33))
     hidden, kernel = (jnp.asarray(x / np.linalg.norm(x, axis=a, keepdims=True), jnp.float32) for x, a in ((hidden, 1), (kernel, 0)))
@@ -265,6 +266,7 @@ OF_ENTROPY = [
 ]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", OF_ENTROPY, ids=str)
 def test_second_derivatives_of_a_square(case, rng, x64):
     # A rule whose value is a constant has the right first and second derivatives, and loses the product of two first ones.

@@ -71,6 +71,7 @@ def test_adaptive_confident_labels_keep_their_tiny_loss():
     np.testing.assert_allclose(log_prob[2], -expected, rtol=68 * EPS)
 
 
+@pytest.mark.exhaustive
 def test_adaptive_gradients_stay_in_the_cluster_of_the_label(rng):
     parameters = adaptive([4, 7, 19])
     hidden = jnp.asarray(rng.normal(size=(3, 8)), jnp.float32)
@@ -95,6 +96,7 @@ def test_adaptive_log_prob_hides_examples(rng):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(slopes)) and not slopes[0][1].any()
 
 
+@pytest.mark.exhaustive
 def test_adaptive_in_half_precision_has_only_the_error_of_rounded_features(rng):
     parameters = adaptive([4, 7, 19], dtype=jnp.bfloat16)
     hidden, labels = jnp.asarray(rng.normal(size=(30, 8)), jnp.bfloat16), jnp.asarray(rng.integers(0, 19, 30))
@@ -108,6 +110,7 @@ def test_adaptive_in_half_precision_has_only_the_error_of_rounded_features(rng):
     assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(slopes))
 
 
+@pytest.mark.exhaustive
 def test_adaptive_memory():
     examples, classes, features = 512, 8191, 16
     parameters = jax.eval_shape(lambda: hierarchical.init_adaptive_softmax(jax.random.key(0), features, [100, 1000, classes]))
@@ -122,6 +125,7 @@ def test_adaptive_memory():
     assert program.memory_analysis().temp_size_in_bytes < examples * classes * 4 / 3
 
 
+@pytest.mark.exhaustive
 def test_adaptive_init():
     p = hierarchical.init_adaptive_softmax(jax.random.key(0), 100, (20, 30, 2000), dtype=jnp.bfloat16)
     assert [x.shape for x in jax.tree.leaves(p)] == [(100, 22), (100, 25), (100, 6), (25, 10), (6, 1970)]
@@ -179,6 +183,7 @@ def test_huffman_tree_of_equals_is_flat():
     assert np.shape(hierarchical.huffman_tree([1, 1, 2, 2]).signs) == (4, 2), "lengths 1, 2, 3, 3 have the same cost but a larger depth"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 @pytest.mark.parametrize("classes_first", [False, True])
 def test_tree_probabilities_sum_to_one(counts, classes_first, rng):

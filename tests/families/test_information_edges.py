@@ -121,6 +121,7 @@ def test_a_row_without_a_class_has_no_gradient(name):
             assert x is something or not slope.any()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", [n for n in ALL if "axis" in inspect.signature(getattr(information, n)).parameters])
 def test_axis(name, rng):
     several = 2 if name.removesuffix("_from_logits") in PAIRS else 1
@@ -138,6 +139,7 @@ def test_where_of_single_values():
     np.testing.assert_allclose(slope, [[-0.5, 0.5], [0, 0]], rtol=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_traced_parameters(rng):
     p, q = (jnp.asarray(rng.dirichlet(np.ones(5)), jnp.float32) for _ in range(2))
     orders = jnp.array([0.3, 0.999, 1.0, 1.0 + 1e-7, 1.001, 3.0])

@@ -85,6 +85,7 @@ def test_renyi_grows_with_its_order_and_is_kl_at_1(p, q):
     np.testing.assert_allclose(orders[2], turned[2], rtol=100 * EPS)
 
 
+@pytest.mark.exhaustive
 @run
 @given(joint)
 def test_chain_rule_and_mutual_information(p):

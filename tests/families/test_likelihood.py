@@ -214,6 +214,7 @@ def test_levels_sum_to_one(levels, low, high, rng, x64):
         np.testing.assert_allclose(jnp.exp(-loss).sum(0), np.ones(3), rtol=1e-11)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("size", [-80.0, -30.0, 0.0, 30.0, 80.0])
 def test_derivatives_of_a_mixture_are_finite(size):
     def loss(z, mu, s, x):

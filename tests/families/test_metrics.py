@@ -214,6 +214,7 @@ def test_decisions_from_one_logit(rng):
         np.testing.assert_allclose(pooled, score(labels, logits > 0, average="micro"), rtol=4 * EPS)
 
 
+@pytest.mark.exhaustive
 def test_nothing_to_divide_by():
     nobody = jnp.zeros(0, jnp.int32)
     for found in (

@@ -187,6 +187,7 @@ def test_expected_error_falls_on_an_overconfident_model(rng):
     assert before > 0.2 and after < 0.06  # of 1,000 examples in 15 bins the error is some 15·√(0.1/67)/15 by chance alone
 
 
+@pytest.mark.exhaustive
 def test_jit_vmap_and_devices(rng):
     parts = [draw(rng, sharpness, 64) for sharpness in (0.5, 2.0, 6.0)]
     logits, labels = (jnp.stack(x) for x in zip(*parts, strict=True))

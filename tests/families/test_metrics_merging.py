@@ -80,6 +80,7 @@ def test_batches_in_any_order_make_the_whole(function, weighted, data):
     same(sum(shuffled[1:]) + shuffled[0] if len(shuffled) > 1 else sum(shuffled), whole)
 
 
+@pytest.mark.exhaustive
 @EACH
 def test_devices_make_the_whole(function, rng):
     logits, labels, where, weights = draw(rng)
@@ -97,6 +98,7 @@ def test_devices_make_the_whole(function, rng):
             np.testing.assert_allclose(x, y, rtol=0, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 @EACH
 def test_jit_vmap_and_scan(function, rng):
     logits, labels, where, _ = draw(rng, (3, EXAMPLES))
@@ -138,6 +140,7 @@ def test_confidences_of_a_large_batch_are_summed_by_halves():
     np.testing.assert_allclose(found.confidence(), 0.9, rtol=1e-6)
 
 
+@pytest.mark.exhaustive
 @EACH
 def test_export_for_every_platform_and_debug_nans(function, rng):
     logits, labels, where, weights = draw(rng)
@@ -163,6 +166,7 @@ def test_the_others_too(function, rng):
         jax.config.update("jax_debug_nans", False)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("figure", ["accuracy", "f1", "auroc"])
 def test_gradients_by_weights(figure, rng):
     """Reverse mode against differences, which of ratios of sums in float32 are good to some 1e-3."""

@@ -46,6 +46,7 @@ def in_float64(function, *trees):
         jax.config.update("jax_enable_x64", False)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("chunk_size", [1, 7, 16, 1000])
 def test_zero_logits_cost_the_logarithm_of_the_class_count(chunk_size):
     hidden, kernel, labels = jnp.ones((97, 8)), jnp.zeros((8, 131)), jnp.arange(97)
@@ -58,6 +59,7 @@ def test_zero_logits_cost_the_logarithm_of_the_class_count(chunk_size):
     np.testing.assert_allclose(mean, log, rtol=4 * EPS)  # 97 times log/97, added in float32
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_is_no_worse_than_dense(rng, reduction, dtype):

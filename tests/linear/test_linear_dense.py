@@ -75,6 +75,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("reduction", "leading", "classes", "chunk_size", "classes_first"), SETTINGS)
 def test_equals_dense_to_second_order(rng, reduction, leading, classes, chunk_size, classes_first):
     x, labels, where = problem(rng, leading, classes=classes)
@@ -115,6 +116,7 @@ def test_every_loss_fused_equals_dense(case, rng, x64):
     close(value, exact.mean(), 1e-12)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", cases.BITS, ids=str)
 def test_losses_per_element_are_summed_inside(case, rng, x64):
     _, bits = case.draw(rng, (13,), dtype=jnp.float64)

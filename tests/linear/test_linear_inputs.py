@@ -92,6 +92,7 @@ def test_arguments_may_be_pytrees(rng):
     close(jax.grad(value, (0, 1, 2))(*x), jax.grad(expected, (0, 1, 2))(*x), FIRST)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_aux_comes_back_with_the_leading_axes(rng, reduction):
     (hidden, kernel, *_), labels, where = problem(rng, (3, 11))
@@ -126,6 +127,7 @@ def test_aux_comes_back_with_the_leading_axes(rng, reduction):
     assert (stopped == 0).all()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_transformations(rng, reduction):
     (hidden, kernel, bias, weights, _), labels, _ = problem(rng, (4, 10))
@@ -213,6 +215,7 @@ def test_eager_calls_are_compiled_once(rng):
         assert compilations(lambda call=call: [call(s) for s in (0.25, 0.75)]) == 0
 
 
+@pytest.mark.exhaustive
 def test_export_for_every_platform(rng):
     (hidden, kernel, *_), labels, _ = problem(rng, (11,), dtype=jnp.bfloat16)
     labels = jnp.maximum(labels, 0)

@@ -66,6 +66,7 @@ def test_the_array_would_be_seen():
         assert largest(text(function, H, K, Y)) >= N * V
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["gradient", "hvp in reverse"])
 def test_wide_accumulators_of_half_precision_hold_no_logits_either(name):
     h, k = jax.ShapeDtypeStruct(H.shape, jnp.bfloat16), jax.ShapeDtypeStruct(K.shape, jnp.bfloat16)
@@ -134,6 +135,7 @@ def test_the_kernel_is_neither_transposed_nor_copied(classes_first, derive):
     assert not re.findall(rf"= f32\[(?:{D},{V + 1}|\d+,{V},{D}|\d+,{D},{V})\]", program)  # nor padded, nor stacked
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_batch_split_over_devices_is_not_gathered(kind, reduction):

@@ -52,6 +52,7 @@ def run(tmp_path, capsys, *arguments, plot=False):
     return capsys.readouterr().out, json.loads(file.read_text())
 
 
+@pytest.mark.exhaustive
 def test_linear_has_a_row_for_each_contender_and_shape(tmp_path, capsys):
     options = ["--peers", *ALWAYS, "--shapes", "tiny", "130x4x30:bfloat16", "--rounds", "2"]
     printed, written = run(tmp_path, capsys, "linear", *options)
@@ -102,6 +103,7 @@ def test_dense_with_all_losses_has_a_row_for_each(tmp_path, capsys):
     assert "| 12 x 5 |" in printed
 
 
+@pytest.mark.exhaustive
 def test_compile_has_a_row_for_each_loss_and_contender(tmp_path, capsys, few_losses):
     printed, written = run(
         tmp_path, capsys, "compile", "--peers", "xentjax", "optax", "limit", "--shapes", "tiny", "--rounds", "1", plot=True

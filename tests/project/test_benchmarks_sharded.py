@@ -167,6 +167,7 @@ def test_a_program_sends_what_the_formula_says(name, mesh):
     assert row["data x model"] == f"{data} x {model}" and row["temporary MB"] > 0
 
 
+@pytest.mark.exhaustive
 def test_a_loop_of_chunks_sends_the_numbers_per_token_only(monkeypatch):
     monkeypatch.setattr("xentjax._linear.plan._SMALL_BYTES", 0)
     monkeypatch.setattr("xentjax._linear.plan._FEW_EXAMPLES", 1)

@@ -85,6 +85,7 @@ def test_step(recipes, given):
     close(recipes["step"](h, k, y), jax.value_and_grad(lambda h, k: mean(-at(log_probs(h, k), y), where), (0, 1))(h, k))
 
 
+@pytest.mark.exhaustive
 def test_token_statistics(recipes, given):
     h, k, y, where = (given[n] for n in ("hidden", "kernel", "labels", "where"))
 
@@ -187,6 +188,7 @@ def padded(given):
     return jnp.pad(given["kernel"], ((0, 0), (0, 1)), constant_values=3.0)
 
 
+@pytest.mark.exhaustive
 def test_a_head_over_devices(devices, given):
     kernel = given["kernel"][:, :20]
     labels = jnp.where(given["where"], given["labels"] % 20, -100)

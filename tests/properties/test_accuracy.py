@@ -86,6 +86,7 @@ def test_every_margin(case, classes, rng):
     assert (error <= bound).all(), (error - bound).max()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("keywords", [{"label_smoothing": 0.1}, {"z_loss": 0.01}, {"label_smoothing": 0.3, "z_loss": 1e-4}])
 @pytest.mark.parametrize("classes", [2, 10, 300])
 def test_smoothing_and_z_loss(keywords, classes, rng):
@@ -157,6 +158,7 @@ ONE_TERM = [
 ]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", ONE_TERM, ids=str)
 def test_one_hot_rows_have_the_gradient_of_their_index(case, rng, classes=7):
     z, y = ladder(rng, classes)

@@ -45,6 +45,7 @@ def integral(call, dtype):
     return {name: np.ceil(x).astype(dtype) if name in NUMBERS else x for name, x in call.arrays.items()}
 
 
+@pytest.mark.exhaustive
 @each_call
 def test_hyper_parameters_may_be_integers(call):
     floats = call(integral(call, np.float32), settings(call, jnp.float32))
@@ -52,6 +53,7 @@ def test_hyper_parameters_may_be_integers(call):
     jax.eval_shape(call, integral(call, np.int32), settings(call, jnp.int32))  # traced ones
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("call", [c for c in CALLS if [*c.leaves(np.integer)]], ids=str)
 def test_integers_keep_their_value(call):
     numbers = settings(call, jnp.float32)

@@ -125,6 +125,7 @@ def test_boolean_bits_are_in_range():
     np.testing.assert_array_equal(checked_jit(BITS[0])(Z, Z > 0.5), BITS[0](Z, Z > 0.5))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("function", INDICES[:2], ids=name_of)
 def test_what_is_masked_is_not_checked(function):
     where = np.array([True, False])
@@ -299,6 +300,7 @@ def test_the_function_that_was_called_is_named_each_time():
         xentjax.checked(linear)(huge, huge[0, :, None] * KERNEL, Y)
 
 
+@pytest.mark.exhaustive
 def test_what_does_not_count_is_not_checked_in_linear_losses_and_metrics():
     mask, where = np.array([True, False, True]), np.array([True, False])
     spoilt = put(KERNEL, np.s_[:, 1], np.nan)

@@ -63,6 +63,7 @@ def test_checkify_sees_into_the_loop_over_classes(rng):
 
 
 # The losses whose derivative rules keep functions beyond a trace. All calls would take minutes: each trace is searched for references.
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("call", [c for c in MORE if "linear" in c.name], ids=str)
 def test_no_tracer_outlives_its_trace(call, rng):
     arguments, where = masked(call, rng)
@@ -96,6 +97,7 @@ def figures():
     yield from (xentjax.class_balanced_weights(jnp.array([3, 0])), xentjax.inverse_frequency_weights(jnp.array([3, 0])))
 
 
+@pytest.mark.exhaustive
 def test_figures_make_no_nan(debug_nans):
     assert all(np.isfinite(x).all() for x in figures())
 

@@ -137,6 +137,7 @@ def test_weights_with_smoothing_and_ignored_labels():
     np.testing.assert_allclose(slope(z, y, **keywords), [t.sum() * p - t, np.zeros(3)], rtol=0, atol=16 * EPS)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("gamma", "traced"), [(0.0, False), (0.0, True), (0.5, False), (1.0, True), (1.5, False)])
 def test_focal_derivatives_at_saturated_logits(gamma, traced):
     """12: optax #1267 and #1346, NaN gradients at γ = 0 and γ < 1, NaN Hessians at γ < 2."""

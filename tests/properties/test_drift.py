@@ -70,6 +70,7 @@ def test_small_parts_on_a_large_sum(row):
         np.testing.assert_allclose(found, expected, rtol=PROMISE)
 
 
+@pytest.mark.exhaustive
 @EACH
 def test_over_devices(row):
     """Large and small sums meet in a psum, inside `shard_map` and `vmap`, and what they make goes on growing."""
@@ -168,6 +169,7 @@ def derivatives(function):
     return jax.jit(both)
 
 
+@pytest.mark.exhaustive
 def test_derivatives():
     """∂(a + b) is 1 by either: in a chain, a scan, after a psum, over devices; twice, forward and reverse."""
 
@@ -351,6 +353,7 @@ WEIGHTED = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("bad", [-0.5, np.nan])
 @pytest.mark.parametrize("name", WEIGHTED)
 def test_checked_weights(name, bad):

@@ -29,7 +29,6 @@ def spoilt(per_example, poison):
 
 
 # Functions with rows have the same test in test_functions_everywhere.py, in the program that they are compiled to there.
-@pytest.mark.every_row
 @pytest.mark.parametrize("call", traced.losses(EXAMPLES) + traced.more(EXAMPLES), ids=str)
 def test_hidden_examples_reach_no_derivative(call, rng):
     # All examples twice, all counted, have twice the gradients of all examples and as many hidden ones: so one program does.

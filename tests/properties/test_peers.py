@@ -42,12 +42,14 @@ def test_divergences(rng):
     np.testing.assert_allclose(xentjax.distillation_loss(other, z, divergence="js"), sum(half) / 2, rtol=RTOL)
 
 
+@pytest.mark.exhaustive
 def test_nt_xent_is_that_of_labelled_pairs(rng):
     first, second = (jnp.asarray(rng.normal(size=(6, 5)), jnp.float32) for _ in range(2))
     theirs = optax.losses.ntxent(jnp.concatenate([first, second]), jnp.tile(jnp.arange(6), 2), temperature=0.5)
     np.testing.assert_allclose(xentjax.nt_xent(first, second).mean(), theirs, rtol=RTOL)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("direction", [jax.value_and_grad, functools.partial(jax.value_and_grad, argnums=1)])
 def test_gradients_of_a_divergence(direction, rng):
     z, other, _ = draw(rng)

@@ -93,6 +93,7 @@ def test_second_derivatives_through_a_scan(case, kind, rng, x64):
         )  # differences in float64, several directions at once
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("case", "kind"),
     [pytest.param(c, c.kinds[i % len(c.kinds)], id=str(c)) for i, c in enumerate(DIFFERENTIABLE) if c.thorough and c.inputs == "logits"],

@@ -74,6 +74,7 @@ def test_vmap_over_masks_and_weights(rng):
         np.testing.assert_allclose(together[i], loss(masks[i], weights[i], counts[i]), rtol=RTOL)
 
 
+@pytest.mark.exhaustive
 @each_kind(cases.CROSS_ENTROPY)  # the families in a scan: test_second_derivatives.py
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_checkpoint_and_scan(case, kind, dtype, rng):

@@ -63,6 +63,7 @@ def slopes(fused, arrays, **more):
     return jax.value_and_grad(lambda h, k: fused(h, k, labels, where=where, **more), (0, 1))(hidden, kernel)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("tokens", [P("data"), P(None, "data"), P(("data", "model")), P()], ids=str)
 def test_split_as_the_options_say(mesh, arrays, tokens):
     named = {"mesh": mesh, "tokens": tokens, "axis_name": () if "model" in str(tokens) else "model"}
@@ -197,6 +198,7 @@ def test_under_vmap(mesh, arrays):
     close(values, np.asarray([definition(hidden, s * kernel, labels, where)[1] for s in (1, 2)]))
 
 
+@pytest.mark.exhaustive
 def test_parts_of_the_batch_and_steps_of_accumulation_make_one_batch(mesh, arrays):
     """Three steps with two very uneven parts each. Sums and weights are added over devices and steps separately, and divided once."""
     hidden, kernel, labels, where = arrays
@@ -246,6 +248,7 @@ def test_the_main_loss_inside_shard_map(mesh, arrays):
     assert not np.asarray(of_kernel)[:, CLASSES:].any()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_hidden_gathered_over_the_axis_that_splits_classes(mesh, arrays, reduction):
     # As in sequence parallelism before the head. For JAX, the gathered array may differ between devices, so its gradient is scattered.

@@ -124,6 +124,7 @@ def test_a_loss_on_logits_exchanges_numbers_per_example(case, types, rng):
         assert {c.kind for c in found} <= {"all-reduce"} and max(sizes) <= top_k * examples, found
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("names", [("sequence",), ("data", "sequence")])
 def test_a_sequence_split_over_devices_is_not_gathered(names):
     mesh = mesh_of(*(2, 4)[-len(names) :], names=names)

@@ -61,6 +61,7 @@ def untyped_map(function, specs, out_specs):
     return jax.shard_map(function, mesh=mesh(), in_specs=specs, out_specs=out_specs, check_vma=False)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", [c for c in cases.CROSS_ENTROPY + cases.TOP_K + cases.STATISTICS if c.thorough], ids=str)
 def test_value_tangent_and_outer_gradient_are_those_of_one_device(case, rng):
     z, labels, direction, per_class, over_classes = problem(case, rng)
@@ -81,6 +82,7 @@ def test_value_tangent_and_outer_gradient_are_those_of_one_device(case, rng):
         np.testing.assert_allclose(mine, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
 
+@pytest.mark.exhaustive
 @each_case
 def test_a_gradient_inside_is_an_error(case, rng):
     z, labels, _, per_class, over_classes = problem(case, rng)
@@ -120,6 +122,7 @@ def ranked(values):
     return xentjax.metrics.ranking(jnp.ones_like(values), jnp.ones(values.shape, bool), weights=values).psum("model").positives.sum() / 8
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("mean", [weighted, weighted_pair, confused, calibrated, ranked])
 def test_means_over_devices(mean):
     values = jnp.arange(8.0)
