@@ -290,8 +290,5 @@ def test_what_must_be_given_may_not_be_none(call):
     function = call.name if call.name.startswith("samplers.") else call.function.__name__
     for name, p in inspect.signature(call.function).parameters.items():
         if name in call.arrays and p.default is p.empty and isinstance(call.arrays[name], np.ndarray):
-            with raises(
-                TypeError,
-                f"{call.name.removeprefix('metrics.').removeprefix('information.')}: {name} must be an array or convertible to one; got NoneType.",
-            ):
+            with raises(TypeError, f"{function}: {name} must be an array or convertible to one; got NoneType."):
                 call({**call.arrays, name: None})
