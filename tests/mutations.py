@@ -2,7 +2,7 @@
 
 `python -m tests.mutations` copies the repository, makes one fault at a time, and runs the tests of the room with the fault until one fails.
 It prints a table with the test that caught each fault, and exits with 1 if a fault survived. Names of faults may follow: only these are
-made. The results of the last run are in `docs/mutations.md`.
+made. The results of the last run are in `tests/mutations.md`.
 """
 
 import argparse
@@ -171,7 +171,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "_losses/softmax.py",
         "log_normalizer=rows.row_value(r, statistics.log_normalizer(r, stats))",
         "log_normalizer=statistics.log_normalizer(r, stats)",
-        (M,),
+        (M, V),
     ),
     Mutation(
         "positive weight on both terms",
@@ -195,10 +195,10 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation("last term of Taylor's series", "_losses/robust.py", "range(order - 1, 0, -1)", "range(order - 1, 1, -1)", (V,)),
     Mutation("noise matrix transposed", "_losses/noise.py", "_log(x).T)", "_log(x))", (V,)),
     Mutation(
-        "a label out of range loses its NaN over devices",
-        "_losses/noise.py",
-        "numerics.nan_unless(rows.in_range(r), loss)",
-        "loss",
+        "each device takes the classes of the first",
+        "_core/rows.py",
+        "lax.dynamic_slice_in_dim(per_class, lax.axis_index(rows.axis_name) * size, size",
+        "lax.dynamic_slice_in_dim(per_class, 0, size",
         (SHARDED,),
     ),
     Mutation(

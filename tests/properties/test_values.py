@@ -45,6 +45,7 @@ def each_kind_and_dtype(table=cases.LOSSES):
     )
 
 
+@pytest.mark.every_row
 @every_setting()
 def test_any_rank(case, kind, rng):
     for leading in ((), (2, 3), (2, 0, 3)):

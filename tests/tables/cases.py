@@ -151,9 +151,10 @@ def counts(classes):
 
 
 def noise(classes):
-    """A fifth of each of the first five classes goes evenly to these five; the others are labelled right."""
+    """A fifth of each of the first five classes goes to these five, the more the later the class; the others are labelled right."""
     noisy = np.arange(classes) < 5
-    return np.where(noisy[:, None] & noisy, 0.8 * np.eye(classes) + 0.2 / noisy.sum(), np.eye(classes))
+    share = np.where(noisy, np.arange(1, classes + 1), 0)
+    return np.where(noisy[:, None] & noisy, 0.8 * np.eye(classes) + 0.2 * share / share.sum(), np.eye(classes))
 
 
 def _family(function, reference, /, **more):
