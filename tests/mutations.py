@@ -370,10 +370,10 @@ MUTATIONS: tuple[Mutation, ...] = (
         (LINEAR,),
     ),
     Mutation(
-        "hidden examples reach the gradient of the logits",
-        "_linear/chunks.py",
-        "logits_bar, args_bar = zero_outside(chunk.where, (logits_bar, args_bar))",
-        "pass",
+        "hidden examples are not replaced by zeros",
+        "_linear/inputs.py",
+        "chunk._replace(hidden=zero_outside(chunk.where, chunk.hidden), args=",
+        "chunk._replace(hidden=chunk.hidden, args=",
         (LINEAR,),
     ),
     Mutation(

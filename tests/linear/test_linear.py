@@ -1,11 +1,14 @@
 """Losses of a linear layer in chunks: accuracy, dtypes and extreme inputs. `test_linear_dense.py` tests all derivatives."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import xentjax
+from xentjax._linear import layout
 
 EPS = float(jnp.finfo(jnp.float32).eps)
 FIRST, SECOND = 2e-5, 2e-4  # float32 sums over 97 examples and 131 classes, relative to the largest component
@@ -166,3 +169,10 @@ def test_confident_labels_keep_their_loss_and_gradient():
     tiny = np.exp(-40.0)
     np.testing.assert_allclose(value, 2 * tiny, rtol=60 * EPS)  # (8 + margin) eps and the mean
     np.testing.assert_allclose(slope, [[-80 * tiny, 40 * tiny, 40 * tiny]], rtol=60 * EPS)
+
+
+@pytest.mark.parametrize(("leading", "chunk_size"), [((7,), 3), ((2, 7), 4), ((3, 2, 5), 6), ((5, 4), 3), ((), 1)])
+def test_joined_chunks_have_the_order_of_the_examples(leading, chunk_size):
+    x = jnp.arange(2 * math.prod(leading)).reshape(*leading, 2)
+    cut = layout.even(leading, chunk_size)
+    np.testing.assert_array_equal(cut.join(*cut.split(x)), x)
