@@ -167,11 +167,11 @@ MUTATIONS: tuple[Mutation, ...] = (
         (V,),
     ),
     Mutation(
-        "log-normalizer shown for hidden rows",
+        "the largest logit is shown for hidden rows",
         "_losses/softmax.py",
-        "log_normalizer=rows.row_value(r, statistics.log_normalizer(r, stats))",
-        "log_normalizer=statistics.log_normalizer(r, stats)",
-        (M, V),
+        "max_logit=rows.row_value(r, rows.largest(r))",
+        "max_logit=rows.largest(r)",
+        (V,),
     ),
     Mutation(
         "positive weight on both terms",

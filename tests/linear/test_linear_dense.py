@@ -128,7 +128,6 @@ def test_losses_per_element_are_summed_inside(case, rng, x64):
     close(slope, (of_logits @ kernel.T / 13, hidden.T @ of_logits / 13), 1e-12)
 
 
-@pytest.mark.exhaustive
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("chunk_size", [4, 100])
 def test_masked_examples_do_not_exist(rng, reduction, chunk_size):
