@@ -5,7 +5,7 @@
 - every value of every parameter at least once. Rows of the tables count as the function that they are about, so each public function
   meets each property once, and its other rows only in the test functions that ask for all of them;
 - as few combinations as this needs, chosen so that over all functions each pair of options occurs about equally often;
-- nothing if it is marked `exhaustive`: what takes minutes, or starts processes.
+- nothing if it is marked `exhaustive`: it takes long, starts processes, or tests what another test of the short run already tests.
 """
 
 import collections
@@ -58,10 +58,9 @@ def covering(items: list[pytest.Item]) -> list[pytest.Item]:
         waiting.remove(best)
         missing -= settings[best]
         used.update(pairs(settings[best]))
-        used.update((setting,) for setting in settings[best])
     return chosen
 
 
 def pairs(settings: frozenset) -> list[tuple]:
-    """Single settings and pairs of them, as far as they count for balance."""
+    """The settings of a test, alone and in pairs."""
     return [*((setting,) for setting in settings), *itertools.combinations(sorted(settings), 2)]
