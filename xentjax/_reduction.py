@@ -91,7 +91,7 @@ def weighted_sum(
     where: ArrayLike | None = None,
     axis: int | tuple[int, ...] | None = None,
 ) -> WeightedSum:
-    """The sums Σ w·v and Σ w over `axis`, which add to other such pairs, shape [] or [...] without `axis`.
+    """The sums Σ w·v and Σ w over `axis`. Two such pairs can be added. Shape: [...] without `axis`, [] if `axis` is None.
 
     total = Σ w·v and weight = Σ w over the elements in `where`.
     Gradient: ∂total/∂v = w, ∂total/∂w = v, ∂weight/∂w = 1; 0 outside `where`.
@@ -146,7 +146,7 @@ def weighted_mean(
     axis: int | tuple[int, ...] | None = None,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Array:
-    """Weighted mean over `axis` and over devices, shape [] or [...] without `axis`.
+    """Weighted mean over `axis` and over devices. Shape: [...] without `axis`, [] if `axis` is None.
 
     mean = Σ w·v / Σ w over the elements in `where`; exactly 0 with gradient 0 if Σ w = 0.
     Gradient: ∂mean/∂v = w/Σ w and ∂mean/∂w = (v − mean)/Σ w; 0 outside `where`.
@@ -156,7 +156,8 @@ def weighted_mean(
         weights: [...], the shape of `values`, w ≥ 0 (for signed weights see `weighted_sum`); None gives each element the weight 1.
         where: [...], True for elements that count; the others may be NaN.
         axis: axis or axes to average over; None averages over all axes.
-        axis_name: mesh axis over which the batch is sharded, inside `jax.shard_map`; both sums are taken over it before the division.
+        axis_name: mesh axis over which the batch is sharded, inside `jax.shard_map`. Σ w·v and Σ w are added over the devices
+            of this axis before the division.
 
     Returns:
         float32, or float64 if `values` are float64.

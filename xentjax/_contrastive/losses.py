@@ -8,8 +8,8 @@ All losses share these conventions:
   ∂x̂/∂x = (I − x̂·x̂ᵀ)/|x|. A zero vector has cosine 0 with every vector, and gradient 0. If False, similarities are the products
   s_ij = x_i·y_j, computed in the dtype of the embeddings.
 - `temperature`, `logit_scale`, `logit_bias`: Python numbers, or traced scalars, which can be learned.
-- `chunk_size`: maximum number of queries whose similarities to all keys exist at a time. None means all queries if their similarities
-  take at most 32 MiB, and otherwise the chunk size that `plan_linear` chooses.
+- `chunk_size`: maximum number of queries whose similarities to all keys are in memory at a time. None means all queries if their
+  similarities take at most 32 MiB, and otherwise the chunk size that `plan_linear` chooses.
 - `axis_name`: mesh axis over which the batch is sharded, inside `jax.shard_map`. Each device computes the losses of its own examples, with
   the examples of all devices as negatives. Devices exchange embeddings, but never similarities. The sum of the losses over devices
   (`lax.psum`) has the same derivatives as the sum of the losses of the whole batch.
@@ -69,7 +69,7 @@ def info_nce(
         temperature: τ > 0.
         negatives: [more, features], additional keys for all queries, such as a queue of earlier keys; the same on every device.
         normalize: whether embeddings are normalized, so that similarities are cosines.
-        chunk_size: maximum number of queries whose similarities exist at a time; None: chosen automatically.
+        chunk_size: maximum number of queries whose similarities are in memory at a time; None: chosen automatically.
         axis_name: mesh axis over which the batch is sharded, inside `jax.shard_map`.
         where: [batch], True for examples that count.
 
@@ -134,7 +134,7 @@ def nt_xent(
         second: [batch, features], the other view of each example.
         temperature: τ > 0.
         normalize: whether embeddings are normalized, so that similarities are cosines.
-        chunk_size: maximum number of views whose similarities exist at a time; None: chosen automatically.
+        chunk_size: maximum number of views whose similarities are in memory at a time; None: chosen automatically.
         axis_name: mesh axis over which the batch is sharded, inside `jax.shard_map`.
         where: [batch], True for examples that count.
 
@@ -201,7 +201,7 @@ def clip_loss(
         labels: [batch], any integers, such as class indices or image ids; None: every pair has its own label.
         logit_scale: t > 0, the inverse of a temperature. The paper learns log t and limits t to 100.
         normalize: whether embeddings are normalized, so that similarities are cosines.
-        chunk_size: maximum number of images or texts whose similarities exist at a time; None: chosen automatically.
+        chunk_size: maximum number of images or texts whose similarities are in memory at a time; None: chosen automatically.
         axis_name: mesh axis over which the batch is sharded, inside `jax.shard_map`.
         where: [batch], True for pairs that count.
 
@@ -259,7 +259,9 @@ def siglip_loss(
     axis_name: str | tuple[str, ...] | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """SigLIP loss: binary cross-entropy of classifying each text as belonging to the image or not, summed over texts, shape [batch].
+    """SigLIP loss per image, shape [batch].
+
+    For each image, each text is classified as belonging to this image or not. The loss is the binary cross-entropy, summed over texts.
 
     loss_i = Σ_j −log σ(y_ij·z_ij), where z_ij = t·s_ij + b, y_ij = 1 if j = i, and y_ij = −1 otherwise.
     Gradient: ∂loss_i/∂z_ij = σ(z_ij) − [j = i], so ∂loss_i/∂t = Σ_j s_ij·(σ(z_ij) − [j = i]) and ∂loss_i/∂b = Σ_j (σ(z_ij) − [j = i]).
@@ -274,7 +276,7 @@ def siglip_loss(
         logit_scale: t > 0. The paper learns log t, initialized to log 10.
         logit_bias: b, any finite number. The paper learns b, initialized to −10 because most images and texts do not belong together.
         normalize: whether embeddings are normalized, so that similarities are cosines.
-        chunk_size: maximum number of images whose similarities exist at a time; None: chosen automatically.
+        chunk_size: maximum number of images whose similarities are in memory at a time; None: chosen automatically.
         axis_name: mesh axis over which the batch is sharded, inside `jax.shard_map`.
         where: [batch], True for pairs that count.
 
@@ -346,7 +348,7 @@ def supervised_contrastive_loss(
         labels: [batch], any integers.
         temperature: τ > 0.
         normalize: whether embeddings are normalized, so that similarities are cosines.
-        chunk_size: maximum number of examples whose similarities exist at a time; None: chosen automatically.
+        chunk_size: maximum number of examples whose similarities are in memory at a time; None: chosen automatically.
         axis_name: mesh axis over which the batch is sharded, inside `jax.shard_map`.
         where: [batch], True for examples that count.
 

@@ -56,8 +56,8 @@ def fuse_linear(
 
     `fused_loss(hidden, kernel, *args, bias=None, where=None, weights=None)` = Σ w·loss / Σ w [] ("mean"), Σ w·loss [] ("sum") or
     w·loss [...] ("none"), with loss = `loss_fn(hidden @ kernel + bias, *args)`. The values are those of the dense computation, but only the
-    logits of one chunk exist at a time. `jax.grad`, `jvp`, `vjp`, Hessian-vector products, `vmap`, `jit`, `scan` and `jax.checkpoint`
-    work on `fused_loss`.
+    logits of one chunk are in memory at a time. `jax.grad`, `jvp`, `vjp`, Hessian-vector products, `vmap`, `jit`, `scan` and
+    `jax.checkpoint` work on `fused_loss`.
 
     Gradient: that of the dense computation, ∂/∂hidden = G·kernelᵀ, ∂/∂kernel = hiddenᵀ·G and ∂/∂bias = Σ G with G = ∂value/∂logits.
     `weights`, floating `args` and floating arrays that `loss_fn` closes over (a temperature, class weights, a teacher's kernel) are

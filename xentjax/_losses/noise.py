@@ -38,7 +38,7 @@ def forward_corrected_cross_entropy(
         noise_matrix: [classes, classes], T_ij = P(label j | class i), in [0, 1].
         axis: class axis of `logits`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
-        class_mask: [classes] or [..., classes], True where the true class exists.
+        class_mask: [classes] or [..., classes], True for true classes that exist.
         where: [...], True for examples that count.
 
     Returns:
@@ -105,7 +105,7 @@ def backward_corrected_cross_entropy(
         noise_matrix: [classes, classes], T_ij = P(label j | class i), invertible.
         axis: class axis of `logits`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
-        class_mask: [classes] or [..., classes], True where the true class exists; T must be 0 between these classes
+        class_mask: [classes] or [..., classes], True for true classes that exist; T must be 0 between these classes
             and the classes that do not exist.
         where: [...], True for examples that count.
 

@@ -21,7 +21,7 @@ from xentjax._core import checks, differences, numerics, rows, values
 
 
 def cumulative_link_loss(scores: ArrayLike, labels: ArrayLike, *, thresholds: ArrayLike, where: ArrayLike | None = None) -> Array:
-    """Negative log-likelihood of ordered classes under proportional odds per example, shape [...].
+    """Negative log-likelihood per example of ordered classes in the proportional odds model, shape [...].
 
     loss = −log(σ(θ_y − s) − σ(θ_{y−1} − s)),  θ_{−1} = −∞, θ_{K−1} = +∞ for K classes.
     Gradient, with b = θ_y − s and a = θ_{y−1} − s: ∂/∂s = σ(−b) − σ(a);  ∂/∂θ_y = −σ(−b) − 1/(e^(b − a) − 1);

@@ -46,8 +46,8 @@ def bi_tempered_cross_entropy(
     bounded, so that far outliers stop mattering. If t2 > 1, the probabilities have heavy tails, so that wrong labels near the
     decision boundary do little harm.
 
-    The loss of soft labels t is Σ_k t_k·loss(k), which equals the paper's loss up to a constant of the labels. It is computed for one
-    class after another.
+    The loss of soft labels t is Σ_k t_k·loss(k), which equals the paper's loss up to a term that depends only on the
+    labels. The terms of this sum are computed one class at a time.
 
     Args:
         logits: [..., classes], any real numbers.

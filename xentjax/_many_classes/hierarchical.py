@@ -130,7 +130,7 @@ def adaptive_softmax_cross_entropy(
         hidden: [..., features], activations.
         parameters: made by `init_adaptive_softmax`.
         labels: [...] class indices. The classes are numbered in descending order of frequency.
-        chunk_size: maximum number of examples whose logits exist at a time; None: chosen by `plan_linear`.
+        chunk_size: maximum number of examples whose logits are in memory at a time; None: chosen by `plan_linear`.
         where: [...], True for examples that count.
 
     Returns:
@@ -333,7 +333,8 @@ def hierarchical_softmax_cross_entropy(
         labels: [...] class indices.
         tree: made by `huffman_tree`, or any `BinaryTree` of arrays [classes, depth].
         bias: [classes − 1], added to the logits of the inner nodes.
-        classes_first: whether `kernel` has shape [classes − 1, features], where the weights of each node are contiguous in memory.
+        classes_first: whether `kernel` has shape [classes − 1, features]. In this layout, the weights of each node are contiguous in
+            memory.
         where: [...], True for examples that count.
 
     Returns:

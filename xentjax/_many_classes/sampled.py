@@ -3,9 +3,9 @@
 The losses on sampled classes share these conventions:
 
 - `hidden` has shape [..., features]. Matrix products are computed in its dtype and accumulate in float32 or wider.
-- `kernel` has shape [features, classes], as in flax, or [classes, features] with `classes_first=True`, where the weights of each class are
-  contiguous in memory. `bias` has shape [classes]. The logit of class k is z_k = hidden·kernel_k + bias_k. Only the logits of labels and
-  samples are computed.
+- `kernel` has shape [features, classes], as in flax, or [classes, features] with `classes_first=True`. In the second layout, the weights of
+  each class are contiguous in memory. `bias` has shape [classes]. The logit of class k is z_k = hidden·kernel_k + bias_k. Only the logits
+  of labels and samples are computed.
 - `labels` [...] are integer class indices. If a label is outside [0, classes), the loss of its example and the gradient of its `hidden` are
   NaN. A sampled id outside [0, classes) has the same effect on every example that uses this sample.
 - `samples` come from `samplers.draw`. They have shape [samples] if all examples share them, or [..., samples] if each example has its own.

@@ -29,7 +29,7 @@ class Sampler(Protocol):
 
 
 class Uniform(NamedTuple):
-    """Uniform distribution over classes, P(k) = 1/classes, made by `samplers.uniform`; ids have shape [...]."""
+    """Uniform distribution over classes, P(k) = 1/classes, made by `samplers.uniform`. Sampled class ids have shape [...]."""
 
     classes: Array
     """The number of classes []."""
@@ -55,7 +55,7 @@ def _uniform_log_prob(ids: Array, classes: Array) -> Array:
 
 
 def uniform(classes: int) -> Uniform:
-    """Sampler that draws all classes with equal probability; ids have shape [...].
+    """Sampler that draws each class with the same probability. Sampled class ids have shape [...].
 
     P(k) = 1/classes.
     Gradient: none.
@@ -82,9 +82,9 @@ def uniform(classes: int) -> Uniform:
 
 
 class LogUniform(NamedTuple):
-    """Zipf distribution over classes in descending order of frequency, made by `samplers.log_uniform`; ids have shape [...].
+    """Zipf distribution over classes in descending order of frequency, made by `samplers.log_uniform`.
 
-    P(k) ≈ 1/((k + 1)·log(classes + 1)). The docstring of `samplers.log_uniform` has the exact formula.
+    Sampled class ids have shape [...]. P(k) ≈ 1/((k + 1)·log(classes + 1)). The docstring of `samplers.log_uniform` has the exact formula.
     """
 
     classes: Array
@@ -121,7 +121,7 @@ def _log_uniform_log_prob(ids: Array, classes: Array) -> Array:
 
 
 def log_uniform(classes: int) -> LogUniform:
-    """Sampler that follows Zipf's law over classes in descending order of frequency; ids have shape [...].
+    """Sampler that follows Zipf's law over classes in descending order of frequency. Sampled class ids have shape [...].
 
     P(k) = log((k + 2)/(k + 1)) / log(classes + 1).
     Gradient: none.
@@ -152,7 +152,7 @@ def log_uniform(classes: int) -> LogUniform:
 
 
 class Alias(NamedTuple):
-    """Any distribution over classes, stored as an alias table, made by `samplers.alias`; ids have shape [...]."""
+    """Any distribution over classes, stored as an alias table, made by `samplers.alias`. Sampled class ids have shape [...]."""
 
     threshold: Array
     """The probability that a class is kept when its cell is hit, in units of 2⁻³², [classes] uint32."""
@@ -184,7 +184,7 @@ def _alias_log_prob(ids: Array, log_probs: Array) -> Array:
 
 
 def alias(weights: ArrayLike) -> Alias:
-    """Sampler of classes in proportion to given weights or counts; ids have shape [...].
+    """Sampler of classes in proportion to given weights or counts. Sampled class ids have shape [...].
 
     P(k) = weights_k / Σ weights.
     Gradient: none.
@@ -244,7 +244,9 @@ def _alias_table(probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Samples(NamedTuple):
-    """Sampled classes and their log expected counts: [samples] shared by all examples, or [..., samples] for each example.
+    """Sampled classes and their log expected counts, shape [samples] or [..., samples].
+
+    The shape is [samples] if all examples share the samples, and [..., samples] if each example has its own.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
