@@ -51,3 +51,16 @@ def test_largest_logit_and_hits_across_devices(devices, rng):
     )(z, y)
     np.testing.assert_array_equal(found.max_logit, z.max(-1))
     np.testing.assert_array_equal(found.correct, np.asarray(z).argmax(-1) == np.asarray(y))
+
+
+@pytest.mark.parametrize("spec", [P("data"), P("data", "model"), P(None, "model")], ids=["examples", "both", "classes"])
+def test_top_k_labels_on_an_explicit_mesh(spec, rng):
+    z, ids = jnp.asarray(rng.normal(size=(8, 6)), jnp.float32), jnp.asarray(rng.integers(0, 6, (8, 2)), jnp.int32)
+    t = 0.5 * np.eye(6)[np.asarray(ids)].sum(-2)
+    p = np.exp(np.asarray(z, np.float64))
+    p /= p.sum(-1, keepdims=True)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2, devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        labels = jax.device_put((ids, jnp.full((8, 2), 0.5)), NamedSharding(mesh, P(spec[0])))
+        slope = jax.jit(jax.grad(lambda z: xentjax.softmax_cross_entropy_with_top_k_labels(z, *labels).sum()))
+        np.testing.assert_allclose(slope(jax.device_put(z, NamedSharding(mesh, spec))), p - t, rtol=RTOL, atol=RTOL)

@@ -252,7 +252,7 @@ def take_last(x: Array, index: Array, *, differentiated: bool = False) -> Array:
     Pass `differentiated=True` if the result is differentiated with respect to `x`. checkify cannot check the transpose of the other lookup,
     which is batched over rows.
     """
-    if mesh.is_last_axis_split(x):
+    if mesh.is_last_axis_split(x) or (differentiated and mesh.is_explicit(x)):  # the rows of `_lookup` are indices, which are not split
         return _take_by_comparison(x, index)
     take = _lookup if differentiated else _take
     return _by_bits(_take_bits, take, x, index) if x.dtype.itemsize == 2 else take(x, index)
