@@ -4,7 +4,7 @@ Shows `fuse_linear_sharded` with optax and orbax. No device holds the whole head
 The processes also fail together: if one dies, stops, hangs or was started with different arguments, all end with an error within --timeout
 seconds. So each step, with its compilation, must take less time than that.
 The model, one layer over the last words (Bengio et al., A Neural Probabilistic Language Model, 2003), learns Python's standard library.
-    python examples/sharded_lm.py --devices 8 --model 4 --folder /tmp/lm     39 s on two cores: perplexity 4105.87, after 200 steps 71.54
+    python examples/sharded_lm.py --devices 8 --model 4 --folder saved     39 s on two cores: perplexity 4105.87, after 200 steps 71.54
     for i in 0 1; do python examples/sharded_lm.py --devices 4 --coordinator localhost:9911 --num-processes 2 --process-id $i & done; wait
 """
 

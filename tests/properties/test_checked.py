@@ -310,7 +310,7 @@ def test_what_does_not_count_is_not_checked_in_linear_losses_and_metrics():
     ranks = xentjax.checked(xentjax.metrics.auroc)
     for hide in ({"where": np.array([True, True, False])}, {"weights": np.array([1.0, 1.0, 0.0], np.float32)}):
         assert ranks(np.array([1.0, 0.0, np.nan], np.float32), np.array([1, 0, 7]), **hide) == 1
-        found = xentjax.checked(lambda y: xentjax.metrics.confusion(y, y, classes=2, **hide))(np.array([0, 1, 7]))  # noqa: B023
+        found = xentjax.checked(lambda y: xentjax.metrics.confusion(y, y, classes=2, **hide))(np.array([0, 1, 7]))  # noqa: B023  # called at once
         assert found.invalid == 0
 
 

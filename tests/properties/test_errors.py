@@ -282,7 +282,7 @@ def test_the_class_axis_is_one_integer(call):
     with raises(TypeError, f"{name}: axis must be an integer; got 1.0."):
         call.function(**call.arrays, **call.settings, **call.static, axis=1.0)
     for axis in (np.int64(1), np.array(1), jnp.array(1)):  # traced alone
-        jax.eval_shape(lambda arrays: call.function(**arrays, **call.settings, **call.static, axis=axis), call.arrays)  # noqa: B023
+        jax.eval_shape(lambda arrays: call.function(**arrays, **call.settings, **call.static, axis=axis), call.arrays)  # noqa: B023  # traced at once
 
 
 @pytest.mark.parametrize("call", CALLS, ids=str)

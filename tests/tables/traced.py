@@ -87,8 +87,7 @@ def of_rows() -> list[Call]:
     for row in ROWS:
         drawn = row.draw(np.random.default_rng(0), (5,))
         own = tuple(i for i, x in enumerate(drawn) if np.shape(x)[:1] == (5,))
-        draw = lambda rng, row=row: row.arguments(rng)  # noqa: E731
-        once.setdefault(row.name, _of_arguments(row.name, row, draw, own, row.masked))
+        once.setdefault(row.name, _of_arguments(row.name, row, row.arguments, own, row.masked))
     return list(once.values())
 
 

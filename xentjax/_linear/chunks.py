@@ -261,7 +261,7 @@ def _keep_derivative_rules(function: _F) -> _F:
     """
     kept = jax.custom_jvp(function)
     kept.defjvp(lambda primals, tangents: jax.jvp(function, primals, tangents))
-    return kept  # type: ignore[return-value]
+    return kept  # type: ignore[return-value]  # custom_jvp keeps the signature, which its type does not say
 
 
 # Shared ----------------------------------------------------------------------------------------------------------------------

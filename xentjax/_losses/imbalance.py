@@ -127,7 +127,7 @@ def ldam_loss(
     """
     name = "ldam_loss"
     batch = checks.examples(name, logits, labels, axis, axis_name, class_mask, where)
-    counts = _one_per_class(name, "class_counts", _counts(name, class_counts), batch)
+    counts = _one_per_class(name, "class_counts", checks.weights(name, "class_counts", class_counts), batch)
     return _ldam(batch, counts, checks.number(name, "max_margin", max_margin), checks.positive(name, "scale", scale))
 
 
@@ -197,7 +197,7 @@ def seesaw_loss(
     """
     name = "seesaw_loss"
     batch = checks.examples(name, logits, labels, axis, axis_name, class_mask, where)
-    counts = _one_per_class(name, "class_counts", _counts(name, class_counts), batch)
+    counts = _one_per_class(name, "class_counts", checks.weights(name, "class_counts", class_counts), batch)
     return _seesaw(batch, counts, checks.number(name, "p", p), checks.number(name, "q", q))
 
 
@@ -249,7 +249,7 @@ def class_balanced_weights(class_counts: ArrayLike, beta: ArrayLike = 0.999) -> 
         Cui et al., Class-Balanced Loss Based on Effective Number of Samples, 2019, arXiv 1901.05555.
     """
     name = "class_balanced_weights"
-    return _class_balanced(_vector(name, _counts(name, class_counts)), checks.fraction(name, "beta", beta))
+    return _class_balanced(_vector(name, checks.weights(name, "class_counts", class_counts)), checks.fraction(name, "beta", beta))
 
 
 @jax.jit
@@ -291,7 +291,7 @@ def inverse_frequency_weights(class_counts: ArrayLike) -> Array:
         King and Zeng, Logistic Regression in Rare Events Data, Political Analysis 9(2), 2001.
     """
     name = "inverse_frequency_weights"
-    return _inverse_frequency(_vector(name, _counts(name, class_counts)))
+    return _inverse_frequency(_vector(name, checks.weights(name, "class_counts", class_counts)))
 
 
 @jax.jit
@@ -300,12 +300,6 @@ def _inverse_frequency(class_counts: Array) -> Array:
     some = n > 0
     classes = jnp.maximum(jnp.sum(some.astype(n.dtype)), 1)
     return numerics.where(some, jnp.sum(n) / (classes * numerics.where(some, n, 1)), 0)
-
-
-def _counts(function: str, counts: ArrayLike) -> Array:
-    array = checks.real(function, "class_counts", counts)
-    values.weights(function, "class_counts", array)
-    return array
 
 
 def _one_per_class(function: str, name: str, x: Array, batch: rows.Examples) -> Array:
