@@ -1,4 +1,4 @@
-"""Cross-entropy losses for JAX: exact at any margin, the same everywhere, differentiable to any order."""
+"""Cross-entropy losses for JAX. They are accurate at any margin, share one set of conventions, and are differentiable to any order."""
 
 from xentjax import information as information
 from xentjax import metrics as metrics

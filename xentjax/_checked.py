@@ -1,4 +1,4 @@
-"""Value checks on request. Programs without `checked` contain none."""
+"""Checks on the values of arguments. Only functions that are wrapped in `checked` contain these checks."""
 
 import functools
 import inspect
@@ -18,32 +18,37 @@ T = TypeVar("T")
 
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:
-    """`function` with value checks: out-of-range labels, NaN logits, negative probabilities or weights.
+    """Make `function` check for bad labels, NaN logits, and negative probabilities or weights.
 
     `function` is a loss, or any function that calls losses, for example a training step or its gradient. It may be jitted or not. The
-    wrapped function returns the same results. If a check fails, the wrapped function raises after the call. The error names the loss, the
-    argument, the first offending position and its value. Examples outside `where` are not checked.
+    wrapped function returns the same results as `function`. If a check fails, for example because a label is out of range, the wrapped
+    function raises an error after the computation. The error names the loss, the argument, the position of the first bad value, and the
+    value. Examples outside `where` are not checked.
 
-    - NaN: a NaN in a result always raises, even if `function` only passes it on. This also covers loops (`jax.lax.scan`, `jax.lax.map`)
-      that are differentiated from outside. JAX drops value checks from such loops, so a bad label appears only as a NaN in the result.
-    - Infinity: an infinite result does not raise. +∞ is the loss of a label of probability 0, and the value of log(1/0). Infinite or huge
-      arguments do raise, because then +∞ is a mistake: logits that are +∞ or above 2⁸⁰, and infinite `hidden`.
+    - NaN: a NaN in a result always raises an error, even if `function` only returns a NaN that it received. This rule is needed for loops
+      (`jax.lax.scan`, `jax.lax.map`) if the derivative is taken outside the loop. JAX drops value checks from such loops, so a bad label
+      appears only as a NaN in the result.
+    - Infinity: an infinite result does not raise an error, because it may be correct. For example, the loss of a label of probability 0 is
+      +∞, and log(1/0) is +∞. Logits that are +∞ or above 2⁸⁰ do raise an error, because they are mistakes. Infinite hidden states, kernels
+      and embeddings also raise an error.
     - Speed: write `checked(jax.jit(step))`. A function that is not jitted is traced and compiled again at every call.
-    - Positions refer to the array that the loss receives. Under `vmap`, `scan` or `shard_map`, this is a slice of the whole array.
-    - Integers beyond int32 are reported as the largest or the smallest int32.
+    - Positions: the error gives a position in the array that the loss receives. Under `vmap`, `scan` or `shard_map`, this array is a slice
+      of the whole array.
+    - Large integers: an integer beyond int32 is reported as the largest or the smallest int32. With `jax_enable_x64`, the limits are those
+      of int64.
 
     Args:
         function: a function of arrays, for example `jax.jit(step)` or `jax.grad(loss)`.
 
     Returns:
-        A function with the arguments and results of `function`.
+        A function that takes the same arguments and returns the same results as `function`.
 
     Raises:
-        TypeError: when called with a model of `flax.nnx`, or if `function` comes from `flax.nnx.jit`, because tracing would break the
-            model. Split the model, and wrap a jitted function of the model's state.
-        ValueError: when called, if a check fails or a result is NaN; if a function that is not from this library gets a 64-bit integer
-            that JAX would truncate; or if the wrapped function is itself traced, as in `jax.jit(checked(step))`. An error can only be
-            raised outside a trace, so write `checked(jax.jit(step))`.
+        TypeError: on a call, if `function` comes from `flax.nnx.jit`, or if `function` is not jitted and an argument is a `flax.nnx` model.
+            Tracing would break the model. Split the model, and wrap a jitted function of the model's state.
+        ValueError: on a call, if a check fails, a result is NaN, or the call is itself traced, as in `jax.jit(checked(step))`. An error can
+            only be raised outside a trace, so write `checked(jax.jit(step))`. A function that is not from this library also raises a
+            ValueError if it gets a NumPy integer that is too large for JAX, because JAX would truncate the integer.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -53,7 +58,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
         ValueError: softmax_cross_entropy: labels[1] = 7 is outside [0, 3).
 
     Reference:
-        jax.experimental.checkify, which carries the error out of the compiled program.
+        The module `jax.experimental.checkify`. It carries the error out of the compiled program.
     """
     name = getattr(function, "__name__", "function")
 

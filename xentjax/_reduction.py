@@ -1,7 +1,9 @@
-"""Weighted sums and means. Masks, weights, mesh axes and 0/0 are handled here, once for the whole library.
+"""Weighted sums and means over examples, batches and devices.
 
-If batches or devices hold different amounts of weight, the mean of their means is not the mean of the whole. So `WeightedSum` keeps the
-pair (Σ w·v, Σ w). Pairs add over batches and devices, and the division comes once, at the end.
+If two batches have different sums of weights, the mean of their means is not the mean of all examples. The same is true of devices. So a
+`WeightedSum` holds the pair (Σ w·v, Σ w) instead of a mean. Pairs are added over batches and devices first, and divided once at the end.
+
+This module handles masks, weights, mesh axes and 0/0 for the whole library.
 """
 
 import functools
@@ -26,14 +28,17 @@ class _Pair(NamedTuple):
 
 
 class WeightedSum(sums.RunningSum, _Pair):
-    """The pair (Σ w·v, Σ w), which adds over batches and devices and is divided once at the end.
+    """The pair (Σ w·v, Σ w). Pairs are added over batches and devices, and divided once at the end.
 
-    For two parts A and B, mean(A ∪ B) = (A + B).mean() whatever their weights. `total` may be a pytree, for example the gradients
-    of Σ w·loss. `weight` has the shape that `weighted_sum` returns: [], or what is left of [...] without `axis`. Both may be plain numbers.
-    Weights must be ≥ 0. A `WeightedSum` is a pytree.
+    Let A and B be the pairs of two batches. Then (A + B).mean() is the weighted mean over both batches, whatever their weights are.
 
-    Sums do not drift: after 2⁴⁰ parts, the mean is within 4 eps of the exact quotient. The attribute `rest` keeps the rounding errors, in
-    two more arrays for each array of `total` and `weight`. So a running sum of gradients takes three times the memory of the gradients.
+    `total` is Σ w·v. It may be a pytree, for example the gradients of Σ w·loss. `weight` is Σ w. `weighted_sum` returns both with the shape
+    of its `values` [...] without `axis`, or with shape [] if `axis` is None. `total` and `weight` may also be plain numbers. For the mean,
+    weights must be ≥ 0. A `WeightedSum` is a pytree.
+
+    The sums do not drift. After 2⁴⁰ additions, the mean is within 4 eps of the exact quotient. The attribute `rest` keeps the rounding
+    errors. It holds two more arrays for each array of `total` and `weight`, so a running sum of gradients takes three times the memory of
+    the gradients.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -44,7 +49,7 @@ class WeightedSum(sums.RunningSum, _Pair):
     """
 
     def __new__(cls, total: Any, weight: Any) -> "WeightedSum":
-        """A pair of arrays or plain numbers. Integers become floating and keep every bit."""
+        """Build the pair from arrays or plain numbers. Integers are converted to a floating dtype without losing a bit."""
         leaves = jax.tree.leaves((total, weight))
         pair = super().__new__(cls, total, weight)
         if all(isinstance(x, Array) and jnp.issubdtype(x.dtype, jnp.floating) for x in leaves):
@@ -54,7 +59,7 @@ class WeightedSum(sums.RunningSum, _Pair):
         return sums.join(pair, _as_parts(leaves))
 
     def mean(self) -> Any:
-        """Σ w·v / Σ w; exactly 0 with gradient 0 where Σ w = 0."""
+        """The mean Σ w·v / Σ w. Where Σ w = 0, the mean and its gradient are exactly 0."""
         return _mean(self)
 
 
@@ -91,22 +96,24 @@ def weighted_sum(
     where: ArrayLike | None = None,
     axis: int | tuple[int, ...] | None = None,
 ) -> WeightedSum:
-    """The sums Σ w·v and Σ w over `axis`. Two such pairs can be added. Shape: [...] without `axis`, [] if `axis` is None.
+    """The pair of sums Σ w·v and Σ w over `axis`, with the shape [...] of `values` without `axis`.
 
     total = Σ w·v and weight = Σ w over the elements in `where`.
-    Gradient: ∂total/∂v = w, ∂total/∂w = v, ∂weight/∂w = 1; 0 outside `where`.
+    Gradient: ∂total/∂v = w, ∂total/∂w = v and ∂weight/∂w = 1. Outside `where`, all gradients are 0.
 
-    Weights of both signs, such as advantages in reinforcement learning, can have a sum Σ w near 0. A mean divides by this sum and is then
-    meaningless. Use `total` and divide it by the number of examples, as the second example shows.
+    The pairs of two batches can be added. If `axis` is None, both sums have shape [].
+
+    If weights have both signs, like advantages in reinforcement learning, their sum Σ w can be near 0. The weighted mean divides by Σ w and
+    is then meaningless. Divide `total` by the number of examples instead, as in the second example.
 
     Args:
         values: [...], per-example losses or any other numbers.
-        weights: [...], the shape of `values`, w ≥ 0 unless only `total` is used; None gives each element the weight 1.
-        where: [...], True for elements that count; the others may be NaN.
-        axis: axis or axes to sum over; None sums over all axes.
+        weights: [...], the same shape as `values`; w ≥ 0 unless you use only `total`. If None, every element has weight 1.
+        where: [...], True for elements that count. All other elements may be NaN.
+        axis: axis or axes to sum over. If None, sum over all axes.
 
     Returns:
-        `WeightedSum`, float32, or float64 if `values` are float64.
+        A `WeightedSum` of float32 arrays, or of float64 arrays if `values` are float64.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -121,7 +128,7 @@ def weighted_sum(
         -0.25
 
     Reference:
-        Why the pair and not the mean: transformers issues 34191 and 34242 (gradient accumulation), 2024.
+        Issues 34191 and 34242 of Hugging Face transformers (gradient accumulation), 2024. They show why a pair is needed and not a mean.
     """
     return _sum(*_check("weighted_sum", values, weights, where, signed=True), axis)
 
@@ -146,21 +153,24 @@ def weighted_mean(
     axis: int | tuple[int, ...] | None = None,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Array:
-    """Weighted mean over `axis` and over devices. Shape: [...] without `axis`, [] if `axis` is None.
+    """Weighted mean over `axis` and over devices, with the shape [...] of `values` without `axis`.
 
-    mean = Σ w·v / Σ w over the elements in `where`; exactly 0 with gradient 0 if Σ w = 0.
-    Gradient: ∂mean/∂v = w/Σ w and ∂mean/∂w = (v − mean)/Σ w; 0 outside `where`.
+    mean = Σ w·v / Σ w over the elements in `where`. If Σ w = 0, the mean and its gradient are exactly 0.
+    Gradient: ∂mean/∂v = w/Σ w and ∂mean/∂w = (v − mean)/Σ w. Outside `where`, the gradient is 0.
+
+    If `axis` is None, the mean has shape [].
 
     Args:
         values: [...], per-example losses or any other numbers.
-        weights: [...], the shape of `values`, w ≥ 0 (for signed weights see `weighted_sum`); None gives each element the weight 1.
-        where: [...], True for elements that count; the others may be NaN.
-        axis: axis or axes to average over; None averages over all axes.
+        weights: [...], the same shape as `values`; w ≥ 0. For weights of both signs, see `weighted_sum`. If None, every element has
+            weight 1.
+        where: [...], True for elements that count. All other elements may be NaN.
+        axis: axis or axes to average over. If None, average over all axes.
         axis_name: mesh axis over which the batch is sharded, inside `jax.shard_map`. Σ w·v and Σ w are added over the devices
             of this axis before the division.
 
     Returns:
-        float32, or float64 if `values` are float64.
+        The mean in float32, or in float64 if `values` are float64.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -173,7 +183,7 @@ def weighted_mean(
         (2.0, 0.0)
 
     Reference:
-        Why both sums are taken over devices before the division: transformers issues 34191 and 34242, 2024.
+        Issues 34191 and 34242 of Hugging Face transformers, 2024. They show why both sums are added over devices before the division.
     """
     pair = _sum(*_check("weighted_mean", values, weights, where), axis)
     return (pair if axis_name is None else pair.psum(axis_name)).mean()

@@ -1,12 +1,12 @@
-"""Divergences between the predictions of a student and of a teacher, both given as logits.
+"""Divergences between the predictions of a teacher and a student. Both predictions are given as logits.
 
-With p = softmax(teacher/T), q = softmax(student/T) and the log-ratio d_k = log(p_k/q_k), every divergence is a sum over classes of terms
-that are not negative, because Σ p = Σ q = 1:
+Let p = softmax(teacher/T) and q = softmax(student/T), and let d_k = log(p_k/q_k) be the log-ratio. Because Σ p = Σ q = 1, the relative
+entropy D(p‖q) is a sum over classes of terms that are not negative:
 
-    D(p‖q) = Σ p·g(d),  g(d) = e^(−d) − 1 + d,  computed by a series for small d
+    D(p‖q) = Σ_k p_k·g(d_k),  g(d) = e^(−d) − 1 + d
 
-The divergence of nearly equal distributions is about Σ p·d²/2. So it is accurate relative to its own size if d is accurate relative to its
-own size (see `_core.log_ratio`).
+For small d, g(d) is computed by a series. If p and q are nearly equal, D(p‖q) is about Σ_k p_k·d_k²/2. So the relative error of D(p‖q) is
+small if the relative error of d is small (see `_core.log_ratio`).
 """
 
 import functools
@@ -49,27 +49,29 @@ def distillation_loss(
         "js"       (1 − β) q_k (log(q_k/m_k) − D(q‖m))
         "tv"       ½ q_k (s_k − Σ_j q_j s_j),  s = sign(q − p)
 
-    For the gradient with respect to the teacher, exchange p and q, β and 1 − β, and "forward" and "reverse".
+    For the gradient with respect to the teacher, exchange p with q, β with 1 − β, and "forward" with "reverse".
 
-    The loss is differentiable in both logits. Use `jax.lax.stop_gradient` on a teacher that is not trained with the student.
+    The loss is differentiable with respect to both logits. If the teacher is not trained with the student, apply `jax.lax.stop_gradient` to
+    `teacher_logits`.
 
-    The gradient shrinks as 1/T², for two reasons: q depends on student/T, and dividing by T brings p and q closer together. If a loss on
-    labels is added and T is tuned, multiply the distillation loss by `temperature**2`, as Hinton et al. do.
+    For large T, the gradient is proportional to 1/T². One factor 1/T arises because q depends on student/T. The other factor arises because
+    the division by T brings p and q closer together. If you add a loss on labels and tune T, multiply the distillation loss by
+    `temperature**2`, as Hinton et al. do. "tv" is an exception. Its gradient is proportional to 1/T, so multiply "tv" by `temperature`.
 
     Args:
         student_logits: [..., classes], unnormalized log-probabilities.
         teacher_logits: [..., classes], unnormalized log-probabilities, with the shape of `student_logits`.
-        temperature: T > 0, divides both logits.
+        temperature: T > 0, the divisor of all logits of student and teacher.
         divergence: "forward", "reverse", "js" or "tv".
-        beta: β in (0, 1), weight of the teacher in m; used by "js" only. β = 1/2 gives the Jensen-Shannon divergence.
-        axis: class axis of both logits.
+        beta: β in (0, 1), weight of the teacher in the mixture m. Only "js" uses it. β = 1/2 gives the Jensen-Shannon divergence.
+        axis: class axis of `student_logits` and `teacher_logits`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
         class_mask: [classes] or [..., classes], True for classes that exist.
         where: [...], True for examples that count.
 
     Returns:
-        [...], in nats, ≥ 0; float32, or float64 if either argument is float64. "tv" has no unit and is at most 1. Equal logits give exactly
-        0. "forward" is +∞ if q_k = 0 < p_k for some class, and "reverse" is +∞ if p_k = 0 < q_k.
+        [...], ≥ 0; float32, or float64 if either argument is float64. The unit is nats, but "tv" has no unit and is at most 1. Equal logits
+        give exactly 0. "forward" is +∞ if q_k = 0 < p_k for some class k, and "reverse" is +∞ if p_k = 0 < q_k for some class k.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -83,7 +85,7 @@ def distillation_loss(
         6.57...e-10
 
     Reference:
-        Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, 2015, arXiv 1503.02531; Agarwal et al., On-Policy
+        Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015, arXiv 1503.02531; Agarwal et al., On-Policy
         Distillation of Language Models, 2023, arXiv 2306.13649 ("reverse" and "js").
     """
     name = "distillation_loss"

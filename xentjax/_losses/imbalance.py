@@ -1,10 +1,11 @@
 """Losses and class weights for imbalanced data.
 
 All functions share the conventions of `xentjax.softmax_cross_entropy`. In the formulas, z are the logits, y is the label, n_k is the number
-of training examples of class k, and [k = y] is 1 for the label and 0 for other classes. The loss of soft labels t is Σ_k t_k·loss(k).
+of training examples of class k, and [k = y] is 1 for the label and 0 for other classes. The loss of soft labels t is Σ_k t_k·loss(k), where
+loss(k) is the loss of class index k.
 
-`class_counts` [classes] holds the numbers n_k, in an integer or floating dtype. Under `axis_name`, it holds the numbers of the classes on
-this device. Half-precision logits are adjusted in float32, which takes one float32 copy of them.
+`class_counts` [classes] holds the counts n_k, in an integer or floating dtype. With `axis_name`, each device passes the counts of its own
+classes. Half-precision logits are adjusted in float32. This needs memory for one float32 copy of the logits.
 """
 
 import jax
@@ -26,19 +27,19 @@ def logit_adjusted_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy of logits shifted by the logarithms of the class frequencies, shape [...].
+    """Cross-entropy of the logits plus the log class frequencies per example, shape [...].
 
-    loss = −log softmax(z + τ·log π)_y. At τ = 1 it is balanced softmax.
+    loss = −log softmax(z + τ·log π)_y, where π_k is the frequency of class k. At τ = 1, this loss is also called balanced softmax.
     Gradient: ∂loss/∂z_k = softmax(z + τ·log π)_k − [k = y].
 
-    The expected loss is minimal if z are the correct logits for equally frequent classes. Train with this loss, and predict with the
-    unshifted logits.
+    At τ = 1, the expected loss is minimal if z are the correct logits for data in which all classes are equally frequent. Train with this
+    loss, and predict with the logits z without the shift.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.
         labels: [...] class indices, or [..., classes] soft labels.
-        class_log_prior: [classes], log π in nats, such as log(counts/total); adding a constant does not change the loss.
-        tau: τ ≥ 0, multiplies the shift.
+        class_log_prior: [classes], log π in nats, for example log(counts/total). Adding a constant to all entries does not change the loss.
+        tau: τ ≥ 0, factor of the shift.
         axis: class axis of `logits`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
         class_mask: [classes] or [..., classes], True for classes that exist.
@@ -90,19 +91,20 @@ def ldam_loss(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Label-distribution-aware margin loss, with larger margins for rarer classes, shape [...].
+    """Label-distribution-aware margin (LDAM) loss per example, shape [...].
 
     loss = −log(e^(s(z_y − Δ_y))/(e^(s(z_y − Δ_y)) + Σ_{k≠y} e^(s·z_k))) with Δ_k = max_margin·(n_min/n_k)^(1/4).
-    Gradient: ∂loss/∂z_k = s·(p_k − [k = y]), where p is the softmax of the logits s(z_y − Δ_y) for the label and s·z_k for k ≠ y.
+    Gradient: ∂loss/∂z_k = s·(p_k − [k = y]), where p is the softmax of the numbers s·(z_k − Δ_y·[k = y]).
 
-    In the paper, the logits are cosines of normalized features and a normalized kernel, so they need the scale s. A class without examples
-    has the largest margin.
+    Δ_k is the margin of class k, and n_min is the smallest count above 0. Rarer classes have larger margins. A class without examples has
+    the largest margin, `max_margin`. In the paper, the logits are cosines between normalized features and the normalized columns of a
+    kernel. Cosines are at most 1, so the paper multiplies them by the scale s.
 
     Args:
         logits: [..., classes], cosines in [−1, 1], or other logits with a suitable `scale`.
         labels: [...] class indices, or [..., classes] soft labels.
         class_counts: [classes], number of training examples of each class; not differentiated.
-        max_margin: ≥ 0, Δ of the rarest class, in units of the logits.
+        max_margin: ≥ 0, margin Δ of the rarest class, in units of the logits.
         scale: s > 0, inverse temperature.
         axis: class axis of `logits`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
@@ -159,19 +161,19 @@ def seesaw_loss(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Seesaw loss, which protects rare classes from the gradients of frequent labels, shape [...].
+    """Seesaw loss per example, shape [...].
 
     loss = −log(e^(z_y)/(e^(z_y) + Σ_{k≠y} M_k·C_k·e^(z_k))) with M_k = min(1, (n_k/n_y)^p), C_k = max(1, (σ_k/σ_y)^q), σ = softmax(z).
     Gradient: ∂loss/∂z_k = softmax(z + log M + log C)_k − [k = y]. C is not differentiated.
 
-    M reduces the gradient of classes that are rarer than the label. C increases the gradient of classes that the model finds more probable
-    than the label.
+    The loss protects rare classes from the gradients of the many examples with frequent labels. M_k reduces the gradient of class k if k is
+    rarer than the label. C_k increases the gradient of class k if the model gives k a higher probability than the label.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.
         labels: [...] class indices, or [..., classes] soft labels.
-        class_counts: [classes], number of training examples of each class, in total or seen so far; not differentiated. Counts below 1 are
-            treated as 1.
+        class_counts: [classes], number of training examples of each class, either in the whole data set or seen so far; not differentiated.
+            Counts below 1 are replaced by 1.
         p: ≥ 0, exponent of the mitigation factor M.
         q: ≥ 0, exponent of the compensation factor C.
         axis: class axis of `logits`.
@@ -184,7 +186,7 @@ def seesaw_loss(
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: an argument has the wrong shape, or an exponent is negative.
+        ValueError: an argument has the wrong shape, or `p` or `q` is negative.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -221,17 +223,17 @@ def _seesaw(batch: rows.Examples, class_counts: Array, p: ArrayLike | None, q: A
 
 
 def class_balanced_weights(class_counts: ArrayLike, beta: ArrayLike = 0.999) -> Array:
-    """Class weights from the effective number of examples, 1 on average over the classes with examples, shape [classes].
+    """Class weights from the effective number of examples, shape [classes].
 
-    w_k ∝ (1 − β)/(1 − β^(n_k)) for classes that have examples, and w_k = 0 for other classes. The sum Σ_k w_k is the number of classes that
-    have examples.
-    Gradient: the derivative of the formula, with respect to `beta` and to floating `class_counts`.
+    w_k ∝ (1 − β)/(1 − β^(n_k)) for classes that have examples, and w_k = 0 for classes without examples. The sum Σ_k w_k is the number of
+    classes that have examples, so the mean weight of these classes is 1.
+    Gradient: the derivative of this formula with respect to `beta` and to `class_counts` of a floating dtype.
 
     Pass the weights as `class_weights` to a loss, or pass `weights[labels]` to `weighted_mean`.
 
     Args:
         class_counts: [classes], number of training examples of each class.
-        beta: β in [0, 1]; β = 0 gives all classes the same weight, and β = 1 gives weights by inverse frequency.
+        beta: β in [0, 1]. β = 0 gives all classes the same weight. β = 1 gives weights proportional to 1/n_k.
 
     Returns:
         [classes], float32, or float64 if `class_counts` are float64.
@@ -267,10 +269,13 @@ def _class_balanced(class_counts: Array, beta: ArrayLike) -> Array:
 
 
 def inverse_frequency_weights(class_counts: ArrayLike) -> Array:
-    """Class weights by inverse frequency, 1 on average over the training examples, shape [classes].
+    """Class weights in inverse proportion to the class frequencies, shape [classes].
 
-    w_k = Σ_j n_j/(K·n_k) for the K classes that have examples, and w_k = 0 for other classes.
-    Gradient: the derivative of the formula, with respect to floating `class_counts`.
+    w_k = Σ_j n_j/(K·n_k) for the K classes that have examples, and w_k = 0 for classes without examples. The mean weight of all training
+    examples is 1.
+    Gradient: the derivative of this formula with respect to `class_counts` of a floating dtype.
+
+    Pass the weights as `class_weights` to a loss, or pass `weights[labels]` to `weighted_mean`.
 
     Args:
         class_counts: [classes], number of training examples of each class.

@@ -1,13 +1,13 @@
-"""Negative log-likelihoods of numbers: Gaussian, Laplace, Poisson, and mixtures of logistic distributions.
+"""Negative log-likelihoods of numbers under Gaussian, Laplace and Poisson distributions, and under mixtures of logistic distributions.
 
-Shared conventions:
+All functions here share these conventions:
 
-- The first argument has a floating dtype. Arithmetic and results are float32, or float64 if the first argument is float64. Gradients
-  have the dtype of their argument.
-- `targets` [...] are integer or floating numbers, one per result. They are not broadcast.
-- Likelihoods are complete: they include the constant terms, so losses of different distributions can be compared.
-- `where` has the shape of the result, and is True for elements or examples that count. The others have a loss of exactly 0 and a gradient
-  of exactly 0, whatever they hold.
+- The first argument has a floating dtype. Arithmetic and results are float32, or float64 if the first argument is float64. Each gradient
+  has the dtype of its argument.
+- `targets` [...] hold one integer or floating number per result. They are not broadcast.
+- Each loss includes all constant terms of the log-likelihood. So losses of different distributions can be compared.
+- `where` has the shape of the result, and is True for elements or examples that count. The loss and the gradient of every other element or
+  example are exactly 0, whatever it contains.
 """
 
 import math
@@ -30,10 +30,10 @@ def gaussian_nll(
     log_variance: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Negative log-density of targets under a Gaussian distribution per element, shape [...].
+    """Negative log-density of each target under a Gaussian distribution, shape [...].
 
-    loss = ½((x − μ)²/v + log v + log 2π),  v = `variance` or e^`log_variance`.
-    Gradient, with r = x − μ: ∂/∂μ = −r/v;  ∂/∂v = (1 − r²/v)/(2v);  ∂/∂log v = (1 − r²/v)/2.
+    loss = ½((x − μ)²/v + log v + log 2π), where the variance is v = `variance` or v = e^`log_variance`.
+    Gradient, with r = x − μ: ∂loss/∂μ = −r/v;  ∂loss/∂v = (1 − r²/v)/(2v);  ∂loss/∂log v = (1 − r²/v)/2.
 
     Pass exactly one of `variance` and `log_variance`.
 
@@ -41,11 +41,11 @@ def gaussian_nll(
         mean: [...], μ.
         targets: [...], x.
         variance: scalar or [...], v > 0.
-        log_variance: scalar or [...], log v, for example the output of a network. Results are accurate even if |log v| is as large as 80.
+        log_variance: scalar or [...], log v, for example the output of a network. The loss is accurate even if |log v| is as large as 80.
         where: [...], True for elements that count.
 
     Returns:
-        [...], in nats, negative where the density is above 1; float32, or float64 if `mean` is float64.
+        [...], in nats, below 0 where the density is above 1; float32, or float64 if `mean` is float64.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -59,7 +59,7 @@ def gaussian_nll(
         True
 
     Reference:
-        Nix, Weigend, Estimating the Mean and Variance of the Target Probability Distribution, 1994.
+        Nix and Weigend, Estimating the Mean and Variance of the Target Probability Distribution, 1994.
     """
     name = "gaussian_nll"
     mu, x, counts = _elements(name, "mean", mean, targets, where)
@@ -86,22 +86,22 @@ def laplace_nll(
     log_scale: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Negative log-density of targets under a Laplace distribution per element, shape [...].
+    """Negative log-density of each target under a Laplace distribution, shape [...].
 
-    loss = |x − μ|/b + log 2b,  b = `scale` or e^`log_scale`.
-    Gradient: ∂/∂μ = −sign(x − μ)/b, 0 at x = μ;  ∂/∂b = (1 − |x − μ|/b)/b;  ∂/∂log b = 1 − |x − μ|/b.
+    loss = |x − μ|/b + log 2b, where the scale is b = `scale` or b = e^`log_scale`.
+    Gradient: ∂loss/∂μ = −sign(x − μ)/b, which is 0 at x = μ;  ∂loss/∂b = (1 − |x − μ|/b)/b;  ∂loss/∂log b = 1 − |x − μ|/b.
 
     Pass exactly one of `scale` and `log_scale`.
 
     Args:
-        mean: [...], μ, which is also the median.
+        mean: [...], μ, which is the mean and the median of the distribution.
         targets: [...], x.
         scale: scalar or [...], b > 0.
         log_scale: scalar or [...], log b.
         where: [...], True for elements that count.
 
     Returns:
-        [...], in nats, negative where the density is above 1; float32, or float64 if `mean` is float64.
+        [...], in nats, below 0 where the density is above 1; float32, or float64 if `mean` is float64.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -113,7 +113,7 @@ def laplace_nll(
         [0.0, 20.0]
 
     Reference:
-        Kendall, Gal, What Uncertainties Do We Need in Bayesian Deep Learning, 2017, arXiv 1703.04977.
+        Kendall and Gal, What Uncertainties Do We Need in Bayesian Deep Learning, 2017, arXiv 1703.04977.
     """
     name = "laplace_nll"
     mu, x, counts = _elements(name, "mean", mean, targets, where)
@@ -132,21 +132,22 @@ def _laplace(mean: Array, targets: Array, where: Array | None, scale: ArrayLike 
 
 
 def poisson_nll(log_rate: ArrayLike, targets: ArrayLike, *, where: ArrayLike | None = None) -> Array:
-    """Negative log-probability of counts under a Poisson distribution per element, shape [...].
+    """Negative log-probability of each count under a Poisson distribution, shape [...].
 
-    loss = e^λ − k·λ + log k!,  log k! = log Γ(k + 1) for any k ≥ 0, whole or not.
-    Gradient: ∂/∂λ = e^λ − k;  ∂/∂k = digamma(k + 1) − λ.
+    loss = e^λ − k·λ + log k!, where log k! = log Γ(k + 1). The count k may be any number ≥ 0 and need not be whole.
+    Gradient: ∂loss/∂λ = e^λ − k;  ∂loss/∂k = digamma(k + 1) − λ.
 
-    The three terms nearly cancel for large counts near their rate. The result is accurate there too.
+    If a count is large and close to the rate e^λ, the three terms nearly cancel. The loss is accurate even then.
 
     Args:
-        log_rate: [...], λ, the logarithm of the expected count; −∞ is a rate of 0.
-        targets: [...], k ≥ 0. If k is negative, the value and the gradient of its element are NaN. log k! is exact for whole counts. If k
-            is below 10 and not whole, log k! comes from `jax.lax.lgamma`, whose error in float32 is a few times 1e-6.
+        log_rate: [...], λ, the logarithm of the expected count. λ = −∞ means that the rate is 0.
+        targets: [...], k ≥ 0. If k is negative, the value and the gradient of its element are NaN. If k is whole, log k! is exact up to
+            rounding. If k is not whole and is below 3 in float32 (below 10 in float64), log k! comes from `jax.lax.lgamma`. The error of
+            `jax.lax.lgamma` in float32 is a few times 1e-6.
         where: [...], True for elements that count.
 
     Returns:
-        [...], in nats, ≥ 0 for whole counts, +∞ for a positive count at rate 0; float32, or float64 if `log_rate` is float64.
+        [...], in nats, ≥ 0 for whole counts, and +∞ for a positive count at rate 0; float32, or float64 if `log_rate` is float64.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -204,27 +205,27 @@ def mixture_of_logistics_nll(
     high: float = 1.0,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Negative log-probability of discrete levels under a mixture of logistics per example, shape [...].
+    """Negative log-probability of a discrete level under a mixture of logistics per example, shape [...].
 
     The probability of a level is the integral of the mixture's density over the cell around the level:
 
         loss = −log Σ_j π_j (σ((x − μ_j + h)/s_j) − σ((x − μ_j − h)/s_j)),  π = softmax(mixture_logits), s = e^log_scales,
 
-    where h is half the distance between two levels. The lowest cell begins at −∞ and the highest ends at +∞, so the probabilities of all
-    levels sum to 1.
+    where x is the value of the level, and h is half the distance between neighboring levels. The cell of the lowest level begins at −∞. The
+    cell of the highest level ends at +∞. So the probabilities of all levels sum to 1.
 
-    Gradient: let a_j < b_j be the arguments of the two σ of component j, and let P_j = σ(b_j) − σ(a_j) and w = 2h/s_j. The
-    responsibilities are ρ_j = π_j P_j/Σ π P. Then ∂/∂mixture_logits = π − ρ;  ∂/∂μ_j = ρ_j (σ(−b_j) − σ(a_j))/s_j;
-    ∂/∂log s_j = ρ_j (b_j σ(−b_j) − a_j σ(a_j) + w/(e^w − 1)).
+    Gradient: for component j, let a_j = (x − μ_j − h)/s_j and b_j = (x − μ_j + h)/s_j, P_j = σ(b_j) − σ(a_j) and w_j = 2h/s_j. Let
+    ρ_j = π_j P_j/Σ_i π_i P_i be the responsibility of component j. Then ∂loss/∂mixture_logits = π − ρ;
+    ∂loss/∂μ_j = ρ_j (σ(−b_j) − σ(a_j))/s_j;  ∂loss/∂log s_j = ρ_j (b_j σ(−b_j) − a_j σ(a_j) + w_j/(e^(w_j) − 1)).
 
     Args:
         mixture_logits: [..., components], unnormalized log-weights.
-        targets: [...], level indices in [0, levels) for integer dtypes, otherwise values in [low, high].
+        targets: [...], level indices in [0, levels) if the dtype is an integer dtype, or values in [low, high] if it is floating.
         means: [..., components], μ, in the units of `low` and `high`.
         log_scales: [..., components], log s.
-        levels: number of levels, at least 2, evenly spaced from `low` to `high`.
-        low: value of the lowest level. Targets below it count as the lowest level.
-        high: value of the highest level. Targets above it count as the highest level.
+        levels: number of levels, at least 2. The levels are evenly spaced from `low` to `high`.
+        low: value of the lowest level. Floating targets below `low` count as the lowest level.
+        high: value of the highest level. Floating targets above `high` count as the highest level.
         where: [...], True for examples that count.
 
     Returns:

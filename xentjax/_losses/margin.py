@@ -1,7 +1,7 @@
-"""Losses with angular margins, for embeddings such as those of faces or products.
+"""Losses with angular margins. They train embeddings, for example of faces or products.
 
-Each class has a direction, and a class is predicted from the angle between the embedding and that direction. With a margin, the
-loss is low only if the angle to the direction of the label is clearly smaller than the other angles.
+Each class has a direction in the space of the embeddings. The predicted class is the class whose direction has the smallest angle to the
+embedding. With a margin, the loss is low only if the angle to the direction of the label is clearly smaller than all other angles.
 """
 
 import jax
@@ -25,26 +25,27 @@ def margin_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy of scaled cosines with a margin on the angle of the label, shape [...].
+    """Cross-entropy of scaled cosines with a margin on the label's angle per example, shape [...].
 
     loss = −log(e^(s·ψ)/(e^(s·ψ) + Σ_{k≠y} e^(s·cos θ_k))) with θ = arccos(cosines) and ψ = cos(m1·θ_y + m2) − m3.
-    Gradient: ∂loss/∂cos θ_k = s·p_k for k ≠ y, and ∂loss/∂cos θ_y = s·(p_y − 1)·m1·sin(m1·θ_y + m2)/sin θ_y, where p is the softmax of the
-    logits s·ψ for the label and s·cos θ_k for k ≠ y.
+    Gradient: let p be the softmax of the logits, which are s·ψ for the label and s·cos θ_k for every class k ≠ y. Then
+    ∂loss/∂cos θ_k = s·p_k for k ≠ y, and ∂loss/∂cos θ_y = s·(p_y − 1)·m1·sin(m1·θ_y + m2)/sin θ_y.
 
-    SphereFace has m1 > 1, ArcFace (the default) has m2 > 0, and CosFace has m3 > 0. With m1 = 1 and m2 = m3 = 0, the loss is normalized
-    softmax. The loss of soft labels t is Σ_k t_k·loss(k).
+    SphereFace uses m1 > 1, ArcFace uses m2 > 0, and CosFace uses m3 > 0. The default is ArcFace. With m1 = 1 and m2 = m3 = 0, the loss is
+    the cross-entropy of the scaled cosines (normalized softmax). The loss of soft labels t is Σ_k t_k·loss(k), where loss(k) is the loss of
+    class index k.
 
-    At a label's angle of 0 or π, the exact gradient may be infinite. So the gradient uses max(sin² θ_y, eps) instead of sin² θ_y, where eps
-    is that of the dtype of `cosines`. Beyond m1·θ_y + m2 = π the loss decreases again, as in the papers. For millions of classes, fuse the
-    loss with its layer as in the example.
+    If the angle of the label is 0 or π, the exact gradient may be infinite. So the gradient uses max(sin² θ_y, eps) instead of sin² θ_y.
+    Here eps is the machine epsilon of the dtype of `cosines`. If m1·θ_y + m2 is above π, the loss decreases as θ_y grows. The formula of
+    Deng et al. has the same property. For millions of classes, fuse the loss with the layer that computes the cosines, as in the example.
 
     Args:
-        cosines: [..., classes], in [−1, 1], cosines of the angles between an embedding and the directions of the classes.
+        cosines: [..., classes], in [−1, 1], cosine of the angle between the embedding and the direction of each class.
         labels: [...] class indices, or [..., classes] soft labels.
         scale: s > 0, inverse temperature.
-        m1: ≥ 0, factor of the angle of the label.
-        m2: ≥ 0, added to m1 times the angle of the label, in radians.
-        m3: ≥ 0, subtracted from the cosine of that sum.
+        m1: ≥ 0, factor of θ_y, the angle of the label.
+        m2: ≥ 0, in radians, added to m1·θ_y.
+        m3: ≥ 0, subtracted from cos(m1·θ_y + m2).
         axis: class axis of `cosines`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
         class_mask: [classes] or [..., classes], True for classes that exist.

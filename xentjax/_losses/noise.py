@@ -1,10 +1,10 @@
-"""Losses for noisy labels, corrected by a known noise matrix.
+"""Losses for noisy labels. They use a known noise matrix to correct for the noise.
 
 All functions share the conventions of `xentjax.softmax_cross_entropy`. In the formulas, z are the logits, p = softmax(z), y is the observed
 label, and [k = y] is 1 for the label and 0 for other classes.
 
-`noise_matrix` T has shape [all classes, all classes] and is the same on every device. Its entry T_ij = P(label j | class i) is the
-probability that an example of true class i has the label j. Each row sums to 1.
+`noise_matrix` T has one row and one column for each class of all devices, and is the same on every device. Its entry
+T_ij = P(label j | class i) is the probability that an example of true class i has the label j. Each row sums to 1.
 """
 
 import jax
@@ -25,12 +25,16 @@ def forward_corrected_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy between noisy labels and the predicted distribution of noisy labels, shape [...].
+    """Cross-entropy between noisy labels and the prediction of noisy labels per example, shape [...].
 
-    loss = −log Σ_i p_i T_iy. The expected loss is minimal if p is the distribution of the true classes.
+    loss = −log Σ_i p_i T_iy, where p is the predicted distribution of the true class.
     Gradient: ∂loss/∂z = p − r, where r_i = p_i T_iy/Σ_j p_j T_jy is the posterior probability of the true class i.
 
-    The loss of soft labels t is Σ_k t_k·loss(k). The terms of this sum are computed one class at a time.
+    The model predicts the true class, and T converts this prediction into a prediction of the noisy label. The expected loss is minimal if
+    p is the distribution of the true class.
+
+    The loss of soft labels t is Σ_k t_k·loss(k), where loss(k) is the loss of class index k. The terms of this sum are
+    computed one class at a time.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities of the true classes.
@@ -38,7 +42,7 @@ def forward_corrected_cross_entropy(
         noise_matrix: [classes, classes], T_ij = P(label j | class i), in [0, 1].
         axis: class axis of `logits`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
-        class_mask: [classes] or [..., classes], True for true classes that exist.
+        class_mask: [classes] or [..., classes], True for classes that exist as true classes.
         where: [...], True for examples that count.
 
     Returns:
@@ -94,10 +98,12 @@ def backward_corrected_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Unbiased estimate of the cross-entropy of the true label, from the noisy label, shape [...].
+    """Unbiased estimate of the cross-entropy with the true label per example, shape [...].
 
-    loss = −Σ_j (T⁻¹)_yj log p_j. Its expectation over the noise is −log p of the true class. It may be negative, and has no lower bound.
+    loss = −Σ_j (T⁻¹)_yj log p_j, where y is the noisy label.
     Gradient: ∂loss/∂z_k = p_k − (T⁻¹)_yk, because the rows of T⁻¹ sum to 1.
+
+    The expectation of the loss over the noise is −log p_i, where i is the true class. The loss may be negative, and has no lower bound.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities of the true classes.
@@ -105,12 +111,11 @@ def backward_corrected_cross_entropy(
         noise_matrix: [classes, classes], T_ij = P(label j | class i), invertible.
         axis: class axis of `logits`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
-        class_mask: [classes] or [..., classes], True for true classes that exist; T must be 0 between these classes
-            and the classes that do not exist.
+        class_mask: [classes] or [..., classes], True for classes that exist. T_ij must be 0 if only one of the classes i and j exists.
         where: [...], True for examples that count.
 
     Returns:
-        [...], in nats, ±∞ if an impossible class has a nonzero weight (T⁻¹)_yj; float32, or float64 if `logits` are float64.
+        [...], in nats, ±∞ if a class j of probability 0 has a nonzero weight (T⁻¹)_yj; float32, or float64 if `logits` are float64.
 
     Raises:
         TypeError: an argument has the wrong dtype.

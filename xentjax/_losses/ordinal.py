@@ -1,15 +1,17 @@
 """Losses for ordered classes.
 
-`cumulative_link_loss` cuts the line of scores into intervals, one per class (proportional odds). `coral_loss` makes one binary decision
-per threshold (CORAL).
+`cumulative_link_loss` is the loss of the proportional odds model. In this model, thresholds divide the real line into intervals, one per
+class, and the score of an example is a point on this line. `coral_loss` is the loss of CORAL. In CORAL, each threshold is a separate binary
+decision: whether the class is above the threshold.
 
-Shared conventions:
+Both functions share these conventions:
 
-- The first argument has a floating dtype. Arithmetic and results are float32, or float64 if the first argument is float64. Gradients
-  have the dtype of their argument.
-- `labels` [...] are class indices of an integer dtype, in the order of the classes. A label outside [0, classes) makes the value and the
-  gradient of its example NaN. For padding, use `where=labels != -100`.
-- `where` [...] is True for examples that count. The others have a loss of exactly 0 and a gradient of exactly 0, whatever they hold.
+- The first argument has a floating dtype. Arithmetic and results are float32, or float64 if the first argument is float64. Each gradient
+  has the dtype of its argument.
+- `labels` [...] are class indices of an integer dtype. The indices follow the order of the classes. If an index is outside [0, classes),
+  the value and the gradient of its example are NaN. If padded examples have the label -100, exclude them with `where=labels != -100`.
+- `where` [...] is True for examples that count. The loss and the gradient of every other example are exactly 0, whatever the example
+  contains.
 """
 
 import jax
@@ -21,16 +23,16 @@ from xentjax._core import checks, differences, numerics, rows, values
 
 
 def cumulative_link_loss(scores: ArrayLike, labels: ArrayLike, *, thresholds: ArrayLike, where: ArrayLike | None = None) -> Array:
-    """Negative log-likelihood per example of ordered classes in the proportional odds model, shape [...].
+    """Negative log-likelihood of the class in the proportional odds model per example, shape [...].
 
-    loss = −log(σ(θ_y − s) − σ(θ_{y−1} − s)),  θ_{−1} = −∞, θ_{K−1} = +∞ for K classes.
-    Gradient, with b = θ_y − s and a = θ_{y−1} − s: ∂/∂s = σ(−b) − σ(a);  ∂/∂θ_y = −σ(−b) − 1/(e^(b − a) − 1);
-    ∂/∂θ_{y−1} = σ(a) + 1/(e^(b − a) − 1). The first and the last class have no terms in b − a.
+    loss = −log(σ(θ_y − s) − σ(θ_{y−1} − s)) with θ_{−1} = −∞ and θ_{K−1} = +∞ for K classes.
+    Gradient, with b = θ_y − s and a = θ_{y−1} − s: ∂loss/∂s = σ(−b) − σ(a);  ∂loss/∂θ_y = −σ(−b) − 1/(e^(b − a) − 1);
+    ∂loss/∂θ_{y−1} = σ(a) + 1/(e^(b − a) − 1). For the first and the last class, the terms that contain b − a are 0.
 
     Args:
         scores: [...], s, one number per example, unbounded.
         labels: [...], class indices in [0, K).
-        thresholds: [K − 1], θ, strictly increasing. A class between two decreasing thresholds has a loss of NaN.
+        thresholds: [K − 1], θ, strictly increasing. If θ_y is below θ_{y−1}, the loss of class y is NaN.
         where: [...], True for examples that count.
 
     Returns:
@@ -73,13 +75,16 @@ def _cumulative_link(scores: Array, labels: Array, thresholds: Array, where: Arr
 
 
 def coral_loss(logits: ArrayLike, labels: ArrayLike, *, where: ArrayLike | None = None) -> Array:
-    """Binary cross-entropy summed over the thresholds of ordered classes per example, shape [...].
+    """Sum of the binary cross-entropies of all thresholds per example, shape [...].
 
-    loss = Σ_k softplus(−z_k) [y > k] + softplus(z_k) [y ≤ k],  k = 0 … K − 2 for K classes.
+    loss = Σ_k (softplus(−z_k)·[y > k] + softplus(z_k)·[y ≤ k]), where k runs from 0 to K − 2 for K classes.
     Gradient: ∂loss/∂z_k = σ(z_k) − [y > k].
 
+    The binary label of threshold k is [y > k], which is 1 if y > k and 0 otherwise.
+
     Args:
-        logits: [..., K − 1], log-odds that the class is above each threshold. CORAL computes them as one score plus K − 1 biases.
+        logits: [..., K − 1], log-odds z_k that the class is above threshold k. CORAL computes z_k as the score of the example plus the bias
+            of threshold k.
         labels: [...], class indices in [0, K).
         where: [...], True for examples that count.
 
@@ -97,7 +102,7 @@ def coral_loss(logits: ArrayLike, labels: ArrayLike, *, where: ArrayLike | None 
         [2.947, 0.947, 0.947, 2.947]
 
     Reference:
-        Cao, Mirjalili, Raschka, Rank Consistent Ordinal Regression for Neural Networks, 2019, arXiv 1901.07884.
+        Cao, Mirjalili and Raschka, Rank Consistent Ordinal Regression for Neural Networks, 2019, arXiv 1901.07884.
     """
     name = "coral_loss"
     z = checks.floating(name, "logits", logits)

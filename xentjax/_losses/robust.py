@@ -1,11 +1,12 @@
 """Losses for noisy labels.
 
-Cross-entropy is unbounded: one wrong label with p_y near 0 can outweigh many correct ones. The losses here are bounded, give
+Cross-entropy is unbounded, so one wrong label with p_y near 0 can outweigh many correct labels. Some losses here are bounded. Others give
 different weights to labels that the model finds unlikely, or penalize confident predictions.
 
 All functions share the conventions of `xentjax.softmax_cross_entropy`. In the formulas, z are the logits, p = softmax(z), y is the label,
-H(p) is the entropy of p, and [k = y] is 1 for the label and 0 for other classes. The loss of soft labels t is Σ_k t_k·loss(k). If a label
-has probability 0, because its logit is −∞ or its class does not exist, a bounded loss returns its bound instead of +∞.
+H(p) is the entropy of p, and [k = y] is 1 for the label and 0 for other classes. The loss of soft labels t is Σ_k t_k·loss(k), where
+loss(k) is the loss of class index k. A label has probability 0 if its logit is −∞ or its class does not exist. In this case, a bounded loss
+returns its bound instead of +∞.
 """
 
 import functools
@@ -28,18 +29,18 @@ def generalized_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Generalized cross-entropy, shape [...].
+    """Generalized cross-entropy per example, shape [...].
 
-    loss = (1 − p_y^q)/q, which is at most 1/q. Cross-entropy is the limit q → 0.
-    At q = 1, the loss is half the absolute error Σ_k |p_k − [k = y]|.
+    loss = (1 − p_y^q)/q. The loss is at most 1/q.
     Gradient: ∂loss/∂z_k = p_y^q (p_k − [k = y]).
 
-    A larger q gives less weight to labels that the model finds unlikely.
+    A larger q gives less weight to labels that the model finds unlikely. As q approaches 0, the loss approaches cross-entropy. At q = 1,
+    the loss is half the absolute error Σ_k |p_k − [k = y]|.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.
         labels: [...] class indices, or [..., classes] soft labels.
-        q: in [0, 1]; q = 0 gives cross-entropy.
+        q: in [0, 1]. q = 0 gives cross-entropy.
         axis: class axis of `logits`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
         class_mask: [classes] or [..., classes], True for classes that exist.
@@ -85,17 +86,19 @@ def symmetric_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy plus reverse cross-entropy, which swaps label and prediction, shape [...].
+    """Weighted sum of cross-entropy and reverse cross-entropy per example, shape [...].
 
-    loss = α·(−log p_y) − β·A·(1 − p_y). The second term is the reverse cross-entropy −β·Σ_k p_k log t_k of a one-hot label t, with log 0
-    replaced by A.
+    loss = α·(−log p_y) − β·A·(1 − p_y).
     Gradient: ∂loss/∂z_k = (α − β·A·p_y)(p_k − [k = y]).
+
+    The reverse cross-entropy exchanges label and prediction. For a one-hot label t, it is −Σ_k p_k log t_k. Here log 0 is replaced by the
+    number A, so the reverse cross-entropy is −A·(1 − p_y).
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.
         labels: [...] class indices, or [..., classes] soft labels.
-        alpha: α ≥ 0, weight of cross-entropy.
-        beta: β ≥ 0, weight of reverse cross-entropy.
+        alpha: α ≥ 0, weight of the cross-entropy.
+        beta: β ≥ 0, weight of the reverse cross-entropy.
         log_zero: A ≤ 0, the number that replaces log 0.
         axis: class axis of `logits`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
@@ -107,7 +110,7 @@ def symmetric_cross_entropy(
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: an argument has the wrong shape, a weight is negative, or `log_zero` is positive.
+        ValueError: an argument has the wrong shape, `alpha` or `beta` is negative, or `log_zero` is positive.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -143,19 +146,20 @@ def bootstrapped_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy against a mixture of the label and the model's own prediction, shape [...].
+    """Cross-entropy with a mixture of the label and the model's prediction per example, shape [...].
 
-    loss = β·(−log p_y) + (1 − β)·H(p). If `hard`, −log max_k p_k replaces H(p).
+    loss = β·(−log p_y) + (1 − β)·H(p). If `hard` is True, −log max_k p_k replaces H(p).
     Gradient: ∂loss/∂z_k = β(p_k − [k = y]) − (1 − β)·p_k·(log p_k + H(p)).
-    If `hard`, it is β(p_k − [k = y]) + (1 − β)(p_k − [k = argmax p]), where each of n tied classes gets 1/n instead of 1.
+    If `hard` is True, ∂loss/∂z_k = β(p_k − [k = y]) + (1 − β)(p_k − h_k). Here h_k = 1 for the most probable class and h_k = 0 for other
+    classes. If n classes are most probable, h_k = 1/n for each of them.
 
-    The prediction is differentiated too. The paper uses β = 0.95, and β = 0.8 with `hard`.
+    The prediction in the mixture is differentiated too. The paper uses β = 0.95 without `hard` and β = 0.8 with `hard`.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.
         labels: [...] class indices, or [..., classes] soft labels.
         beta: β in [0, 1], the share of the label in the mixture.
-        hard: whether the prediction is the most probable class instead of the distribution p.
+        hard: if True, the mixture contains the most probable class instead of the distribution p.
         axis: class axis of `logits`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
         class_mask: [classes] or [..., classes], True for classes that exist.
@@ -202,15 +206,17 @@ def taylor_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Truncated Taylor series of cross-entropy around p_y = 1, shape [...].
+    """Truncated Taylor series of cross-entropy around p_y = 1 per example, shape [...].
 
-    loss = Σ_{n=1}^{order} (1 − p_y)^n/n. Order 1 is half the absolute error Σ_k |p_k − [k = y]|, and order ∞ is cross-entropy.
+    loss = Σ_{n=1}^{order} (1 − p_y)^n/n.
     Gradient: ∂loss/∂z_k = (1 − (1 − p_y)^order)(p_k − [k = y]).
+
+    At order 1, the loss is half the absolute error Σ_k |p_k − [k = y]|. As the order grows, the loss approaches cross-entropy.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.
         labels: [...] class indices, or [..., classes] soft labels.
-        order: number of terms, a Python integer of at least 1.
+        order: number of terms, a Python integer ≥ 1.
         axis: class axis of `logits`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
         class_mask: [classes] or [..., classes], True for classes that exist.
@@ -258,15 +264,18 @@ def poly_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Poly-1 loss, cross-entropy with another first polynomial coefficient, shape [...].
+    """Poly-1 loss per example, shape [...].
 
     loss = −log p_y + ε·(1 − p_y).
     Gradient: ∂loss/∂z_k = (1 + ε·p_y)(p_k − [k = y]).
 
+    Cross-entropy is the series −log p_y = Σ_n (1 − p_y)^n/n. Its first term 1 − p_y has the coefficient 1. The Poly-1 loss changes this
+    coefficient to 1 + ε.
+
     Args:
         logits: [..., classes], unnormalized log-probabilities.
         labels: [...] class indices, or [..., classes] soft labels.
-        epsilon: ε ≥ −1, added to the coefficient 1 of the term 1 − p_y in the series −log p_y = Σ_n (1 − p_y)^n/n.
+        epsilon: ε ≥ −1, added to the coefficient of the first term of the series.
         axis: class axis of `logits`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
         class_mask: [classes] or [..., classes], True for classes that exist.
@@ -308,10 +317,12 @@ def confidence_penalized_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy with a penalty on confident predictions, which have low entropy, shape [...].
+    """Cross-entropy with a penalty on confident predictions per example, shape [...].
 
-    loss = −log p_y − β·H(p). It may be negative.
+    loss = −log p_y − β·H(p), where H(p) = −Σ_k p_k log p_k. The loss may be negative.
     Gradient: ∂loss/∂z_k = p_k − [k = y] + β·p_k·(log p_k + H(p)).
+
+    A confident prediction has low entropy, so the term −β·H(p) penalizes it.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.
@@ -362,10 +373,10 @@ def normalized_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy divided by the sum of the cross-entropies of all classes, shape [...].
+    """Cross-entropy divided by the sum of the cross-entropies of all classes per example, shape [...].
 
-    loss = log p_y/Σ_j log p_j, which is in [0, 1]. With a single class it is 0.
-    Gradient: with S = −Σ_j log p_j over K classes, ∂loss/∂z_k = (p_k − [k = y] − loss·(K·p_k − 1))/S.
+    loss = log p_y/Σ_j log p_j. The loss is in [0, 1]. If only one class exists, the loss is 0.
+    Gradient: ∂loss/∂z_k = (p_k − [k = y] − loss·(K·p_k − 1))/S, where S = −Σ_j log p_j and K is the number of classes.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.

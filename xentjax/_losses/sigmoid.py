@@ -1,15 +1,15 @@
-"""Binary cross-entropy, focal and asymmetric loss: each logit is a separate decision.
+"""Binary losses: cross-entropy, focal loss and asymmetric loss. Each logit is a separate yes-or-no decision.
 
-Conventions of every function here:
+All functions here share these conventions:
 
-- `logits` [...] have a floating dtype. Each logit is the log-odds of its decision. Arithmetic and results are float32, or float64 if
-  `logits` are float64. Gradients have the dtype of `logits`.
+- `logits` [...] have a floating dtype. Each logit is the log-odds of one decision. Arithmetic and results are float32, or float64 if
+  `logits` are float64. The gradient with respect to `logits` has the dtype of `logits`.
 - `labels` [...] have exactly the shape of `logits`. They are booleans, the integers 0 and 1, or floating probabilities in [0, 1].
 - `where` [...] has the shape of `logits`, and is True for elements that count. The loss and the gradient of every other element are exactly
-  0.
+  0, whatever the element contains.
 - A wrong dtype raises TypeError. A wrong shape, or a Python number out of range, raises ValueError.
-- In the formulas, p = σ(z) for a logit z, so −log p = softplus(−z) and −log(1 − p) = softplus(z). ε is the label smoothing, and the
-  targets are t = (1 − ε)·labels + ε/2.
+- In the formulas, z is a logit and p = σ(z) is its sigmoid, so −log p = softplus(−z) and −log(1 − p) = softplus(z). The label smoothing is
+  ε, and the targets are t = (1 − ε)·labels + ε/2.
 """
 
 import jax
@@ -28,17 +28,18 @@ def sigmoid_cross_entropy(
     pos_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy between binary labels and the sigmoid of logits, shape [...].
+    """Cross-entropy between binary labels and the sigmoid of logits per element, shape [...].
 
-    loss = w·t·(−log σ(z)) + (1 − t)·(−log σ(−z)).
+    loss = w·t·(−log σ(z)) + (1 − t)·(−log σ(−z)) with the targets t = (1 − ε)·labels + ε/2.
     Gradient: ∂loss/∂z = (1 − t)·σ(z) − w·t·σ(−z), which is σ(z) − t for w = 1.
 
     Args:
-        logits: [...], log-odds.
+        logits: [...], the log-odds z.
         labels: [...], booleans, the integers 0 and 1, or probabilities in [0, 1].
-        label_smoothing: ε in [0, 1]; t = (1 − ε)·labels + ε/2.
-        pos_weight: w ≥ 0, factor of the positive term; a scalar, [classes] along the last axis of `logits`, or an array with as many axes
-            as `logits`, each of the same size or of size 1 (`pos_weight[:, None, None]` for classes on the first of three axes).
+        label_smoothing: ε in [0, 1]. It moves labels toward 1/2.
+        pos_weight: a scalar, [classes] or an array with as many axes as `logits`; w ≥ 0, factor of the positive term. An array [classes]
+            belongs to the last axis of `logits`. Otherwise each axis has size 1 or the size of the same axis of `logits`. If the classes
+            are on the first of three axes, pass `pos_weight[:, None, None]`.
         where: [...], True for elements that count.
 
     Returns:
@@ -78,20 +79,20 @@ def sigmoid_focal_loss(
     label_smoothing: ArrayLike = 0.0,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Binary focal loss, a cross-entropy that gives less weight to easy elements, shape [...].
+    """Binary focal loss per element, shape [...].
 
-    loss = α·t·(1 − p)^γ·(−log p) + (1 − α)·(1 − t)·p^γ·(−log(1 − p)) with p = σ(z). If `alpha` is None, both weights
-    are 1.
-    Gradient: for t = 1, ∂loss/∂z = α·(1 − p)^γ·(γ·p·log p − (1 − p)). For t = 0, replace z by −z and α by 1 − α, and change the sign.
+    loss = α·t·(1 − p)^γ·(−log p) + (1 − α)·(1 − t)·p^γ·(−log(1 − p)) with p = σ(z) and the targets t = (1 − ε)·labels + ε/2.
+    Gradient: for t = 1, ∂loss/∂z = α·(1 − p)^γ·(γ·p·log p − (1 − p)). For t = 0, replace p by 1 − p and α by 1 − α, and change the sign.
 
-    The loss and all its derivatives are finite for every γ ≥ 0 and all logits.
+    The focal loss is a cross-entropy that gives less weight to easy elements. The loss and all its derivatives are finite for every γ ≥ 0
+    and all logits.
 
     Args:
-        logits: [...], log-odds.
+        logits: [...], the log-odds z.
         labels: [...], booleans, the integers 0 and 1, or probabilities in [0, 1].
         gamma: γ ≥ 0, the focusing exponent.
-        alpha: α in [0, 1], weight of the positive term; the negative term has weight 1 − α. None gives both terms weight 1.
-        label_smoothing: ε in [0, 1]; t = (1 − ε)·labels + ε/2.
+        alpha: α in [0, 1], weight of the positive term. The negative term has the weight 1 − α. If `alpha` is None, both weights are 1.
+        label_smoothing: ε in [0, 1]. It moves labels toward 1/2.
         where: [...], True for elements that count.
 
     Returns:
@@ -135,20 +136,21 @@ def asymmetric_loss(
     clip: ArrayLike = 0.05,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Asymmetric loss for multi-label classification with mostly negative labels, shape [...].
+    """Asymmetric loss per element, shape [...].
 
-    loss = t·(1 − p)^γ₊·(−log p) + (1 − t)·q^γ₋·(−log(1 − q)) with p = σ(z) and q = max(p − clip, 0).
-    Gradient: for t = 1, ∂loss/∂z = (1 − p)^γ₊·(γ₊·p·log p − (1 − p)). For t = 0, it is
-    p(1 − p)·(q^γ₋/(1 − q) − γ₋·q^(γ₋ − 1)·log(1 − q)) where q > 0, and 0 where q = 0.
+    loss = t·(1 − p)^γ₊·(−log p) + (1 − t)·q^γ₋·(−log(1 − q)) with t = labels, p = σ(z) and q = max(p − clip, 0).
+    Gradient: for t = 1, ∂loss/∂z = (1 − p)^γ₊·(γ₊·p·log p − (1 − p)). For t = 0 and q > 0,
+    ∂loss/∂z = p(1 − p)·(q^γ₋/(1 − q) − γ₋·q^(γ₋ − 1)·log(1 − q)). For t = 0 and q = 0, ∂loss/∂z = 0.
 
-    If p is below `clip`, the loss of a negative label is 0. The gradient is exact: the factors (1 − p)^γ₊ and q^γ₋ are differentiated too.
+    The loss is meant for multi-label classification in which most labels are negative. If p is below `clip`, the loss of a negative label
+    is 0. The gradient is exact: the factors (1 − p)^γ₊ and q^γ₋ are differentiated too.
 
     Args:
-        logits: [...], log-odds.
+        logits: [...], the log-odds z.
         labels: [...], booleans, the integers 0 and 1, or probabilities in [0, 1].
         gamma_negative: γ₋ ≥ 0, the focusing exponent of negative labels.
         gamma_positive: γ₊ ≥ 0, the focusing exponent of positive labels.
-        clip: in [0, 1], subtracted from the probability in the negative term.
+        clip: in [0, 1], subtracted from the probability p in the negative term.
         where: [...], True for elements that count.
 
     Returns:

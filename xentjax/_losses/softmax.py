@@ -1,20 +1,22 @@
-"""Softmax cross-entropy over K classes, log-probability, focal loss, sparse soft labels and row statistics.
+"""Cross-entropy, log-probability, focal loss and row statistics of a softmax over K classes.
 
-Conventions of every function here:
+All functions here share these conventions:
 
 - `logits` [..., classes] have a floating dtype, and `axis` is their class axis. Arithmetic and results are float32, or float64 if `logits`
-  are float64. Gradients have the dtype of `logits`.
-- Integer `labels` are class indices. They have the shape of `logits` without the class axis. Floating `labels` are soft labels, which are
-  distributions over the classes. They have the shape of `logits`. If an index is outside [0, classes), the value and the gradient of its
-  example are NaN. Exclude padded examples with `where=labels != -100`.
-- `axis_name` is the mesh axis over which the classes are sharded, inside `jax.shard_map`. Class indices are global.
+  are float64. The gradient with respect to `logits` has the dtype of `logits`.
+- Integer `labels` are class indices. They have the shape of `logits` without the class axis. Floating `labels` are soft labels, that is,
+  one distribution over the classes per example. They have the shape of `logits`. If an index is outside [0, classes), the value and the
+  gradient of its example are NaN. If padded examples have the label -100, exclude them with `where=labels != -100`.
+- `axis_name` is the mesh axis over which the classes are sharded, inside `jax.shard_map`. Class indices are global: they number the classes
+  of all devices.
 - `class_mask` has shape [classes] or the shape of `logits`, and is True for classes that exist. A class that does not exist has probability
-  0 and gradient 0. If the label is such a class, the loss is +∞.
+  0 and gradient 0. If the label is a class that does not exist, the loss is +∞.
 - `where` has the shape of the result, and is True for examples that count. The loss and the gradient of every other example are exactly 0,
   whatever the example contains.
 - A wrong dtype raises TypeError. A wrong shape, or a Python number out of range, raises ValueError.
 - In the formulas, z are the logits, p = softmax(z) and lse(z) = log Σ_k e^(z_k). K is the number of classes that exist, w are the class
-  weights and ε is the label smoothing. The targets are t_k = w_k((1 − ε)·labels_k + ε/K), and s = Σ_k t_k.
+  weights and ε is the label smoothing. The targets are t_k = w_k((1 − ε)·labels_k + ε/K), and their sum is s = Σ_k t_k. A class index
+  stands for its one-hot label.
 """
 
 import functools
@@ -40,18 +42,19 @@ def softmax_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy between labels and the softmax of logits, shape [...].
+    """Cross-entropy between labels and the softmax of logits per example, shape [...].
 
-    loss = Σ_k t_k (lse(z) − z_k) + ζ·s·lse(z)², where t_k = w_k((1 − ε)·labels_k + ε/K) are the targets, s = Σ_k t_k, and K is the number
-    of classes that exist. For an index y and default options, the loss is −log p_y.
+    loss = Σ_k t_k (lse(z) − z_k) + ζ·s·lse(z)², where lse(z) = log Σ_k e^(z_k).
+    The targets are t_k = w_k((1 − ε)·labels_k + ε/K), their sum is s = Σ_k t_k, and K is the number of classes that exist.
+    For a class index y and default options, the loss is −log p_y with p = softmax(z).
     Gradient: ∂loss/∂z = s·p − t + 2ζ·s·lse·p;  ∂loss/∂labels_k = w_k (1 − ε)(lse − z_k + ζ·lse²).
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.
         labels: [...] class indices, or [..., classes] soft labels, which need not sum to 1.
-        label_smoothing: ε in [0, 1], the share of each label that is spread evenly over the classes that exist.
+        label_smoothing: ε in [0, 1], the share of each label that is spread evenly over all classes that exist.
         class_weights: [classes], w ≥ 0; w_k multiplies the term of class k.
-        z_loss: ζ ≥ 0, weight of the penalty lse(z)², which keeps the logits nearly normalized.
+        z_loss: ζ ≥ 0, weight of the penalty lse(z)². The penalty keeps the logits nearly normalized.
         axis: class axis of `logits`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
         class_mask: [classes] or [..., classes], True for classes that exist.
@@ -101,21 +104,22 @@ def softmax_log_prob(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Log-probability of the label under the softmax of logits, shape [...].
+    """Log-probability of the label under the softmax of logits per example, shape [...].
 
-    log p_y = z_y − lse(z). For soft labels, the expected log-probability Σ_k labels_k (z_k − lse(z)).
-    Gradient: ∂/∂z = labels − s·p.
+    For a class index y, the result is log p_y = z_y − lse(z), where lse(z) = log Σ_k e^(z_k) and p = softmax(z).
+    For soft labels, the result is the expected log-probability Σ_k labels_k (z_k − lse(z)).
+    Gradient: ∂result/∂z = labels − s·p with s = Σ_k labels_k. A class index stands for its one-hot label.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.
-        labels: [...] class indices (such as actions or tokens), or [..., classes] soft labels.
+        labels: [...] class indices, for example actions or tokens, or [..., classes] soft labels.
         axis: class axis of `logits`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
         class_mask: [classes] or [..., classes], True for classes that exist.
         where: [...], True for examples that count.
 
     Returns:
-        [...], in nats, at most 0, and −∞ for an impossible label; float32, or float64 if `logits` are float64.
+        [...], in nats, at most 0, and −∞ if the label has probability 0; float32, or float64 if `logits` are float64.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -148,18 +152,19 @@ def softmax_focal_loss(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Focal loss, a cross-entropy that gives less weight to easy examples, shape [...].
+    """Focal loss per example, shape [...].
 
-    loss = Σ_k t_k (1 − p_k)^γ (−log p_k). At γ = 0 it is cross-entropy.
+    loss = Σ_k t_k (1 − p_k)^γ (−log p_k), where t_k = w_k((1 − ε)·labels_k + ε/K) are the targets.
     Gradient: ∂loss/∂z = g − p·Σ_k g_k with g_k = t_k (1 − p_k)^γ (γ·p_k·log p_k/(1 − p_k) − 1).
 
-    The loss and all its derivatives are finite for every γ ≥ 0 and all logits. The paper's α is `class_weights`.
+    The focal loss is a cross-entropy that gives less weight to easy examples. At γ = 0, it is cross-entropy. The loss and all its
+    derivatives are finite for every γ ≥ 0 and all logits. Pass the α of the paper as `class_weights`.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.
         labels: [...] class indices, or [..., classes] soft labels.
         gamma: γ ≥ 0, the focusing exponent.
-        label_smoothing: ε in [0, 1], the share of each label that is spread evenly over the classes that exist.
+        label_smoothing: ε in [0, 1], the share of each label that is spread evenly over all classes that exist.
         class_weights: [classes], w ≥ 0; w_k multiplies the term of class k.
         axis: class axis of `logits`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
@@ -207,18 +212,19 @@ def softmax_cross_entropy_with_top_k_labels(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy with sparse soft labels, k classes and probabilities per example, shape [...].
+    """Cross-entropy with sparse soft labels per example, shape [...].
 
-    loss = Σ_j label_probs_j (lse(z) − z_{label_ids_j}). Ids may repeat, and probabilities need not sum to 1.
-    Gradient: ∂loss/∂z = s·p − t, where t_k is the sum of the probabilities given to class k, and s = Σ_k t_k;
-    ∂loss/∂label_probs_j = −log p_{label_ids_j}.
+    loss = Σ_j label_probs_j (lse(z) − z_{label_ids_j}), where lse(z) = log Σ_i e^(z_i).
+    Gradient: ∂loss/∂label_probs_j = −log p_{label_ids_j}, and ∂loss/∂z = s·p − t. Here t_i is the sum of the probabilities that
+    `label_probs` gives to class i, and s = Σ_i t_i.
 
-    No array with the probabilities of all classes is made, so a teacher's top-k predictions can be cached and used directly.
+    Each example has k class indices with k probabilities. All other classes have the label probability 0. The function never builds soft
+    labels of shape [..., classes], so the cached top-k predictions of a teacher can be passed as they are.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.
-        label_ids: [..., k], class indices; k is the last axis for every value of `axis`.
-        label_probs: [..., k], probabilities of the classes in `label_ids`.
+        label_ids: [..., k], class indices, which may repeat. The last axis is the axis of length k for every value of `axis`.
+        label_probs: [..., k], probabilities of the classes in `label_ids`, which need not sum to 1.
         axis: class axis of `logits`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
         class_mask: [classes] or [..., classes], True for classes that exist.
@@ -255,10 +261,10 @@ def _top_k(batch: rows.Examples, ids: Array, probs: Array) -> Array:
 
 
 class RowStatistics(NamedTuple):
-    """Statistics of each row of logits, made by `row_statistics`; each field has shape [...]."""
+    """Statistics of the logits of each example, returned by `row_statistics`. Each field has shape [...]."""
 
     log_prob: Array
-    """log p of the label, or its expectation under soft labels; differentiable."""
+    """The log-probability log p_y of the label, or Σ_k labels_k log p_k for soft labels; differentiable."""
     log_normalizer: Array
     """lse(z) = log Σ_k e^(z_k); differentiable."""
     entropy: Array
@@ -268,10 +274,11 @@ class RowStatistics(NamedTuple):
     max_logit: Array
     """max_k z_k; not differentiated."""
     correct: Array
-    """Whether the label, or a most likely class of soft labels, has the largest logit; boolean.
+    """Boolean. For class indices, it is True if the label has the largest logit.
 
-    If several classes share the largest logit, each of them is correct. `metrics.accuracy` counts only the first of them as a hit, and
-    `metrics.top_k_accuracy` with k = 1 only the last.
+    For soft labels, it is True if a class with the largest label probability has the largest logit. If several classes share the largest
+    logit, each of them is correct. In this case, `metrics.accuracy` accepts only the first of them, and `metrics.top_k_accuracy` with k = 1
+    accepts only the last of them.
     """
 
 
@@ -284,12 +291,12 @@ def row_statistics(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> RowStatistics:
-    """Six statistics of each row of logits from one pass, shape [...] each.
+    """Six statistics of the logits of each example, each of shape [...].
 
-    They are the log-probability of the label, the normalizer, the entropy, the expected logit, the largest logit, and whether the label has
-    the largest logit.
+    They are the log-probability of the label, the logarithm of the normalizer, the entropy, the expected logit, the largest logit, and
+    whether the label has the largest logit. One pass over the logits computes all of them.
 
-    log p_y = z_y − lse,  lse = log Σ_k e^(z_k),  H = −Σ_k p_k log p_k = lse − Σ_k p_k z_k.
+    log p_y = z_y − lse,  lse = log Σ_k e^(z_k),  H = −Σ_k p_k log p_k = lse − Σ_k p_k z_k, where z are the logits and p = softmax(z).
     Gradients: ∂lse/∂z = p;  ∂H/∂z_k = −p_k(log p_k + H);  ∂(Σ_j p_j z_j)/∂z_k = p_k(1 + z_k − Σ_j p_j z_j).
 
     Args:
@@ -298,10 +305,11 @@ def row_statistics(
         axis: class axis of `logits`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
         class_mask: [classes] or [..., classes], True for classes that exist.
-        where: [...], True for examples that count; the statistics of the others are 0 and False.
+        where: [...], True for examples that count. The statistics of all other examples are 0, and `correct` is False.
 
     Returns:
-        `RowStatistics` with the fields `log_prob`, `log_normalizer`, `entropy`, `expected_logit`, `max_logit` and `correct`, each [...].
+        A `RowStatistics` with the fields `log_prob`, `log_normalizer`, `entropy`, `expected_logit`, `max_logit` and `correct`. Each field
+        has shape [...].
 
     Raises:
         TypeError: an argument has the wrong dtype.

@@ -1,18 +1,19 @@
-"""Bi-tempered loss: cross-entropy with a bounded logarithm, and a softmax with heavy tails.
+"""Bi-tempered loss. It is cross-entropy with a bounded logarithm and a heavy-tailed softmax.
 
-Definitions. log_t(x) = (x^(1 − t) − 1)/(1 − t), and its inverse is exp_t(x) = (1 + (1 − t)x)^(1/(1 − t)). At t = 1 they are log and exp.
-The loss uses log_t1 as its logarithm, and the probabilities p_k = exp_t2(z_k − λ). The normalizer λ makes the probabilities sum to 1.
+Definitions. The tempered logarithm is log_t(x) = (x^(1 − t) − 1)/(1 − t). Its inverse is exp_t(x) = (1 + (1 − t)x)^(1/(1 − t)). At t = 1,
+these functions are log and exp. The loss replaces log by log_t1, and replaces softmax by the probabilities p_k = exp_t2(z_k − λ). The
+normalizer λ is the number for which the probabilities sum to 1.
 
 Normalizer. λ is the root of log_t2 Z(λ), where
 
     Z(λ) = Σ_k p_k = Σ_k (1 + (t2 − 1)(λ − z_k))^(−1/(t2 − 1))        log_t2 Z = (1 − Z^(1 − t2))/(t2 − 1)
 
-The function log_t2 Z(λ) decreases in λ. It is convex, because a power mean of negative exponent is concave. It is linear if all logits are
-equal. So Newton's method, started at the largest logit, approaches the root from the left and needs only a few steps. At t2 = 1 a single
-step is exact, and λ is the log-sum-exp.
+The function log_t2 Z(λ) decreases in λ. It is convex, because a power mean of negative exponent is concave. If all logits are equal, it is
+linear. Newton's method starts at the largest logit. It therefore approaches the root from the left and needs only a few steps. At t2 = 1,
+one step is exact, and λ is the log-sum-exp of the logits.
 
-Derivatives. The loop that finds λ is not differentiated. It is followed by two Newton steps that are differentiated. Each of them doubles
-the order of the error, so the first, second and third derivatives equal the derivatives of the root. The first is
+Derivatives. The loop that finds λ is not differentiated. After the loop, two Newton steps are differentiated. Each step doubles the order
+of the error. So the first, second and third derivatives equal the derivatives of the root. The first derivative is
 ∂λ/∂z_k = p_k^t2/Σ_j p_j^t2.
 """
 
@@ -37,23 +38,23 @@ def bi_tempered_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Bi-tempered logistic loss, shape [...].
+    """Bi-tempered logistic loss per example, shape [...].
 
-    loss = −log_t1 p_y − (1 − Σ_k p_k^(2 − t1))/(2 − t1) with p_k = exp_t2(z_k − λ), where λ makes Σ_k p_k = 1.
+    loss = −log_t1 p_y − (1 − Σ_k p_k^(2 − t1))/(2 − t1) with p_k = exp_t2(z_k − λ), where λ is the number for which Σ_k p_k = 1.
     Gradient: ∂loss/∂z = g − r·Σ_k g_k with g_k = p_k^(t2 − t1)·(p_k − [k = y]) and r_k = p_k^t2/Σ_j p_j^t2.
 
     Here log_t(x) = (x^(1 − t) − 1)/(1 − t), and exp_t is its inverse. At t1 = t2 = 1, the loss is cross-entropy. If t1 < 1, the loss is
-    bounded, so that far outliers stop mattering. If t2 > 1, the probabilities have heavy tails, so that wrong labels near the
-    decision boundary do little harm.
+    bounded, so the influence of far outliers is limited. If t2 > 1, the probabilities have heavy tails, so wrong labels near the decision
+    boundary do little harm.
 
-    The loss of soft labels t is Σ_k t_k·loss(k), which equals the paper's loss up to a term that depends only on the
-    labels. The terms of this sum are computed one class at a time.
+    The loss of soft labels t is Σ_k t_k·loss(k), where loss(k) is the loss of class index k. This sum equals the loss of
+    the paper up to a term that depends only on the labels. The terms of the sum are computed one class at a time.
 
     Args:
         logits: [..., classes], any real numbers.
         labels: [...] class indices, or [..., classes] soft labels.
         t1: in [0, 1], temperature of the logarithm.
-        t2: at least 1, temperature of the exponential.
+        t2: ≥ 1, temperature of the exponential.
         axis: class axis of `logits`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
         class_mask: [classes] or [..., classes], True for classes that exist.
