@@ -7,8 +7,11 @@ two steps:
     δ_k = (z_k − y_k) − (lse(z) − lse(y))    from exact differences of logits
     d_k = δ_k − L                            where L corrects the constant lse(z) − lse(y)
 
-Most of the error of δ_k is the rounding error of the constant lse(z) − lse(y). L follows from Σ q·e^d = Σ p = 1: L = log Σ q·e^δ = log1p(Σ
-q·(e^δ − 1)). The terms of the last sum are as small as the log-ratios.
+Most of the error of δ_k is the rounding error of the constant lse(z) − lse(y). L follows from Σ q·e^d = Σ p = 1:
+
+    L = log Σ q·e^δ = log1p(Σ q·(e^δ − 1))
+
+The terms of the last sum are as small as the log-ratios.
 """
 
 from typing import NamedTuple

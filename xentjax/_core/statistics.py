@@ -11,8 +11,8 @@ m is treated as a constant. Every loss can be computed from these numbers:
 
     p_y = σ(a)        1 − p_y = σ(−a)        −log p_y = softplus(−a)        −log p_k = (m − z_k) + c for every class k
 
-Without a label, the sum leaves out one of the largest classes instead of the label. Then c = log1p(s) with s = Σ_{z_k<m}
-e^(z_k − m) + (number of classes with z_k = m) − 1.
+Without a label, the sum leaves out one of the largest classes instead of the label. Then c = log1p(s) with
+s = Σ_{z_k<m} e^(z_k − m) + (number of classes with z_k = m) − 1.
 
 Derivatives. Both ℓ and c have the form log Σ_{k∈A} e^(z_k − m) for a set A of classes. With m constant, the derivatives are
 
