@@ -10,7 +10,7 @@ from xentjax._core import checks, numerics, values
 
 
 class Options(NamedTuple):
-    """The arguments that must be known before tracing."""
+    """Options of a contrastive loss. They must be known before tracing."""
 
     normalize: bool
     chunk_size: int | None
@@ -23,7 +23,7 @@ def check_options(function: str, normalize: bool, chunk_size: int | None, axis_n
 
 
 def check_embeddings(function: str, name: str, x: ArrayLike, where: ArrayLike | None) -> tuple[Array, Array | None]:
-    """Checked embeddings, and which of them count."""
+    """The checked embeddings, and a mask of the rows that count."""
     array = checks.floating(function, name, x)
     if array.ndim != 2:
         raise ValueError(f"{function}: {name} must have shape (batch, features); got {array.shape}. Use jax.vmap for several batches.")
@@ -34,7 +34,7 @@ def check_embeddings(function: str, name: str, x: ArrayLike, where: ArrayLike | 
 def check_pairs(
     function: str, first_name: str, first: ArrayLike, second_name: str, second: ArrayLike, where: ArrayLike | None
 ) -> tuple[Array, Array, Array | None]:
-    """Two checked batches of the same shape, and which pairs count."""
+    """Two checked batches of the same shape, and a mask of the pairs that count."""
     x, counts = check_embeddings(function, first_name, first, where)
     y = checks.floating(function, second_name, second)
     checks.same_shape(function, second_name, y, x.shape, f"the shape of {first_name}")
@@ -42,7 +42,7 @@ def check_pairs(
 
 
 def check_negatives(function: str, x: ArrayLike | None, queries: Array) -> Array:
-    """Checked additional keys [more, features]; an empty batch if `x` is None."""
+    """The checked additional keys [more, features]. If `x` is None, the result has no rows."""
     if x is None:
         return jnp.zeros((0, queries.shape[1]), queries.dtype)
     more = checks.floating(function, "negatives", x)
@@ -52,7 +52,7 @@ def check_negatives(function: str, x: ArrayLike | None, queries: Array) -> Array
 
 
 def check_labels(function: str, x: ArrayLike, name: str, embeddings: Array) -> Array:
-    """Checked integer labels [batch], of any range; `name` is the argument that holds the embeddings."""
+    """The checked labels [batch], which may be any integers. `name` is the argument that holds the embeddings."""
     return checks.same_shape(function, "labels", checks.identifiers(function, "labels", x), embeddings.shape[:1], f"one per row of {name}")
 
 
@@ -66,7 +66,7 @@ def _check_finite(function: str, name: str, x: Array, where: Array | None) -> Ar
 
 
 def prepare(batches: tuple[Array, ...], masks: tuple[Array | None, ...], options: Options) -> list[Array]:
-    """Batches in one dtype, with 0 in rows that do not count, and with unit rows if `normalize` is set."""
+    """The batches in one dtype, with 0 in rows that do not count. With `normalize`, the other rows have length 1."""
     wide = numerics.accumulation_dtype(*(x.dtype for x in batches))
     alike = all(x.dtype == batches[0].dtype for x in batches)
     kept = (x if mask is None else jnp.where(mask[:, None], x, jnp.zeros_like(x)) for x, mask in zip(batches, masks, strict=True))
@@ -94,11 +94,11 @@ def gather(x: Array, options: Options) -> Array:
 
 
 def gather_mask(where: Array | None, options: Options) -> Array | None:
-    """Which examples of all devices count; None means all."""
+    """The mask of the examples of all devices; None if all examples count."""
     return None if where is None else gather(where, options)
 
 
 def positions(x: Array, options: Options) -> Array:
-    """The index of each row of this device among the rows of all devices [batch]."""
+    """The index of each row of this device among the rows of all devices, shape [batch]."""
     first = 0 if options.axis_name is None else lax.axis_index(options.axis_name) * x.shape[0]
     return jnp.arange(x.shape[0], dtype=jnp.int32) + first

@@ -1,21 +1,22 @@
-"""Contrastive losses. Each example must be identified among all examples of the batch; the others are its negatives.
+"""Contrastive losses. Each example must be identified among all examples of the batch. The other examples are its negatives.
 
 All losses share these conventions:
 
-- Embeddings have shape [batch, features] and a floating dtype. Row i of one array belongs to row i of the other. Arithmetic and results are
-  float32, or float64 if any embeddings are float64. Each gradient has the dtype of its argument.
-- `normalize`: if True, similarities are cosines, s_ij = x̂_i·ŷ_j with x̂ = x/|x|, computed in float32 or wider. The derivative is
-  ∂x̂/∂x = (I − x̂·x̂ᵀ)/|x|. A zero vector has cosine 0 with every vector, and gradient 0. If False, similarities are the products
-  s_ij = x_i·y_j, computed in the dtype of the embeddings.
-- `temperature`, `logit_scale`, `logit_bias`: Python numbers, or traced scalars, which can be learned.
-- `chunk_size`: maximum number of queries whose similarities to all keys are in memory at a time. None means all queries if their
-  similarities take at most 32 MiB, and otherwise the chunk size that `plan_linear` chooses.
-- `axis_name`: mesh axis over which the batch is sharded, inside `jax.shard_map`. Each device computes the losses of its own examples, with
-  the examples of all devices as negatives. Devices exchange embeddings, but never similarities. The sum of the losses over devices
-  (`lax.psum`) has the same derivatives as the sum of the losses of the whole batch.
-- `where` [batch]: True for examples that count. The others are neither positives nor negatives. They have loss exactly 0 and gradient
+- Embeddings have shape [batch, features] and a floating dtype. If a loss takes two arrays of embeddings, row i of one array belongs to row
+  i of the other. Arithmetic and results are float32, or float64 if any embeddings are float64. The gradient of each argument has the dtype
+  of that argument.
+- `normalize` selects the similarities. If it is True, they are cosines, s_ij = x̂_i·ŷ_j with x̂ = x/|x|, computed in float32 or wider. The
+  derivative of the normalization is ∂x̂/∂x = (I − x̂·x̂ᵀ)/|x|. A zero vector has cosine 0 with every vector, and its gradient is 0. If
+  `normalize` is False, similarities are the products s_ij = x_i·y_j, computed in the dtype of the embeddings.
+- `temperature`, `logit_scale` and `logit_bias` are Python numbers or traced scalars. Traced scalars can be learned.
+- `chunk_size` is the maximum number of queries whose similarities to all keys are in memory at a time. If it is None, it is chosen
+  automatically. If all similarities take at most 32 MiB, all queries form one chunk. Otherwise `plan_linear` chooses the chunk size.
+- `axis_name` is the mesh axis over which the batch is sharded, inside `jax.shard_map`. Each device computes the losses of its own examples.
+  Their negatives are the examples of all devices. Devices exchange embeddings, but never similarities. Use `lax.psum` to sum the losses
+  over devices. This sum has the same derivatives as the sum of the losses of the whole batch.
+- `where` [batch] is True for examples that count. All other examples are neither positives nor negatives. Their loss and gradient are
   exactly 0, whatever they contain.
-- Raises: TypeError if an argument has the wrong dtype; ValueError if an argument has the wrong shape or a Python number is out of range.
+- A wrong dtype raises TypeError. A wrong shape, or a Python number out of range, raises ValueError.
 """
 
 import functools
@@ -58,17 +59,18 @@ def info_nce(
     axis_name: str | tuple[str, ...] | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """InfoNCE: cross-entropy of identifying each query's key among all keys, shape [batch].
+    """InfoNCE loss: cross-entropy of identifying each query's key among all keys, shape [batch].
 
-    loss_i = −log(e^(s_ii/τ) / Σ_j e^(s_ij/τ)), where j runs over the keys of the batch and `negatives`.
+    loss_i = −log(e^(s_ii/τ) / Σ_j e^(s_ij/τ)), where j runs over the keys of the batch and over `negatives`.
     Gradient: ∂loss_i/∂s_ij = (p_ij − [j = i])/τ and ∂loss_i/∂τ = (s_ii − Σ_j p_ij·s_ij)/τ², where p_i = softmax(s_i/τ).
 
     Args:
         queries: [batch, features], one embedding per example.
         keys: [batch, features]; key i is the positive of query i.
-        temperature: τ > 0.
-        negatives: [more, features], additional keys for all queries, such as a queue of earlier keys; the same on every device.
-        normalize: whether embeddings are normalized, so that similarities are cosines.
+        temperature: τ > 0, divides the similarities.
+        negatives: [more, features], additional negative keys for all queries, such as a queue of earlier keys. If the batch is sharded,
+            they must be the same on every device.
+        normalize: whether embeddings are normalized to length 1, so that similarities are cosines.
         chunk_size: maximum number of queries whose similarities are in memory at a time; None: chosen automatically.
         axis_name: mesh axis over which the batch is sharded, inside `jax.shard_map`.
         where: [batch], True for examples that count.
@@ -122,18 +124,19 @@ def nt_xent(
     axis_name: str | tuple[str, ...] | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """NT-Xent: cross-entropy of identifying the other view of an example among all views, shape [batch].
+    """NT-Xent loss: cross-entropy of identifying the other view of an example, shape [batch].
 
-    loss_i = (ℓ(i, N + i) + ℓ(N + i, i))/2, where ℓ(a, b) = −log(e^(s_ab/τ) / Σ_{k≠a} e^(s_ak/τ)) over the 2N views x = (first, second).
+    loss_i = (ℓ(i, N + i) + ℓ(N + i, i))/2, where ℓ(a, b) = −log(e^(s_ab/τ) / Σ_{k≠a} e^(s_ak/τ)). N is the batch size, and a, b and k are
+    indices of the 2N views x = (first, second).
     Gradient: ∂ℓ(a, b)/∂s_ak = (p_ak − [k = b])/τ and ∂ℓ(a, b)/∂τ = (s_ab − Σ_k p_ak·s_ak)/τ², where p_a = softmax(s_a/τ) over k ≠ a.
 
-    The mean over the batch equals the paper's mean over 2N views.
+    The mean of the losses over the batch is the loss of the paper, which is a mean over 2N views.
 
     Args:
         first: [batch, features], one view of each example.
         second: [batch, features], the other view of each example.
-        temperature: τ > 0.
-        normalize: whether embeddings are normalized, so that similarities are cosines.
+        temperature: τ > 0, divides the similarities.
+        normalize: whether embeddings are normalized to length 1, so that similarities are cosines.
         chunk_size: maximum number of views whose similarities are in memory at a time; None: chosen automatically.
         axis_name: mesh axis over which the batch is sharded, inside `jax.shard_map`.
         where: [batch], True for examples that count.
@@ -192,16 +195,17 @@ def clip_loss(
     Gradient of Σ_i loss_i: ∂/∂s_ij = t·((p_ij + q_ij)/2 − [i = j]) and ∂/∂t = Σ_ij s_ij·((p_ij + q_ij)/2 − [i = j]), where p_ij is the
     softmax of t·s over texts j and q_ij is the softmax of t·s over images i.
 
-    With `labels`, pairs with the same label are positives of each other: loss_i is the mean over P_i = {k: labels_k = labels_i} of
-    ½·(−log(e^(t·s_ik) / Σ_j e^(t·s_ij)) − log(e^(t·s_ki) / Σ_j e^(t·s_ji))). In the gradient, [j ∈ P_i]/|P_i| replaces [i = j].
+    With `labels`, pairs that have the same label are positives of each other. The positives of pair i are P_i = {k: labels_k = labels_i}.
+    loss_i is then the mean over k ∈ P_i of ½·(−log(e^(t·s_ik) / Σ_j e^(t·s_ij)) − log(e^(t·s_ki) / Σ_j e^(t·s_ji))). In the gradient,
+    [j ∈ P_i]/|P_i| replaces [i = j].
 
     Args:
         images: [batch, features], one embedding per pair.
         texts: [batch, features], one embedding per pair.
         labels: [batch], any integers, such as class indices or image ids; None: every pair has its own label.
         logit_scale: t > 0, the inverse of a temperature. The paper learns log t and limits t to 100.
-        normalize: whether embeddings are normalized, so that similarities are cosines.
-        chunk_size: maximum number of images or texts whose similarities are in memory at a time; None: chosen automatically.
+        normalize: whether embeddings are normalized to length 1, so that similarities are cosines.
+        chunk_size: maximum number of images, or of texts, whose similarities are in memory at a time; None: chosen automatically.
         axis_name: mesh axis over which the batch is sharded, inside `jax.shard_map`.
         where: [batch], True for pairs that count.
 
@@ -261,21 +265,22 @@ def siglip_loss(
 ) -> Array:
     """SigLIP loss per image, shape [batch].
 
-    For each image, each text is classified as belonging to this image or not. The loss is the binary cross-entropy, summed over texts.
+    Each text is classified as belonging to the image or not. The loss of an image is the sum of the binary cross-entropies of all texts.
 
     loss_i = Σ_j −log σ(y_ij·z_ij), where z_ij = t·s_ij + b, y_ij = 1 if j = i, and y_ij = −1 otherwise.
     Gradient: ∂loss_i/∂z_ij = σ(z_ij) − [j = i], so ∂loss_i/∂t = Σ_j s_ij·(σ(z_ij) − [j = i]) and ∂loss_i/∂b = Σ_j (σ(z_ij) − [j = i]).
 
-    The mean over the batch is the paper's loss. With `labels`, an image and a text belong together if their labels are equal:
-    y_ij = 1 if labels_j = labels_i. In the gradient, [labels_j = labels_i] replaces [j = i].
+    The mean of the losses over the batch is the loss of the paper. With `labels`, an image and a text belong together if their labels are
+    equal: y_ij = 1 if labels_j = labels_i. In the gradient, [labels_j = labels_i] replaces [j = i].
 
     Args:
         images: [batch, features], one embedding per pair.
         texts: [batch, features], one embedding per pair.
         labels: [batch], any integers, such as class indices or image ids; None: every pair has its own label.
-        logit_scale: t > 0. The paper learns log t, initialized to log 10.
-        logit_bias: b, any finite number. The paper learns b, initialized to −10 because most images and texts do not belong together.
-        normalize: whether embeddings are normalized, so that similarities are cosines.
+        logit_scale: t > 0, multiplies the similarities. The paper learns log t and initializes it to log 10.
+        logit_bias: b, any finite number, added to the scaled similarities. The paper learns b and initializes it to −10, because most
+            images and texts do not belong together.
+        normalize: whether embeddings are normalized to length 1, so that similarities are cosines.
         chunk_size: maximum number of images whose similarities are in memory at a time; None: chosen automatically.
         axis_name: mesh axis over which the batch is sharded, inside `jax.shard_map`.
         where: [batch], True for pairs that count.
@@ -335,19 +340,20 @@ def supervised_contrastive_loss(
     axis_name: str | tuple[str, ...] | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Supervised contrastive loss: cross-entropy of identifying the examples with the same label, shape [batch].
+    """Supervised contrastive loss: cross-entropy of finding examples of the same label, shape [batch].
 
-    loss_i = 1/|P_i|·Σ_{p∈P_i} −log(e^(s_ip/τ) / Σ_{k≠i} e^(s_ik/τ)), where P_i = {p ≠ i: labels_p = labels_i}; 0 if P_i is empty.
+    loss_i = 1/|P_i|·Σ_{p∈P_i} −log(e^(s_ip/τ) / Σ_{k≠i} e^(s_ik/τ)), where P_i = {p ≠ i: labels_p = labels_i}.
     Gradient: ∂loss_i/∂s_ik = (p_ik − t_ik)/τ and ∂loss_i/∂τ = Σ_k (t_ik − p_ik)·s_ik/τ², where p_i = softmax(s_i/τ) over k ≠ i and
-    t_ik = [k ∈ P_i]/|P_i|; 0 if P_i is empty.
+    t_ik = [k ∈ P_i]/|P_i|.
+    If P_i is empty, the loss and its gradient are 0.
 
-    This is L_out of the paper. If an example has several views, pass each view as a row with the same label.
+    This is the loss L_out of the paper. If an example has several views, pass each view as its own row, with the label of the example.
 
     Args:
         embeddings: [batch, features], one embedding per example or view.
         labels: [batch], any integers.
-        temperature: τ > 0.
-        normalize: whether embeddings are normalized, so that similarities are cosines.
+        temperature: τ > 0, divides the similarities.
+        normalize: whether embeddings are normalized to length 1, so that similarities are cosines.
         chunk_size: maximum number of examples whose similarities are in memory at a time; None: chosen automatically.
         axis_name: mesh axis over which the batch is sharded, inside `jax.shard_map`.
         where: [batch], True for examples that count.

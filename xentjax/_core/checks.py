@@ -1,10 +1,11 @@
-"""Checks of arguments that several public functions share: dtypes, shapes, axes, and Python numbers out of range.
+"""Checks of arguments that several public functions share. They check dtypes, shapes, axes, and the ranges of Python numbers.
 
-All these properties can be checked while tracing. A check converts its argument to an array and returns it, or raises a TypeError or
-ValueError. The message names the function, the argument, what is expected, what the caller passed, and a remedy.
+All these properties can be checked while tracing. A check converts its argument to an array and returns the array, or it raises TypeError
+or ValueError. The error message names the function and the argument. It says what is expected and what the caller passed, and it suggests a
+remedy.
 
-Other checks are elsewhere. `mesh` has the checks of mesh axes. `values` has the checks of values, which run only inside `xentjax.checked`.
-A check that only one function or one family of functions needs is in the file of that function or family.
+Other checks are in other modules. `mesh` checks mesh axes. `values` checks the values of arrays, but only inside `xentjax.checked`. A check
+that only one function or one family of functions needs is in the file of that function or family.
 """
 
 import functools
@@ -23,20 +24,24 @@ from xentjax._core import mesh, numerics, rows, values
 
 
 def asarray(function: str, name: str, x: Any) -> Array:
-    """`x` as an array of any dtype. Integers too large for JAX become its largest or smallest integer, which is never a valid class.
+    """`x` as an array of any dtype. Integers that are too large for JAX are replaced.
 
-    `jnp.asarray` would truncate such integers: 2³² + 1 would become class 1.
+    A large positive integer becomes the largest integer of JAX, and a large negative integer becomes the smallest. Neither of the two is
+    ever a valid class. `jnp.asarray` would truncate such integers: 2³² + 1 would become class 1.
     """
     return _converted(function, name, _saturated(x))
 
 
 def integers(function: str, name: str, x: ArrayLike) -> Array:
-    """`x` as an array of class indices, int32 or int64; TypeError unless its dtype is an integer dtype."""
+    """`x` as an array of class indices, int32 or int64. Raises TypeError unless `x` has an integer dtype."""
     return _integers(function, name, asarray(function, name, x))
 
 
 def identifiers(function: str, name: str, x: ArrayLike) -> Array:
-    """`x` as an array of integers, equal exactly where the entries of `x` are equal. Large integers are replaced by others."""
+    """`x` as an array of integers. Two of its entries are equal exactly if they are equal in `x`.
+
+    If `x` has integers that are too large for JAX, all entries are replaced by small integers.
+    """
     whole = oversized_integers(x)
     if whole is not None:
         x = np.unique(whole, return_inverse=True)[1].reshape(whole.shape).astype(np.int32)
@@ -44,7 +49,7 @@ def identifiers(function: str, name: str, x: ArrayLike) -> Array:
 
 
 def floating(function: str, name: str, x: ArrayLike) -> Array:
-    """`x` as an array; TypeError unless it has a floating dtype that can represent infinity."""
+    """`x` as an array. Raises TypeError unless it has a floating dtype that can represent infinity."""
     array = asarray(function, name, x)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         remedy = "" if jnp.issubdtype(array.dtype, jnp.complexfloating) else f" Use {name}.astype(jnp.float32)."
@@ -59,7 +64,7 @@ def real(function: str, name: str, x: ArrayLike) -> Array:
 
 
 def quantities(function: str, name: str, x: ArrayLike) -> Array:
-    """`x` as an array of any dtype. Integers too large for JAX are converted to floating-point numbers."""
+    """`x` as an array of any dtype. Integers that are too large for JAX are converted to floating-point numbers."""
     whole = oversized_integers(x)
     return _converted(function, name, x if whole is None else whole.astype(np.float64))
 
@@ -88,9 +93,9 @@ def _saturated(x: Any) -> Any:
 
 
 def oversized_integers(x: Any) -> np.ndarray | None:
-    """`x` as a NumPy array of integers if one of them is too large for JAX's widest dtype, else None.
+    """`x` as a NumPy array of integers if any of them is too large for JAX, else None.
 
-    That dtype is int32, or int64 with `jax_enable_x64`.
+    The widest integer dtype of JAX is int32, or int64 with `jax_enable_x64`.
     """
     if isinstance(x, Array) or hasattr(x, "__jax_array__"):
         return None
@@ -109,7 +114,7 @@ def _widest() -> np.dtype:
 
 
 def integer_limits() -> tuple[int, int]:
-    """The smallest and the largest integer of JAX's widest dtype. No number of classes reaches them."""
+    """The smallest and the largest integer of JAX's widest integer dtype. No number of classes reaches them."""
     info = np.iinfo(_widest())
     return int(info.min), int(info.max)
 
@@ -127,7 +132,7 @@ def _has_infinities(dtype: np.dtype) -> bool:
 
 
 def boolean(function: str, name: str, x: ArrayLike) -> Array:
-    """`x` as an array; TypeError unless its dtype is bool."""
+    """`x` as an array. Raises TypeError unless its dtype is bool."""
     array = asarray(function, name, x)
     if array.dtype != jnp.bool_:
         raise TypeError(f"{function}: {name} must have dtype bool; got {array.dtype}. Use {name} != 0.")
@@ -135,14 +140,17 @@ def boolean(function: str, name: str, x: ArrayLike) -> Array:
 
 
 def shape(function: str, name: str, x: Array, expected: tuple[int, ...], meaning: str, remedy: str = "") -> Array:
-    """`x`; ValueError unless it has the expected shape."""
+    """`x`, unchanged. Raises ValueError unless it has the expected shape."""
     if x.shape != expected:
         raise ValueError(f"{function}: {name} must have shape {expected}, {meaning}; got {x.shape}.{' ' + remedy if remedy else ''}")
     return x
 
 
 def same_shape(function: str, name: str, x: Array, expected: tuple[int, ...], meaning: str) -> Array:
-    """`x`; ValueError unless it has the shape of another argument. It is not broadcast, but the error may suggest to broadcast it."""
+    """`x`, unchanged. Raises ValueError unless it has the shape of another argument.
+
+    `x` is never broadcast here. The error message may suggest that the caller broadcasts it.
+    """
     remedy = "" if x.shape == expected else _to_shape(name, x.shape, expected)
     if not remedy and x.ndim <= len(expected) and all(n in (1, m) for n, m in zip(x.shape[::-1], expected[::-1], strict=False)):
         remedy = f"Use jnp.broadcast_to({name}, {expected}) to broadcast it explicitly."
@@ -150,12 +158,12 @@ def same_shape(function: str, name: str, x: Array, expected: tuple[int, ...], me
 
 
 def counted(function: str, where: ArrayLike | None, expected: tuple[int, ...], meaning: str) -> Array | None:
-    """`where`, the mask of examples or elements that count, as a Boolean array of the expected shape; None if all count."""
+    """The mask `where` of examples or elements that count, as a Boolean array of the expected shape; None if all count."""
     return None if where is None else same_shape(function, "where", boolean(function, "where", where), expected, meaning)
 
 
 def weights(function: str, name: str, x: ArrayLike) -> Array:
-    """`x` as an array of floating dtype; `xentjax.checked` raises for a weight that is negative or NaN."""
+    """`x` as an array of floating dtype. Inside `xentjax.checked`, weights that are negative or NaN are reported."""
     w = real(function, name, x)
     values.weights(function, name, w)
     return w
@@ -164,9 +172,9 @@ def weights(function: str, name: str, x: ArrayLike) -> Array:
 def example_weights(
     function: str, weights: ArrayLike | None, where: ArrayLike | None, expected: tuple[int, ...], meaning: str, *, signed: bool = False
 ) -> tuple[Array | None, Array | None]:
-    """`weights` of floating dtype and boolean `where`, each of the expected shape or None.
+    """`weights` in a floating dtype and `where` in dtype bool, each of the expected shape or None.
 
-    `xentjax.checked` raises for a weight that is negative or NaN in an example that counts, unless the weights may be `signed`.
+    Inside `xentjax.checked`, weights of examples that count are reported if they are negative or NaN, unless `signed` is True.
     """
     w = None if weights is None else same_shape(function, "weights", floating(function, "weights", weights), expected, meaning)
     counts = counted(function, where, expected, meaning)
@@ -176,10 +184,11 @@ def example_weights(
 
 
 def number(function: str, name: str, x: ArrayLike, low: float = 0.0, high: float = math.inf) -> ArrayLike | None:
-    """A scalar hyper-parameter in [low, high]. The Python number 0 becomes None, so that its term is left out of the program.
+    """A scalar hyper-parameter in [low, high]. The Python number 0 becomes None.
 
-    A Python number outside [low, high] raises a ValueError. An array may be traced, so only its shape is checked. It may hold an integer.
-    `xentjax.checked` also checks its value.
+    The caller then leaves the term of this hyper-parameter out of the program. A Python number that is infinite or outside [low, high]
+    raises ValueError. An array may be traced, so only its shape and dtype are checked. Its dtype may be an integer dtype. Inside
+    `xentjax.checked`, its value is checked too.
     """
     interval = f"at least {low:g}" if math.isinf(high) else f"at most {high:g}" if math.isinf(low) else f"in [{low:g}, {high:g}]"
     if isinstance(x, numbers.Real) or (isinstance(x, np.ndarray | np.generic) and x.ndim == 0):
@@ -193,13 +202,13 @@ def number(function: str, name: str, x: ArrayLike, low: float = 0.0, high: float
 
 
 def fraction(function: str, name: str, x: ArrayLike) -> ArrayLike:
-    """A scalar hyper-parameter in [0, 1]. Unlike in `number`, 0 stays 0."""
+    """A scalar hyper-parameter in [0, 1]. Unlike in `number`, the Python number 0 stays 0."""
     checked = number(function, name, x, high=1.0)
     return 0.0 if checked is None else checked
 
 
 def positive(function: str, name: str, x: ArrayLike) -> ArrayLike:
-    """A scalar hyper-parameter above 0. Any other Python number raises a ValueError. An array is checked as in `number`."""
+    """A scalar hyper-parameter above 0. Any other Python number raises ValueError. An array is checked as in `number`."""
     checked = number(function, name, x)
     if checked is None:
         raise ValueError(f"{function}: {name} must be above 0; got 0.")
@@ -209,7 +218,7 @@ def positive(function: str, name: str, x: ArrayLike) -> ArrayLike:
 
 
 def count(function: str, name: str, x: int) -> int:
-    """`x` as a Python integer; ValueError unless it is at least 1."""
+    """`x` as a Python integer. Raises TypeError unless it is an integer, and ValueError if it is below 1."""
     if isinstance(x, bool) or not isinstance(x, int | np.integer):
         raise TypeError(f"{function}: {name} must be an integer, known before tracing; got {type(x).__name__}.")
     if x < 1:
@@ -218,9 +227,10 @@ def count(function: str, name: str, x: int) -> int:
 
 
 def pos_weight(function: str, weight: ArrayLike | None, logits: Array) -> ArrayLike | None:
-    """The weight of positive terms of a sigmoid loss.
+    """The checked weight of the positive terms of a sigmoid loss.
 
-    It is a scalar, an array [classes] for the last axis, or an array with as many axes as the logits, each of full length or length 1.
+    It is a scalar, an array [classes] for the last axis, or an array with as many axes as the logits. In the third case, each axis has its
+    full length or length 1.
     """
     if weight is None or np.ndim(weight) == 0:
         checked = None if weight is None else number(function, "pos_weight", weight)
@@ -235,7 +245,7 @@ def pos_weight(function: str, weight: ArrayLike | None, logits: Array) -> ArrayL
 
 
 def class_axis(function: str, name: str, shape: tuple[int, ...], axis: int, remedy: str = "") -> int:
-    """The class axis as a non-negative integer. `remedy` ends the error for a scalar, which has no class axis."""
+    """The class axis as a non-negative integer. A scalar has no class axis: it raises an error whose message ends with `remedy`."""
     if not shape:
         raise ValueError(f"{function}: {name} must have a class axis; got a scalar.{remedy}")
     try:
@@ -265,7 +275,8 @@ def examples(
 ) -> rows.Examples:
     """The arguments that all categorical losses share, with checked dtypes, shapes and axes.
 
-    `inputs` is the name of the argument `logits` in errors. With `labelled=False`, the result has no labels, and `labels` is ignored.
+    `inputs` is the name of the argument `logits` in error messages. With `labelled=False`, `labels` is ignored and the result has no
+    labels.
     """
     z = floating(function, inputs, logits)
     axis = class_axis(function, inputs, z.shape, axis, " For one logit per decision use the sigmoid losses.")
@@ -287,7 +298,7 @@ def examples(
 
 
 def class_weights(function: str, class_weights: ArrayLike | None, batch: rows.Examples) -> Array | None:
-    """Weights per class [classes], or None."""
+    """The checked weights per class [classes], or None."""
     if class_weights is None:
         return None
     w = weights(function, "class_weights", class_weights)
@@ -296,7 +307,7 @@ def class_weights(function: str, class_weights: ArrayLike | None, batch: rows.Ex
 
 
 def top_k(function: str, ids: ArrayLike, probs: ArrayLike, batch: rows.Examples) -> tuple[Array, Array]:
-    """Sparse soft labels: k class indices per example and their probabilities, both [..., k]."""
+    """Checked sparse soft labels: k class indices per example and their probabilities, both of shape [..., k]."""
     i, p = integers(function, "label_ids", ids), floating(function, "label_probs", probs)
     z, axis = batch.logits, batch.axis
     leading = _without(z.shape, axis)
@@ -327,9 +338,9 @@ def elements(function: str, logits: ArrayLike, labels: ArrayLike, where: ArrayLi
 
 
 def labels_like(function: str, labels: ArrayLike | None, full: tuple[int, ...], axis: int, like: str, split: tuple[str, ...] = ()) -> Array:
-    """The labels for logits of the shape `full`: class indices or soft labels.
+    """The checked labels for logits of shape `full`. They are class indices or soft labels.
 
-    `like` names the argument that has the leading axes of the logits. `split` are the mesh axes that split the classes.
+    `like` names the argument that has the leading axes of the logits. `split` holds the mesh axes that split the classes.
     """
     y = asarray(function, "labels", labels)
     leading = _without(full, axis)

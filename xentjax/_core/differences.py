@@ -1,4 +1,4 @@
-"""Differences of numbers, exponentials and sigmoids, computed without cancellation, and values with the derivatives of another formula."""
+"""Differences computed without cancellation, and values that get the derivatives of another formula."""
 
 import math
 
@@ -10,7 +10,7 @@ from xentjax._core import numerics
 
 
 def exact_difference(x: Array, y: Array) -> tuple[Array, Array]:
-    """The rounded difference x − y and its rounding error; their sum is exactly x − y (Knuth)."""
+    """The rounded difference x − y and its rounding error. The sum of the two is exactly x − y (Knuth)."""
     rounded = x - y
     of_y = rounded - x
     return rounded, (x - (rounded - of_y)) - (y + of_y)
@@ -18,10 +18,10 @@ def exact_difference(x: Array, y: Array) -> tuple[Array, Array]:
 
 @jax.custom_jvp
 def with_slope_of(value: Array, formula: Array) -> Array:
-    """`value`, with the derivatives of `formula`, which computes the same number but loses digits.
+    """`value`, with the derivatives of `formula`. `formula` computes the same number, but less accurately.
 
-    JAX may differentiate this code instead of the rule: `lax.scan` drops the rules of computations that are differentiated twice.
-    So the code adds a zero that has the derivative of `formula`, except where `formula` is not finite.
+    JAX may differentiate this code instead of using the rule, because `lax.scan` drops the rules of computations that are differentiated
+    twice. So the code adds a zero that has the derivative of `formula`. Where `formula` is not finite, that zero has derivative 0.
     """
     finite = numerics.where(jnp.isfinite(formula), formula, 0)
     return lax.stop_gradient(value) + (finite - lax.stop_gradient(finite))
@@ -32,7 +32,7 @@ with_slope_of.defjvp(lambda primals, tangents: (with_slope_of(*primals), tangent
 
 @jax.custom_jvp
 def exponential_excess(x: Array) -> Array:
-    """e^x − 1 − x ≥ 0, accurate relative to its value, with derivative e^x − 1."""
+    """The excess e^x − 1 − x ≥ 0, with a small relative error. Its derivative is e^x − 1."""
     terms = 8 if x.dtype == jnp.float32 else 14  # of the series, for |x| < 1/2
     near = jnp.abs(x) < 0.5
     small = jnp.where(near, x, 0)
@@ -48,12 +48,12 @@ exponential_excess.defjvp(lambda primals, tangents: (exponential_excess(*primals
 def interval_surprise(below: Array, above: Array, log_width: Array, first: Array, last: Array) -> Array:
     """−log(σ(above) − σ(below)), the surprise of an interval under the standard logistic distribution.
 
-    The `first` interval begins at −∞ and the `last` one ends at +∞. `log_width` is log(above − below), which the caller knows more
-    accurately than the difference of the two.
+    `first` marks the interval that begins at −∞, and `last` marks the interval that ends at +∞. `log_width` is log(above − below). It is an
+    argument because the caller knows it more accurately than the difference above − below.
 
-    With w = above − below > 0, the probability is the product σ(above)·σ(−below)·(1 − e^(−w)). So the surprise is a sum of three terms
-    that are not negative, and it is accurate at any position and any width. An interval that begins at −∞ has only the first term, one
-    that ends at +∞ only the second.
+    Let w = above − below > 0. The probability of the interval is the product σ(above)·σ(−below)·(1 − e^(−w)). So the surprise is a sum of
+    three terms that are not negative. It is accurate at any position and any width. An interval that begins at −∞ has only the first term,
+    and an interval that ends at +∞ has only the second term.
     """
     of_end = numerics.where(last, 0, numerics.softplus(-above))
     of_start = numerics.where(first, 0, numerics.softplus(below))
@@ -67,7 +67,7 @@ def interval_surprise(below: Array, above: Array, log_width: Array, first: Array
 
 @jax.custom_jvp
 def width_surprise(log_width: Array) -> Array:
-    """−log(1 − e^(−w)), given log w; every derivative is finite at any width."""
+    """−log(1 − e^(−w)) as a function of log w. Every derivative is finite at any width."""
     w = _width(log_width)
     narrow = -log_width - jnp.log(-jnp.expm1(-w) / w)
     return jnp.where(log_width < 0, narrow, -jnp.log1p(-jnp.exp(-jnp.maximum(w, 1))))

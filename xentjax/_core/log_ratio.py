@@ -1,12 +1,17 @@
 """The log-ratio of two softmax probabilities, accurate relative to its own size.
 
-Let p = softmax(z) and q = softmax(y) be nearly equal. The difference of their surprises, log p_k − log q_k, has the rounding errors of
-both surprises, which may be larger than the result. The log-ratio is instead computed in two steps:
+Let p = softmax(z) and q = softmax(y) be nearly equal. The log-ratio log p_k − log q_k could be computed as a difference of two surprises.
+This difference would have the rounding errors of both surprises, which may be larger than the result. The log-ratio is instead computed in
+two steps:
 
-    δ_k = (z_k − y_k) − (lse(z) − lse(y))    from exact differences of logits; mainly the constant lse(z) − lse(y) has a rounding error
-    d_k = δ_k − L                            L corrects that constant
+    δ_k = (z_k − y_k) − (lse(z) − lse(y))    from exact differences of logits
+    d_k = δ_k − L                            where L corrects the constant lse(z) − lse(y)
 
-L follows from Σ q·e^d = Σ p = 1: L = log Σ q·e^δ = log1p(Σ q·(e^δ − 1)). The terms of this sum have the size of the log-ratios.
+Most of the error of δ_k is the rounding error of the constant lse(z) − lse(y). L follows from Σ q·e^d = Σ p = 1:
+
+    L = log Σ q·e^δ = log1p(Σ q·(e^δ − 1))
+
+The terms of the last sum are as small as the log-ratios.
 """
 
 from typing import NamedTuple
@@ -26,15 +31,15 @@ class Prediction(NamedTuple):
 
 
 def prediction(row: rows.Rows) -> Prediction:
-    """The statistics and surprises of a row of logits."""
+    """A row of logits together with its statistics and surprises."""
     stats = statistics.of_row(row)
     return Prediction(row, stats, surprises.surprise(row, stats))
 
 
 def of(p: Prediction, q: Prediction) -> Array:
-    """log(p_k/q_k) of every class [..., classes].
+    """The log-ratio log(p_k/q_k) of every class, shape [..., classes].
 
-    The result has no derivative. A caller adds the derivative of the difference of surprises (`differences.with_slope_of`).
+    The result has no derivative. A caller adds the derivative of the difference of surprises with `differences.with_slope_of`.
     """
     logits, lost = differences.exact_difference(rows.finite_values(p.row), rows.finite_values(q.row))
     reference, lost_too = differences.exact_difference(p.stats.reference, q.stats.reference)

@@ -3,10 +3,10 @@
 Inside `jax.shard_map`, the type of a value lists the mesh axes over which the value may vary. On a mesh with explicit axes, the type of an
 array also tells how the array is split.
 
-An operation on two values first makes both vary over every axis over which either of them varies. The transpose of this step is a sum over
-devices. So the place of the step decides how often a gradient is summed over devices, and how large the summed array is.
+Before an operation on two values, JAX makes both values vary over every axis over which either value varies. The transpose of this step is
+a sum over devices. So the place of the step decides how often a gradient is summed over devices, and how large the summed array is.
 
-Functions whose names begin with `check_` raise a ValueError if arguments are distributed in a way that would give wrong results.
+Functions whose names begin with `check_` raise ValueError if the distribution of the arguments would give wrong results.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
@@ -22,7 +22,10 @@ AxisName = str | tuple[str, ...] | None  # the mesh axes that split the classes 
 
 
 def axes_of(*trees: Any) -> frozenset[Hashable]:
-    """The mesh axes over which any array, or any type of an array, in the pytrees varies; none outside `jax.shard_map`."""
+    """The mesh axes over which at least one array in the pytrees varies.
+
+    The pytrees may also hold types of arrays. Outside `jax.shard_map`, no array varies over a mesh axis.
+    """
     return frozenset().union(*map(_varying, jax.tree.leaves(trees)))
 
 
@@ -42,17 +45,23 @@ def is_last_axis_split(x: Array) -> bool:
 
 
 def split_of(x: Array) -> NamedSharding | None:
-    """The sharding of an array on an explicit mesh, to be passed as `out_sharding`; None on other meshes, where the compiler decides."""
+    """The sharding of an array on an explicit mesh, to be passed as `out_sharding`.
+
+    On other meshes the result is None, and the compiler decides.
+    """
     return jax.typeof(x).sharding if is_explicit(x) else None
 
 
 def split_as(like: Array, x: Array) -> Array:
-    """`x`, split over an explicit mesh as `like` is, an array of the same shape."""
+    """`x`, split over an explicit mesh in the same way as `like`. Both arrays have the same shape."""
     return x if not is_explicit(like) or jax.typeof(x).sharding == jax.typeof(like).sharding else reshard(x, jax.typeof(like).sharding)
 
 
 def split_alike(*arrays: Array) -> list[Array]:
-    """Arrays of one shape, all split over an explicit mesh like the one that is split along most axes. None is gathered."""
+    """Arrays of one shape, all split in the same way over an explicit mesh.
+
+    They are split like the array that is split along most axes. No array is gathered.
+    """
     like = max(arrays, key=lambda x: sum(axis is not None for axis in jax.typeof(x).sharding.spec))
     return [split_as(like, x) for x in arrays]
 
@@ -68,17 +77,17 @@ def size(axis_name: AxisName) -> int:
 
 
 def typed(axis: Hashable) -> bool:
-    """Whether the types of values list this axis. They do not with `check_vma=False`, nor inside `jax.vmap(axis_name=…)`."""
+    """Whether the types of values list this axis. They do not list it with `check_vma=False` or inside `jax.vmap(axis_name=…)`."""
     return axis in axes_of(lax.axis_index(axis))
 
 
 def psum(tree: Any, axes: Iterable[Hashable]) -> Any:
-    """The sum over devices of every array in a pytree; without axes, the pytree itself.
+    """The sum over devices of every array in a pytree. Without axes, the pytree is returned unchanged.
 
-    The value and the forward derivative are always correct. Reverse mode raises a ValueError if types do not list an axis (see `typed`).
-    For such an axis, JAX transposes a sum over devices into another sum over devices. If a shared loss is differentiated inside the map,
-    its gradient would then be counted once per device. If it is differentiated outside, the gradient would be correct. JAX does not show
-    which of the two happens, so both raise.
+    The value and the forward derivative are always correct. Reverse mode raises ValueError if types do not list an axis (see `typed`). For
+    such an axis, JAX transposes a sum over devices into another sum over devices. If a shared loss is differentiated inside the map, its
+    gradient would then be counted once per device. If it is differentiated outside the map, its gradient would be correct. JAX does not
+    show which of the two happens, so reverse mode raises in both cases.
     """
     axes = tuple(axes)
     if not axes:
@@ -92,7 +101,7 @@ def psum(tree: Any, axes: Iterable[Hashable]) -> Any:
 
 
 def check_class_split(function: str, axis_name: AxisName, split: dict[str, Array], same: dict[str, Array | None]) -> None:
-    """ValueError unless `axis_name` names mesh axes over which the arrays in `split` vary and the arrays in `same` do not."""
+    """Raise ValueError unless, over the axes in `axis_name`, the arrays in `split` vary and the arrays in `same` do not vary."""
     for axis in names(axis_name):
         try:
             known = typed(axis)
@@ -112,7 +121,7 @@ def check_class_split(function: str, axis_name: AxisName, split: dict[str, Array
 
 
 def check_class_axis(function: str, name: str, logits: Array, axis: int, labels: Array | None) -> None:
-    """ValueError if an explicit mesh splits class indices over a mesh axis that splits the classes."""
+    """Raise ValueError if an explicit mesh splits class indices over a mesh axis that also splits the classes."""
     if labels is None or not (is_explicit(logits) and is_explicit(labels)):
         return
     of_classes = names(jax.typeof(logits).sharding.spec[axis])
@@ -125,7 +134,7 @@ def check_class_axis(function: str, name: str, logits: Array, axis: int, labels:
 
 
 def check_shared(function: str, name: str, x: Array | None, axes: frozenset[Hashable]) -> None:
-    """ValueError if `x` may differ between devices that hold different classes of the same examples."""
+    """Raise ValueError if `x` may differ between devices that hold different classes of the same examples."""
     for axis in axes & axes_of(x):
         raise ValueError(
             f"{function}: {name} must be the same on all devices of mesh axis {axis!r}, which hold classes of the same examples; got "

@@ -1,7 +1,7 @@
 """Element-wise functions that are accurate at every argument, and the dtype policy.
 
-Infinity: a derivative computed by JAX is NaN where it contains 0·∞. So a logit of −∞ enters every formula as −INFINITE, a finite number
-whose exponential is exactly 0. The last step of a loss turns values of that size into +∞ (`statistics.finish`).
+Infinity: if a derivative contains 0·∞, JAX computes NaN. So a logit of −∞ enters every formula as −INFINITE, a finite number whose
+exponential is exactly 0. The last step of a loss turns results of that size into +∞ (`statistics.finish`).
 """
 
 from collections.abc import Callable, Sequence
@@ -27,14 +27,15 @@ def accumulation_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
 
 
 def index_dtype(labels: Array) -> jax.typing.DTypeLike:
-    """The dtype for class indices: int64 for 64-bit labels if JAX allows it, otherwise int32. So no index wraps around."""
+    """The dtype for class indices: int64 for 64-bit labels if JAX allows it, otherwise int32. So indices do not overflow."""
     return jax.dtypes.canonicalize_dtype(jnp.int64) if labels.dtype.itemsize == 8 else jnp.int32
 
 
 def where(condition: Array, x: ArrayLike, y: ArrayLike) -> Array:
-    """`x` where `condition`, elsewhere `y`. One may be a number; the last axis of `condition` may have length 1.
+    """`x` where `condition` is True, and `y` elsewhere.
 
-    It replaces `jnp.where`, which is a jitted function: tracing a dozen of its calls takes half the time of tracing a loss.
+    `x` or `y` may be a number. The last axis of `condition` may have length 1. This function replaces `jnp.where`, which is a jitted
+    function. Tracing a dozen calls of `jnp.where` takes half as long as tracing a whole loss.
     """
     like = x if isinstance(x, Array) else y
     assert isinstance(like, Array)
@@ -45,10 +46,11 @@ def where(condition: Array, x: ArrayLike, y: ArrayLike) -> Array:
 
 
 def nan_unless(inside: Array, x: Array) -> Array:
-    """`x` where `inside`, elsewhere NaN with derivative NaN.
+    """`x` where `inside` is True, and NaN with derivative NaN elsewhere.
 
-    A selection would have derivative 0 there, so this is a product. The NaN is computed as ∞ − ∞, because `jax_debug_nans` would report a
-    constant NaN even if no element takes it. The NaN is also added, because XLA turns a product with a converted Boolean into a selection.
+    A selection would have derivative 0 there, so the result is a product. The NaN is computed as ∞ − ∞, because `jax_debug_nans` would
+    report a constant NaN even if no element takes it. The NaN is also added, because XLA turns a product with a converted Boolean into a
+    selection.
     """
     infinite = where(inside, jnp.zeros_like(x), jnp.inf)
     zero_or_nan = infinite - infinite
@@ -56,7 +58,10 @@ def nan_unless(inside: Array, x: Array) -> Array:
 
 
 def nan_or_zero(x: Array, valid: Array | None, counts: Array | None) -> Array:
-    """`x`, but exactly 0 where not `counts`, else NaN with derivative NaN where not `valid`. A mask of None is all True."""
+    """`x`, but 0 where `counts` is False, and NaN where `counts` is True and `valid` is False.
+
+    The zeros are exact. The derivative of the NaN is NaN too. A mask of None is True everywhere.
+    """
     if valid is not None:
         x = nan_unless(valid if counts is None else valid | ~counts, x)
     return x if counts is None else where(counts, x, jnp.zeros_like(x))
@@ -64,7 +69,7 @@ def nan_or_zero(x: Array, valid: Array | None, counts: Array | None) -> Array:
 
 @jax.custom_jvp
 def finite(x: Array) -> Array:
-    """`x` with ±∞ replaced by ±INFINITE; the derivative is 1 everywhere."""
+    """`x` with ±∞ replaced by ±INFINITE. The derivative is 1 everywhere."""
     return lax.clamp(jnp.asarray(-INFINITE, x.dtype), x, jnp.asarray(INFINITE, x.dtype))
 
 
@@ -77,12 +82,12 @@ def expand_leading(x: Array, ndim: int) -> Array:
 
 
 def is_infinite(x: Array) -> Array:
-    """Whether `x` represents +∞: whether it is INFINITE, or INFINITE times a weight."""
+    """Whether `x` represents +∞, either as INFINITE or as INFINITE times a weight."""
     return lax.stop_gradient(x) > _THRESHOLD
 
 
 def restore_infinity(loss: Array) -> Array:
-    """The loss with +∞ where a finite number represents +∞ (see `finite`); the derivative is unchanged."""
+    """The loss, with +∞ where a finite number represents +∞ (see `finite`). The derivative is unchanged."""
     return where(is_infinite(loss), loss + jnp.inf, loss)
 
 
@@ -98,9 +103,10 @@ sigmoid.defjvp(lambda primals, tangents: (sigmoid(*primals), sigmoid(*primals) *
 
 @jax.custom_jvp
 def sigmoid_excess(x: Array, clip: Array) -> Array:
-    """σ(x) − clip where 0 < clip < σ(x); elsewhere 1/4, a placeholder that callers must not use.
+    """σ(x) − clip where 0 < clip < σ(x). Elsewhere the result is 1/4, a placeholder that callers must not use.
 
-    The difference cancels near σ(x) = clip. With x_c = logit(clip), it equals σ(x)·(1 − clip)·(1 − e^(x_c − x)), which does not cancel.
+    The difference cancels where σ(x) is close to clip. Let x_c = logit(clip). The difference then equals σ(x)·(1 − clip)·(1 − e^(x_c − x)),
+    which does not cancel.
     """
     step = x - (jnp.log(clip) - jnp.log1p(-clip))
     above = step > 0
@@ -127,8 +133,8 @@ softplus.defjvp(lambda primals, tangents: (softplus(*primals), sigmoid(*primals)
 def log_odds_of_surprise(surprise: Array) -> Array:
     """The log-odds a = log(p/(1 − p)) = −log(e^u − 1) for the surprise u = −log p ≥ 0.
 
-    da/du = −1/(1 − p) = −(1 + e^a). It is written in terms of a, so that second derivatives multiply e^a by a factor of size e^(−a) before
-    anything can overflow. For the same reason u is at least the smallest normal number.
+    The derivative da/du = −1/(1 − p) = −(1 + e^a) is written in terms of a. So in second derivatives, e^a is multiplied by a factor of size
+    e^(−a) before anything can overflow. For the same reason, u is raised to at least the smallest normal number.
     """
     u = jnp.maximum(surprise, jnp.finfo(surprise.dtype).tiny)
     small = jnp.minimum(u, 1)  # each branch gets only arguments at which it is finite
@@ -143,7 +149,10 @@ def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
 
 
 def relative_expm1(x: Array) -> Array:
-    """(e^x − 1)/x, and 1 at x = 0. Where |x| < 1 it is a power series, because derivatives of the quotient are inaccurate there."""
+    """(e^x − 1)/x, and 1 at x = 0.
+
+    For |x| < 1, it is computed as a power series, because derivatives of the quotient are inaccurate there.
+    """
     small = jnp.abs(x) < 1
     direct, near = where(small, jnp.ones_like(x), x), where(small, x, jnp.zeros_like(x))
     series = jnp.ones_like(x)
@@ -156,8 +165,8 @@ def relative_expm1(x: Array) -> Array:
 def tempered(surprise: Array, q: Array) -> Array:
     """(1 − p^q)/q for the surprise u = −log p. It is u at q = 0 and 1 − p at q = 1.
 
-    The derivative with respect to u is e^(−qu). It has a rule, because the derivative of the quotient is a difference of terms of size
-    1/(qu). The derivative with respect to q is (u·e^(−qu) − value)/q.
+    The derivative with respect to u is e^(−qu). It comes from a rule, because the derivative of the quotient is a difference of terms of
+    size 1/(qu). The derivative with respect to q is (u·e^(−qu) − value)/q.
     """
     return surprise * relative_expm1(-q * surprise)
 
@@ -178,7 +187,8 @@ def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Arra
 def scaled_log1p(x: Array, scale: Array) -> Array:
     """log(1 + scale·x)/scale, which is x at scale = 0.
 
-    Derivatives: 1/(1 + scale·x) in x; (x/(1 + scale·x) − value)/scale in scale. If that difference cancels, a series replaces it.
+    The derivative with respect to x is 1/(1 + scale·x). The derivative with respect to scale is (x/(1 + scale·x) − value)/scale. Where this
+    difference would cancel, a series replaces it.
     """
     y = scale * x
     none = y == 0
@@ -223,10 +233,10 @@ def _bounded_sine(cosine: Array, least: Array) -> Array:
 
 
 def select_logits(keep: Array, logits: Array) -> Array:
-    """`logits` where `keep`, −∞ elsewhere, in the dtype of `logits`.
+    """`logits` where `keep` is True, and −∞ elsewhere, in the dtype of `logits`.
 
-    In half precision, the selection works on the bits, as integers. XLA on CPUs selects half-precision numbers in float32, and would store
-    the whole array in float32.
+    In half precision, the selection works on the bits of the numbers, as integers. Otherwise, XLA on CPUs would convert the numbers to
+    float32 for the selection and store the whole array in float32.
     """
     if logits.dtype.itemsize == 2:
         return _by_bits(_select_bits, lambda z, keep: where(keep, z, 0), logits, keep)
@@ -239,7 +249,7 @@ def _select_bits(logits: Array, keep: Array) -> Array:
 
 
 def equal(x: Array, y: Array) -> Array:
-    """Whether x = y. Half-precision numbers are compared by their bits (see `select_logits`); 0 equals −0."""
+    """Whether x = y. Half-precision numbers are compared by their bits (see `select_logits`). 0 equals −0."""
     if x.dtype.itemsize != 2:
         return x == y
     a, b = _bits(x), _bits(y)
@@ -247,10 +257,10 @@ def equal(x: Array, y: Array) -> Array:
 
 
 def take_last(x: Array, index: Array, *, differentiated: bool = False) -> Array:
-    """`x` [..., n] at one or several places of every row, `index` [..., k]. The index is clipped to [0, n).
+    """The entries of `x` [..., n] at the positions `index` [..., k] of every row. The index is clipped to [0, n).
 
-    Pass `differentiated=True` if the result is differentiated with respect to `x`. checkify cannot check the transpose of the other lookup,
-    which is batched over rows.
+    Pass `differentiated=True` if the result is differentiated with respect to `x`. The default lookup is batched over rows, and checkify
+    cannot check its transpose.
     """
     if mesh.is_last_axis_split(x) or (differentiated and mesh.is_explicit(x)):  # the rows of `_lookup` are indices, which are not split
         return _take_by_comparison(x, index)
@@ -288,10 +298,10 @@ def _take_by_comparison(x: Array, index: Array) -> Array:
 
 
 def widen(x: Array) -> Array:
-    """`x` in the accumulation dtype, without a conversion that XLA could share with another loop.
+    """`x` in the accumulation dtype. bfloat16 is converted in a way that XLA cannot share with another loop.
 
     If two loops share a conversion, XLA on CPUs stores its result as a full float32 array. The bits of a bfloat16 number are the upper half
-    of a float32 number, so shifting the bits gives the same numbers by other operations.
+    of the bits of a float32 number. So a shift of the bits gives the same float32 numbers by other operations.
     """
     if x.dtype == jnp.bfloat16:
         return _by_bits(_widen_bits, lambda x: x.astype(jnp.float32), x)

@@ -1,4 +1,4 @@
-"""Losses that are functions φ of the log-odds a = log(p/(1 − p)) of the label.
+"""Losses that are a function φ of the log-odds a = log(p/(1 − p)) of the label.
 
 With log-odds, −log p = softplus(−a) and 1 − p = σ(−a). The loss of a class index y is φ(a_y). The loss of soft labels t is Σ_k t_k φ(a_k).
 """
@@ -20,7 +20,7 @@ def surprise(log_odds: Array) -> Array:
 
 
 def focal(log_odds: Array, gamma: ArrayLike | None) -> Array:
-    """(1 − p)^γ (−log p), with the shape of `log_odds`; −log p if `gamma` is None.
+    """The focal loss (1 − p)^γ (−log p), with the shape of `log_odds`. It is −log p if `gamma` is None.
 
     The power is computed as an exponential, which has derivatives of any order for every γ ≥ 0.
     """
@@ -45,17 +45,17 @@ def expected(
     class_weights: Array | None = None,
     of_class: Array | None = None,
 ) -> Array:
-    """Σ_k t_k φ(a_k) of every row, shape [...], not yet finished (see `statistics.finish`).
+    """Σ_k t_k φ(a_k) of every row, shape [...], before `statistics.finish`.
 
     If the labels are class indices, only the log-odds of the label are needed. Label smoothing adds a sum over all classes.
 
     Args:
         r: the rows.
-        stats: their statistics.
-        phi: φ, a function of log-odds. If `of_class` is given, φ is a function of log-odds and of the parameters of the same classes.
+        stats: the statistics of the rows.
+        phi: φ, a function of log-odds. If `of_class` is given, φ also takes the parameters of the same classes.
         smoothing: the share of the label that is spread evenly over the classes that exist; None means 0.
         class_weights: [classes], the weight of each class's term; None means 1.
-        of_class: [classes], or [..., classes] for soft labels, one parameter of φ per class.
+        of_class: [classes], or [..., classes] for soft labels; one parameter of φ per class.
     """
     parameters = () if of_class is None else (of_class,)
 
@@ -84,7 +84,7 @@ def expected(
 
 
 def label_sum(r: rows.Rows, smoothing: ArrayLike | None = None, class_weights: Array | None = None) -> Array | float:
-    """Σ_k t_k of every row, shape [...]; the number 1 if labels are class indices and there are no class weights."""
+    """Σ_k t_k of every row, shape [...]. It is the number 1 for class indices without class weights."""
     if not r.labels_are_indices:
         return rows.class_sum(r, _weighted(r, _soft_labels(r, smoothing), class_weights))
     if class_weights is None:
@@ -116,7 +116,10 @@ def _weighted(r: rows.Rows, t: Array, class_weights: Array | None) -> Array:
 
 
 def by_label(r: rows.Rows, loss_of_index: Callable[[rows.Rows], Array]) -> Array:
-    """A loss of class indices, for labels of either kind, shape [...]. Soft labels t cost Σ_k t_k loss(k), computed class by class."""
+    """The loss `loss_of_index` for labels that are class indices or soft labels, shape [...].
+
+    For soft labels t, it is Σ_k t_k loss(k), computed one class at a time.
+    """
     if r.labels_are_indices:
         return loss_of_index(r)
 

@@ -1,12 +1,13 @@
 """Rows of logits: their representation, their masks, class indices, and sums over classes.
 
-A row holds the logits of one example. `of` turns the checked arguments of a loss into `Rows`, and the other functions compute from them.
+A row holds the logits of one example. `of` turns the checked arguments of a loss into `Rows`. The other functions compute from `Rows`.
 
-Masks: `class_mask` marks the classes that exist, and `where` marks the examples that count. All other classes, and all classes of all other
-examples, are left out of every sum: their logits are replaced by −∞ before the exponential, so that e^(−∞) = 0 with derivative 0.
+Masks: `class_mask` marks the classes that exist, and `where` marks the examples that count. Sums leave out classes that do not exist. For
+examples that do not count, they leave out all classes. To leave out a class, its logit is replaced by −∞ before the exponential. So
+e^(−∞) = 0, with derivative 0.
 
-Devices: the classes may be split over the devices of mesh axes (`axis_name`). Each device then holds some of the classes. Class indices are
-global, and sums and maxima over classes run over all devices.
+Devices: The classes may be split over the devices of mesh axes (`axis_name`). Each device then holds some of the classes. Class indices are
+global, and sums and maxima over classes include the classes of all devices.
 """
 
 import dataclasses
@@ -28,8 +29,8 @@ from xentjax._core import mesh, numerics
 class Examples:
     """The checked arguments of a categorical loss, in the shapes and dtypes of the caller.
 
-    `checks.examples` makes them from the arguments of a public function. Functions that compute or check their logits themselves construct
-    them directly.
+    `checks.examples` makes `Examples` from the arguments of a public function. Functions that compute or check their own logits construct
+    `Examples` directly.
     """
 
     logits: Array
@@ -46,7 +47,7 @@ class Examples:
 
 
 class Rows(NamedTuple):
-    """Logits with the class axis last, their labels and their masks. `of` makes them in the compiled part of a loss."""
+    """Logits with the class axis last, together with their labels and masks. `of` makes them in the compiled part of a loss."""
 
     raw: Array  # [..., classes], the logits in the caller's dtype
     values: Array  # [..., classes], the logits in the accumulation dtype; gradients arrive here and are cast to the caller's dtype once
@@ -67,7 +68,7 @@ class Rows(NamedTuple):
 
     @property
     def labels_are_indices(self) -> bool:
-        """Whether the labels are class indices; False for soft labels, and without labels."""
+        """Whether the labels are class indices; False if they are soft labels or if there are no labels."""
         return self.labels is not None and jnp.issubdtype(self.labels.dtype, jnp.integer)
 
     @property
@@ -97,10 +98,10 @@ def of(examples: Examples) -> Rows:
 
 
 def adjusted(rows: Rows, scale: ArrayLike = 1.0, offset: Array | float = 0.0) -> Rows:
-    """The rows with logits scale·(z − m) + offset, for `offset` [..., classes] and the largest logit m of each row.
+    """The rows with the logits scale·(z − m) + offset, where m is the largest logit of each row.
 
-    Subtracting m, a constant, changes no probability. Without it, a large shift shared by all logits would swallow the offset in rounding.
-    Infinite and NaN logits stay as they are.
+    `offset` has shape [..., classes]. m is a constant, so subtracting it changes no probability. If all logits share a large shift,
+    rounding would lose the offset without this subtraction. Infinite and NaN logits stay as they are.
     """
     z = rows.values
     m = reference(rows)
@@ -118,12 +119,15 @@ def finite_values(rows: Rows) -> Array:
 
 
 def not_infinite(rows: Rows) -> Array:
-    """Whether a logit is not ±∞ [..., classes]; False in classes that do not exist and examples that do not count."""
+    """Whether a logit is not ±∞, shape [..., classes].
+
+    It is False in classes that do not exist and in examples that do not count.
+    """
     return masked(jnp.isfinite(rows.values) | jnp.isnan(rows.values), rows.where, rows.class_mask)
 
 
 def full_mask(rows: Rows) -> Array | None:
-    """Whether a class exists and its example counts, shape [..., classes]; None if that is so for all."""
+    """Whether a class exists and its example counts, shape [..., classes]; None if there are no masks."""
     return combined_mask(None, rows.class_mask, rows.where)
 
 
@@ -138,13 +142,13 @@ def combined_mask(over_classes: Array, class_mask: Array | None, where: Array | 
 @overload
 def combined_mask(over_classes: None, class_mask: Array | None, where: Array | None) -> Array | None: ...
 def combined_mask(over_classes: Array | None, class_mask: Array | None, where: Array | None) -> Array | None:
-    """The conjunction of the masks, shape [..., classes]; None if all are None."""
+    """The logical AND of the masks, shape [..., classes]; None if all masks are None."""
     masks = [over_classes, class_mask, None if where is None else where[..., None]]
     return functools.reduce(lambda a, b: a if b is None else b if a is None else a & b, masks)
 
 
 def counted(rows: Rows) -> Array | None:
-    """Whether an example counts, shape [...]: it is in `where` and has at least one class. None if all count."""
+    """Whether an example is in `where` and has at least one class, shape [...]; None if there are no masks."""
     if rows.class_mask is None:
         return rows.where
     some = class_sum(rows, rows.class_mask.astype(jnp.int32)) > 0
@@ -177,17 +181,20 @@ def class_minimum(rows: Rows, per_class: Array) -> Array:
 
 
 def class_count(rows: Rows) -> Array | int:
-    """The number of classes that exist, at least 1: an integer, or with `class_mask` one number per row, shape [...]."""
+    """The number of classes that exist, at least 1.
+
+    It is an integer. With `class_mask`, it is an array with one number per row, shape [...].
+    """
     if rows.class_mask is None:
         return rows.classes
     return jnp.maximum(class_sum(rows, rows.class_mask.astype(rows.values.dtype)), 1)
 
 
 def as_column(rows: Rows, number: Array) -> Array:
-    """`number` [...], one per row, in shape [..., 1], to be combined with an array over classes.
+    """`number` [...], one per row, as a column [..., 1] to be combined with an array over classes.
 
-    The column is made to vary over the devices that share the classes before it is broadcast. Its gradient is then summed over devices as
-    one number per row, not as one number per class.
+    The column is made to vary over the devices that share the classes, before it is broadcast to all classes. So its gradient is summed
+    over devices as one number per row, not as one number per class.
     """
     return mesh.vary(number, mesh.axes_of(rows.raw))[..., None]
 
@@ -200,7 +207,7 @@ def largest(rows: Rows) -> Array:
 def reference(rows: Rows) -> Array:
     """The number m that `statistics` subtracts from every logit of a row, shape [...]. It has no derivative.
 
-    m is the largest logit. It is 0 if that is −∞ or the example does not count, and NaN if that is +∞.
+    m is the largest logit. If the largest logit is −∞ or the example does not count, m is 0. If the largest logit is +∞, m is NaN.
     """
     m = largest(rows)
     usable = m != -jnp.inf
@@ -217,9 +224,9 @@ def maximum(x: Array, class_mask: Array | None, axis_name: mesh.AxisName) -> Arr
 
 
 def largest_class(rows: Rows) -> Array:
-    """The global index of a class with the largest logit, shape [...]. If several tie, it is the last one.
+    """The global index of a class with the largest logit, shape [...]. If several classes tie, it is the last of them.
 
-    It is computed as a maximum of indices, because devices would have to exchange more for an argmax.
+    It is computed as a maximum of indices. For an argmax, devices would have to exchange more.
     """
     z = lax.stop_gradient(rows.raw)
     z = z if rows.class_mask is None else numerics.select_logits(rows.class_mask, z)
@@ -239,32 +246,33 @@ def class_index(rows: Rows) -> Array:
 
 
 def on_label(rows: Rows) -> Array:
-    """Whether a class is the label of its row, shape [..., classes], for labels that are indices."""
+    """Whether a class is the label of its row, shape [..., classes]. Labels must be class indices."""
     return class_index(rows) == rows.given_labels[..., None]
 
 
 def in_range(rows: Rows) -> Array:
-    """Whether the label, a class index, lies in [0, classes), shape [...]; `class_mask` is ignored."""
+    """Whether the label, a class index, lies in [0, classes), shape [...]. `class_mask` is ignored."""
     return is_class(rows, rows.given_labels)
 
 
 def is_class(rows: Rows, index: Array) -> Array:
-    """Whether a global class index lies in [0, classes), with the shape of `index`; `class_mask` is ignored."""
+    """Whether a global class index lies in [0, classes). The result has the shape of `index`. `class_mask` is ignored."""
     return local_index(rows, index)[1]
 
 
 def at_label(rows: Rows, per_class: Array) -> Array:
-    """`per_class` [classes] or [..., classes] at the label of every row, a class index, shape [...].
+    """`per_class` [classes] or [..., classes] at the label of every row, shape [...].
 
-    As in `at_index`, callers must not use the result for a label out of range.
+    The labels are class indices. Callers must not use the result for a label out of range (see `at_index`).
     """
     return _at_class(rows, per_class, rows.given_labels)
 
 
 def at_index(rows: Rows, per_class: Array, index: Array, *, differentiated: bool = False) -> Array:
-    """`per_class` [..., classes] at several global class indices of every row, `index` [..., k], shape [..., k].
+    """`per_class` [..., classes] at several classes of every row, shape [..., k].
 
-    For an index out of range, callers must not use the result: it is 0, False, or the entry of another class.
+    `index` [..., k] holds global class indices. If an index is out of range, callers must not use its result, which is 0, False, or the
+    entry of another class.
     """
     local, here = local_index(rows, index)[0], is_here(rows, index)
     taken = numerics.take_last(mesh.split_as(rows.raw, per_class), local, differentiated=differentiated)
@@ -275,12 +283,15 @@ def at_index(rows: Rows, per_class: Array, index: Array, *, differentiated: bool
 
 
 def label_share(rows: Rows, index: Array) -> Array:
-    """The soft label of one class, shape [...]; `index` [] is its global index."""
+    """The soft label of one class in every row, shape [...]. `index` [] is the global index of the class."""
     return _at_class(rows, rows.given_labels, jnp.broadcast_to(index, rows.raw.shape[:-1]))
 
 
 def local_index(rows: Rows, index: Array) -> tuple[Array, Array]:
-    """The position of a global class index on this device, not yet clipped, and whether the index lies in [0, classes)."""
+    """The position of a global class index on this device, and whether the index lies in [0, classes).
+
+    The position is not clipped.
+    """
     inside = (index >= 0) & (index < rows.classes)
     if rows.axis_name is None:
         return index, inside
@@ -296,7 +307,7 @@ def is_here(rows: Rows, index: Array) -> Array | None:
 
 
 def of_this_device(rows: Rows, per_class: Array) -> Array:
-    """The part of `per_class` [..., all classes] for the classes on this device."""
+    """The entries of `per_class` [..., all classes] for the classes on this device."""
     if rows.axis_name is None:
         return per_class
     size = rows.raw.shape[-1]
@@ -304,9 +315,10 @@ def of_this_device(rows: Rows, per_class: Array) -> Array:
 
 
 def table_row(rows: Rows, table: Array) -> Array:
-    """Row y of a table [all classes, classes on this device] for the label y of every example, shape [..., classes on this device].
+    """The row of a table for the label of every example, shape [..., classes on this device].
 
-    The row is NaN for an out-of-range label, and 0 in an example that does not count.
+    `table` has shape [all classes, classes on this device]. The result is NaN if the label is out of range, and 0 if the example does not
+    count.
     """
     chosen = _table_row(table, rows.given_labels, out_sharding=mesh.split_of(rows.values))
     return masked(numerics.nan_unless(in_range(rows)[..., None], chosen), rows.where)
@@ -318,7 +330,10 @@ def _table_row(table: Array, index: Array, out_sharding: Any) -> Array:
 
 
 def table_sum(rows: Rows, table: Array) -> Array:
-    """Σ_j t_j table_jk for soft labels t and a table [all classes, all classes], shape [..., classes on this device]."""
+    """Σ_j t_j table_jk for soft labels t, shape [..., classes on this device].
+
+    `table` has shape [all classes, all classes].
+    """
     # Each device multiplies its part of the labels by the table's rows for them. The products are summed and split over devices.
     product = jnp.tensordot(rows.given_labels, of_this_device(rows, table.T).T, 1, precision="highest")
     if rows.axis_name is None:

@@ -11,25 +11,25 @@ m is treated as a constant. Every loss can be computed from these numbers:
 
     p_y = σ(a)        1 − p_y = σ(−a)        −log p_y = softplus(−a)        −log p_k = (m − z_k) + c for every class k
 
-Without a label, the sum leaves out one of the largest classes instead: c = log1p(s) with
+Without a label, the sum leaves out one of the largest classes instead of the label. Then c = log1p(s) with
 s = Σ_{z_k<m} e^(z_k − m) + (number of classes with z_k = m) − 1.
 
-Derivatives. Both ℓ and c have the form log Σ_{k∈A} e^(z_k − m) for a set A of classes. So, with m constant,
+Derivatives. Both ℓ and c have the form log Σ_{k∈A} e^(z_k − m) for a set A of classes. With m constant, the derivatives are
 
     ∂d/∂z_y = 1        ∂ℓ/∂z_k = e^(z_k − m − ℓ) for k ≠ y        ∂c/∂z_k = e^(z_k − m − c) for every k
 
-The last two are softmaxes over A. JAX differentiates all other steps. For example, it computes ∂(−log p_y)/∂z_y as −σ(−a), which equals
-p_y − 1 but contains no subtraction. In the rules, the exponentials are differentiable functions of z, and the factor e^(−ℓ) has the
+The last two are softmaxes over A. JAX differentiates all other steps. For example, it computes ∂(−log p_y)/∂z_y as −σ(−a). This equals
+p_y − 1, but it contains no subtraction. In the rules, the exponentials are differentiable functions of z. The factor e^(−ℓ) has the
 derivative −ℓ̇·e^(−ℓ). So derivatives of any order consist of products only, and no power of a small sum can overflow. The softmax p over
-all classes has a rule of its own: dp_k = p_k·(dz_k − Σ_j p_j dz_j).
+all classes has its own rule: dp_k = p_k·(dz_k − Σ_j p_j dz_j).
 
-Loops. JAX may ignore a rule and differentiate the code of the function: `lax.scan` drops the rules of computations that are differentiated
-twice. So the code of every function that has a rule also has the correct first derivative.
+Loops. JAX may ignore a rule and differentiate the code of the function instead: `lax.scan` drops the rules of computations that are
+differentiated twice. So the code of every function that has a rule also has the correct first derivative.
 
-Memory. In float32, the sum and the gradient share one array of exponentials, which becomes the gradient. In half precision, such an array
-would be a float32 copy of the logits. So the sum instead reads a masked copy of the logits in their own dtype, and the gradient recomputes
-the exponentials from the bits of the logits (`numerics.widen`). Then no two loops share a float32 array. Without a label, the array of
-exponentials also marks the largest classes, by −1. So no loop needs the logits and the maximum to find these classes.
+Memory. In float32, the sum and the gradient share one array of exponentials. This array becomes the gradient. In half precision, such an
+array would be a float32 copy of the logits. So the sum reads a masked copy of the logits in their own dtype. The gradient recomputes the
+exponentials from the bits of the logits (`numerics.widen`). Then no two loops share a float32 array. Without a label, the array of
+exponentials also marks the largest classes: their entries are −1. So no loop needs the logits and their maximum to find these classes.
 """
 
 import functools
@@ -45,7 +45,10 @@ _FEW_CLASSES = 32  # XLA on CPUs sums up to 32 numbers in one loop; for more, it
 
 
 class WithoutLabel(NamedTuple):
-    """Statistics of a row that do not depend on its label, each [...]. For every class k, −log p_k = (reference − z_k) + log_sum."""
+    """Statistics of a row that do not depend on its label, each of shape [...].
+
+    For every class k, −log p_k = (reference − z_k) + log_sum.
+    """
 
     reference: Array  # m, the largest logit; it has no derivative
     log_sum: Array  # c = lse(z) − m
@@ -53,7 +56,10 @@ class WithoutLabel(NamedTuple):
 
 
 class WithLabel(NamedTuple):
-    """The statistics of a row and of its label, a class index, each [...]. The first three fields are as in `WithoutLabel`."""
+    """The statistics of a row and of its label, each of shape [...]. The label is a class index.
+
+    The first three fields are as in `WithoutLabel`.
+    """
 
     reference: Array
     log_sum: Array
@@ -71,13 +77,16 @@ def of(r: rows.Rows) -> Statistics:
 
 
 def of_row(r: rows.Rows) -> WithoutLabel:
-    """The statistics of every row, each [...], from one pass over the logits. Labels are ignored."""
+    """The statistics of every row, each of shape [...], from one pass over the logits. Labels are ignored."""
     c = _log_sum(r.values, r.raw, r.class_mask, r.where, r.axis_name)
     return WithoutLabel(rows.reference(r), c, rows.largest(r) == -jnp.inf)
 
 
 def of_label(r: rows.Rows) -> WithLabel:
-    """The statistics of every row and of its label, a class index, each [...], from one pass over the logits."""
+    """The statistics of every row and of its label, each of shape [...], from one pass over the logits.
+
+    The labels must be class indices.
+    """
     m, d, rest, _ = _log_sums(r.values, r.raw, r.given_labels, r.class_mask, r.where, r.axis_name)
     dead = numerics.is_infinite(-d) & numerics.is_infinite(-rest)
     rest = numerics.where(dead, jnp.zeros_like(rest), rest)
@@ -88,7 +97,10 @@ def of_label(r: rows.Rows) -> WithLabel:
 
 
 def finish(r: rows.Rows, stats: Statistics, loss: Array) -> Array:
-    """The final loss [...]: +∞ is restored, rows of only −∞ have gradient 0, examples that do not count have exactly 0."""
+    """The final loss, shape [...].
+
+    +∞ is restored. Rows whose logits are all −∞ get gradient 0. Examples that do not count get a loss of exactly 0.
+    """
     return rows.row_value(r, numerics.restore_infinity(numerics.where(stats.dead, lax.stop_gradient(loss), loss)))
 
 
@@ -98,10 +110,11 @@ def log_normalizer(r: rows.Rows, stats: Statistics) -> Array:
 
 
 def hits(r: rows.Rows, stats: Statistics) -> Array:
-    """Whether the label, or a most likely class of soft labels, has the largest logit. Every tied class is a hit.
+    """Whether the label has the largest logit, shape [...]. Every class that ties for the largest logit is a hit.
 
-    The gap to the largest logit decides this without a second pass over the classes. `metrics.accuracy` needs a pass to find the first of
-    the tied classes, `metrics.top_k_accuracy` to find the last.
+    For soft labels, the result tells whether a most likely class of the labels has the largest logit. For class indices, the gap to the
+    largest logit decides without a second pass over the classes. `metrics.accuracy` needs another pass to find the first of the tied
+    classes, and `metrics.top_k_accuracy` needs another pass to find the last of them.
     """
     if isinstance(stats, WithLabel):
         return rows.row_value(r, (stats.gap >= 0) & ~stats.dead)
@@ -205,7 +218,8 @@ class Exponentials(NamedTuple):
     def excess(self) -> Array:
         """The sum s = Σ_k e^(z_k − m) − 1, shape [...]; 0 if there is no class.
 
-        XLA may round the largest logit differently in the maximum and in the sum. Then no class equals m, and `rest` includes all classes.
+        XLA may round the largest logit in the maximum differently from the largest logit in the sum. Then no class equals m, and `rest`
+        includes all classes.
         """
         total = self.rest + (self.ties - 1)
         return numerics.where(total < 0, 0, total)  # not a maximum, which would halve the derivative at 0
@@ -257,15 +271,19 @@ def same_as_largest(r: rows.Rows, m: Array) -> Array:
 
 
 def has_few_classes(r: rows.Rows) -> bool:
-    """Whether this device holds so few classes that XLA sums over them in one loop; False for a symbolic number of classes."""
+    """Whether this device holds so few classes that XLA sums over them in one loop.
+
+    It is False if the number of classes is symbolic.
+    """
     classes = r.raw.shape[-1]
     return isinstance(classes, int) and classes <= _FEW_CLASSES
 
 
 def two_sums(r: rows.Rows, x: Array, y: Array) -> tuple[Array, Array]:
-    """Σ_k x_k and Σ_k y_k over the classes, each [...].
+    """The sums Σ_k x_k and Σ_k y_k over the classes, each of shape [...].
 
-    For few classes, both are one sum of complex numbers, because XLA on CPUs would store the operands of two real sums.
+    If there are few classes, both are computed as one sum of complex numbers, because XLA on CPUs would store the operands of two real
+    sums.
     """
     if not has_few_classes(r):
         return rows.class_sum(r, x), rows.class_sum(r, y)

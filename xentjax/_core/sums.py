@@ -1,17 +1,17 @@
 """Running sums that do not drift.
 
-A running float32 sum stops growing once it is 2²⁴ times as large as its parts, and it loses bits of every part long before that. An int32
-overflows at 2³¹. So every running sum V is stored as three numbers, its `Parts`:
+A running float32 sum stops growing once it is 2²⁴ times as large as its addends. It loses bits of every addend long before that. An int32
+sum overflows at 2³¹. So every running sum V is stored as three numbers, its `Parts`:
 
     floating    V = x + r₁ + r₂                |r₁| ≤ ulp(x)/2 and |r₂| ≤ ulp(r₁)/2, up to rounding
     integer     V = x + r₁ + 2³¹·r₂           x stays at 2³¹ − 1 once it is reached; all numbers are ≥ 0
 
-Users read x, which is V rounded, or min(V, 2³¹ − 1) for integers. Two numbers would not be enough: the sum of 2⁴⁰ parts needs 40 bits more
-than one part, and two numbers have an error of u² per addition (u = 2⁻²⁴), in all 2⁴⁰·u² = 2⁻⁸. Three numbers have an error of u³ per
-addition, in all 2⁻³².
+Users read x. For floating sums, x is V after rounding. For integer sums, x is min(V, 2³¹ − 1). Two numbers would not be enough. The sum of
+2⁴⁰ addends needs 40 bits more than one addend. With two numbers, each addition has an error of u² (u = 2⁻²⁴), and 2⁴⁰ additions have an
+error of 2⁴⁰·u² = 2⁻⁸. With three numbers, each addition has an error of u³, and 2⁴⁰ additions have an error of 2⁻³².
 
-Derivatives: ∂V/∂x = ∂V/∂r₁ = ∂V/∂r₂ = 1 for the numbers of every operand. In a result, only x carries a derivative; r₁ and r₂ carry none,
-so nothing is counted twice. Every derivative rule below is therefore one plain sum of tangents.
+Derivatives: ∂V/∂x = ∂V/∂r₁ = ∂V/∂r₂ = 1 for the three numbers of every operand. In a result, only x carries a derivative. r₁ and r₂ carry
+none, so nothing is counted twice. Every derivative rule below is therefore a plain sum of tangents.
 """
 
 import functools
@@ -32,7 +32,10 @@ _BASE = 2.0**31
 
 
 def parts_of(x: Any, dtype: Any = None) -> Parts:
-    """An array or number as a running sum in `dtype`. r₁ and r₂ keep the digits of integers and 64-bit numbers that `dtype` cannot hold."""
+    """An array or number as a running sum in `dtype`.
+
+    If `dtype` cannot hold all digits of an integer or of a 64-bit number, r₁ and r₂ keep the remaining digits.
+    """
     if not isinstance(x, Array):
         return _parts_of_numbers(np.asarray(x), dtype)
     dtype = x.dtype if dtype is None else dtype
@@ -61,13 +64,16 @@ def _parts_of_numbers(x: np.ndarray, dtype: Any) -> Parts:
 
 
 def zeros_like(x: Array) -> Array:
-    """r₁ or r₂ of a sum that has nothing to keep: 0 in the dtype of the addition, varying over the same mesh axes as `x`."""
+    """Zeros for r₁ or r₂ of a sum that x holds completely.
+
+    They have the dtype of the addition and vary over the same mesh axes as `x`.
+    """
     wide = numerics.accumulation_dtype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
     return mesh.vary(jnp.zeros_like(x, wide), mesh.axes_of(x))
 
 
 def value(parts: Parts) -> Array:
-    """V rounded to the accumulation dtype."""
+    """The sum V, rounded to the accumulation dtype."""
     x, first, second = parts
     if _is_floating(parts):
         return x.astype(first.dtype) + (first + second)
@@ -80,28 +86,28 @@ def value(parts: Parts) -> Array:
 
 
 class RunningSum(tuple):
-    """The base class of all running sums: they are pytrees, they add over batches, and they sum over devices.
+    """The base class of all running sums. They are pytrees, can be added over batches, and can be summed over devices.
 
-    A subclass also inherits from a named tuple, which declares its fields. The pytree consists of these fields and of `rest`, which holds
-    r₁ and r₂ of every array in the fields. `rest` is an attribute and not a field, so that users can build, unpack and replace the fields
-    alone. A sum that was built from its fields has a `rest` of None, which means zeros.
+    A subclass also inherits from a named tuple, which declares its fields. The pytree consists of these fields and of `rest`. `rest` holds
+    r₁ and r₂ of every array in the fields. It is an attribute and not a field, so that users can build, unpack and replace the fields
+    alone. If a sum is built from its fields, its `rest` is None, which stands for zeros.
     """
 
     _fields: ClassVar[tuple[str, ...]]
     rest: Any = None  # (r₁, r₂) with the structure of the fields, or None
 
     def __init_subclass__(cls) -> None:
-        """Registers every subclass as a pytree."""
+        """Register every subclass as a pytree."""
         jax.tree_util.register_pytree_with_keys(cls, _flatten_with_keys, functools.partial(_unflatten, cls), _flatten)
 
     def __add__(self, other: Self) -> Self:
-        """The sums of both parts."""
+        """The running sum of `self` and `other` together."""
         if not isinstance(other, type(self)):
             return NotImplemented
         return add(self, other)
 
     def __radd__(self, other: int) -> Self:
-        """Lets the built-in `sum` start from 0."""
+        """Let the built-in `sum` start from 0."""
         if other != 0:
             return NotImplemented
         return self
@@ -147,7 +153,7 @@ def join(like: T, parts: list[Parts]) -> T:
 
 
 def collect(cls: type[T], *parts: Parts) -> T:
-    """A running sum of type `cls` whose fields are single arrays."""
+    """A running sum of type `cls`, whose fields are single arrays."""
     fields, *rest = _columns(parts)
     return _made(cls, fields, rest)
 
@@ -171,7 +177,7 @@ def _nothing_left(x: Any) -> tuple[Any, Any, Any]:
 
 @jax.jit
 def add(a: T, b: T) -> T:
-    """The running sum over the parts of `a` and of `b`."""
+    """The running sum of `a` and `b` together."""
     if jax.tree.structure(tuple(a)) != jax.tree.structure(tuple(b)):
         got = " and ".join(str(jax.tree.structure(tuple(x))) for x in (a, b))
         raise ValueError(f"{type(a).__name__}: both sums must have the same pytree structure to be added; got {got}.")
@@ -180,7 +186,7 @@ def add(a: T, b: T) -> T:
 
 @functools.partial(jax.jit, static_argnames="axis_name")
 def psum(sums: T, axis_name: str | tuple[str, ...]) -> T:
-    """The sums over the devices of a mesh axis. Integers can be summed over at most 2¹⁴ devices."""
+    """The running sum over the devices of a mesh axis. Integers can be summed over at most 2¹⁴ devices."""
 
     def add_up(x: Array) -> Array:
         return mesh.psum(x, mesh.names(axis_name))
@@ -202,13 +208,13 @@ def add_parts(a: Parts, b: Parts) -> Parts:
 
 
 def scaled(parts: Parts, factor: Array | float) -> Parts:
-    """The exact product of a sum and `factor`, a power of two or its negative. An integer sum becomes floating."""
+    """The exact product of a sum and `factor`, which is ± a power of two. An integer sum becomes a floating sum."""
     x, first, second = (factor * p for p in _floating(parts))
     return x, first, second
 
 
 def total(parts: Parts, axis: int, keepdims: bool = False) -> Parts:
-    """The sum over an axis. Of integers, at most 2¹⁴ entries can be summed."""
+    """The sum over an axis. If the entries are integers, the axis can have at most 2¹⁴ entries."""
     add_up = functools.partial(jnp.sum, axis=axis, keepdims=keepdims)
     return _summed(parts, lambda x: add_up(x, dtype=x.dtype), functools.partial(jnp.max, axis=axis, keepdims=True), parts[0].shape[axis])
 
@@ -223,7 +229,7 @@ def cumulative(parts: Parts) -> Parts:
 
 
 def only_leading(parts: Parts, tangent: Array) -> tuple[Parts, Parts]:
-    """A result and its tangent: x carries the whole tangent, r₁ and r₂ carry 0."""
+    """A result and its tangent. x carries the whole tangent, and the tangents of r₁ and r₂ are 0."""
     x, first, second = parts
     return parts, (tangent.astype(x.dtype), jnp.zeros_like(first), jnp.zeros_like(second))
 

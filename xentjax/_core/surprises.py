@@ -1,20 +1,21 @@
 """The surprise −log p_k of classes, its sum over soft labels (their cross-entropy), and the entropy.
 
-With m the largest logit and c = lse(z) − m (see `statistics`), −log p_k = (m − z_k) + c. Neither term is negative, so nothing cancels.
+Let m be the largest logit and c = lse(z) − m (see `statistics`). Then −log p_k = (m − z_k) + c. Neither term is negative, so nothing
+cancels.
 
 Derivatives. ∂(−log p_k)/∂z_j = p_j − [j = k]. This difference cancels only at a class that holds most of the probability. At most one class
-does. It is called the pivot, with index *. It is the largest class, if p_* > 1/2. With q = 1 − p_* = −expm1(−c), computed from the sum of
-the exponentials of all other classes,
+does. If the largest class has p_* > 1/2, it is called the pivot and has the index *. Let q = 1 − p_* = −expm1(−c), where c is computed from
+the sum of the exponentials of all other classes. Then
 
     d(−log p_k) = Σ_{j≠*} p_j dz_j + p_* dz_* − dz_k  for k ≠ *        d(−log p_*) = Σ_{j≠*} p_j dz_j − q dz_*
 
 Let v_k be the derivative of a loss with respect to −log p_k, and let s = Σ_k v_k and r = Σ_{k≠*} v_k. Then the gradient of the loss is
 s·p_j − v_j at every class j ≠ *, and r·p_* − v_*·q at the pivot. Both terms of each component have a small relative error at any margin.
 
-Speed. The cross-entropy of soft labels has a derivative rule of its own, because the general rule takes twice the time: XLA on CPUs stores
-several arrays for it. The special rule stores one array, which becomes the gradient. The array holds e^(z_k − m), and −1 as a mark at the
-largest classes. Its sums are written so that no two loops share an array of the size of the logits. A constant or a number per row counts
-as such an array if it is broadcast to that size (`benchmarks/NOTES.md`).
+Speed. The cross-entropy of soft labels has its own derivative rule. The general rule takes twice the time, because XLA on CPUs stores
+several arrays for it. The special rule stores one array, which becomes the gradient. This array holds e^(z_k − m), except that the entries
+of the largest classes are marked by −1. The sums of the special rule are written so that no two loops share an array of the size of the
+logits. A constant or a number per row counts as such an array if it is broadcast to that size (`benchmarks/NOTES.md`).
 """
 
 import functools
@@ -34,9 +35,9 @@ def surprise(r: rows.Rows, stats: statistics.Statistics) -> Array:
 
 
 def surprise_at(r: rows.Rows, stats: statistics.Statistics, index: Array) -> Array:
-    """−log p_k for several classes of every row, `index` [..., k], shape [..., k].
+    """−log p_k for several classes of every row, shape [..., k].
 
-    It is NaN for an index out of range, and INFINITE for a class that does not exist.
+    `index` [..., k] holds the classes. The result is NaN if an index is out of range, and INFINITE if a class does not exist.
     """
     index = rows.masked(index.astype(numerics.index_dtype(index)), r.where)
     inside = rows.is_class(r, index)
@@ -45,10 +46,10 @@ def surprise_at(r: rows.Rows, stats: statistics.Statistics, index: Array) -> Arr
 
 
 def class_log_odds(r: rows.Rows) -> Array:
-    """log(p_k/(1 − p_k)) for every class, shape [..., classes].
+    """The log-odds log(p_k/(1 − p_k)) of every class, shape [..., classes].
 
-    Only the largest class can have a small 1 − p_k, and its surprise determines such a number too inaccurately. So the log-odds of the
-    largest class are computed as if that class were the label.
+    Only the largest class can have a small 1 − p_k. Its surprise does not determine such a small number accurately enough. So the log-odds
+    of the largest class are computed as if that class were the label.
     """
     top = r._replace(labels=rows.largest_class(r))
     stats = statistics.of_label(top)
@@ -75,7 +76,7 @@ def total(r: rows.Rows, stats: statistics.Statistics) -> Array:
 
 
 def smallest(r: rows.Rows, stats: statistics.Statistics) -> Array:
-    """−log max_k p_k of every row, shape [...]. The largest classes share the derivative equally if several tie."""
+    """−log max_k p_k of every row, shape [...]. If several classes are largest, they share the derivative equally."""
     return _smallest(r.values, r.raw, stats.reference, stats.log_sum, r.class_mask, r.where, r.axis_name)
 
 

@@ -1,10 +1,10 @@
 """Checks on the values of arguments. They run only inside `xentjax.checked`, which sets `checking` to True while it traces.
 
-Outside `xentjax.checked`, no function here adds anything to a program. Inside `xentjax.checked`, the compiled program reports a violation
-through `jax.experimental.checkify`.
+Outside `xentjax.checked`, no function here adds anything to a program. Inside `xentjax.checked`, the compiled program reports invalid
+values through `jax.experimental.checkify`.
 
-A public function checks its own arguments under its own name. It calls other public functions through `unchecked`. So a message always
-names the function that the user called, even if JAX has already traced a shared part for another function.
+A public function checks its own arguments under its own name. It calls other public functions through `unchecked`. So an error message
+always names the function that the user called. This holds even if JAX has already traced a shared part for another function.
 """
 
 import functools
@@ -43,7 +43,7 @@ def check(
     counts: Array | None = None,
     axis: int | tuple[int, ...] = -1,
 ) -> None:
-    """Report the first position at which `bad(x)` holds, and the value there.
+    """Report the first position at which `bad(x)` is True, and the value of `x` at that position.
 
     Only examples where `counts` is True are checked. `counts` has the shape of `x`, or the shape of `x` without `axis`.
     """
@@ -69,7 +69,7 @@ def not_nan(function: str, name: str, x: Array, counts: Array | None = None, axi
 
 
 def logits(function: str, name: str, x: Array, counts: Array | None = None, axis: int | tuple[int, ...] = -1) -> None:
-    """Report NaN, +∞ and every number that `numerics` treats as +∞. −∞ is allowed: its class has probability 0."""
+    """Report NaN, +∞ and every number that `numerics` treats as +∞. −∞ is allowed: it gives its class probability 0."""
     not_nan(function, name, x, counts, axis)
     complaint = "is infinite (values above 2**80 count as infinite)"
     check(function, name, x, lambda z: (z == jnp.inf) | numerics.is_infinite(z), complaint, counts, axis)
@@ -92,13 +92,13 @@ def number(function: str, name: str, x: Array, low: float, high: float, interval
 
 
 def rising(function: str, name: str, x: Array) -> None:
-    """Report a number of a vector that is NaN or less than an earlier one."""
+    """Report an entry of a vector that is NaN or less than an earlier entry."""
     lowest = lax.cummax(numerics.where(jnp.isnan(x), -math.inf, x)) if checking.value else x
     check(function, name, x, lambda t: ~(t >= lowest), "is NaN or less than an earlier entry")
 
 
 def probabilities(function: str, name: str, x: Array, counts: Array | None = None, axis: int | tuple[int, ...] = -1) -> None:
-    """Report a number that is negative or NaN. The sum may be any number."""
+    """Report a number that is negative or NaN. The sum of the numbers is not checked."""
     check(function, name, x, lambda p: ~(p >= 0), "is not a probability (it is negative or NaN)", counts, axis)
 
 
@@ -127,7 +127,10 @@ def labels(function: str, y: Array, classes: int, counts: Array | None, axis: in
 
 
 def examples(function: str, batch: rows.Examples, inputs: str) -> None:
-    """Report bad logits and labels of a categorical loss. Only the classes that exist, in examples that count, are checked."""
+    """Report bad logits and labels of a categorical loss.
+
+    Only examples that count are checked. Logits are checked only at classes that exist.
+    """
     if not checking.value:
         return
     counts, mask = batch.where, rows.of(batch).class_mask

@@ -1,1 +1,1 @@
-"""Losses of a linear layer, computed without holding all of its logits."""
+"""Losses of a linear layer, computed without storing the logits of all examples at once."""

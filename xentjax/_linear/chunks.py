@@ -1,29 +1,32 @@
-"""Losses of a linear layer over chunks of examples. The logits of all examples never exist at the same time.
+"""Losses of a linear layer, computed chunk by chunk. The logits of all examples are never in memory at the same time.
 
-There are two derivative rules, one for a sum over examples and one for values per example. Let H [examples, features] be the hidden states,
-K the kernel and b the bias. Each chunk computes its logits Z = H·K + b and one loss per example. w is one weight per example.
+The module has two derivative rules. One rule is for a sum over examples, and the other is for one value per example. Let H [examples,
+features] be the hidden states, K the kernel, b the bias, and w the weights, one per example. Each chunk computes its logits Z = H·K + b and
+one loss per example.
 
-`total` returns Σ w·loss. If anything is differentiated, each chunk also computes G = w·∂loss/∂Z and from it
+`total` returns Σ w·loss. If any input is differentiated, each chunk also computes G = w·∂loss/∂Z. The gradients follow from G and the
+losses:
 
     ∂/∂H = G·Kᵀ for its examples        ∂/∂K = Σ_chunks Hᵀ·G        ∂/∂b = Σ_examples G        ∂/∂w = loss
 
-The cotangent of a sum is a number. So these gradients can be computed in the forward pass, before the cotangent is known. The tangent of
-the sum is Σ ⟨gradient, tangent⟩ over the inputs that have a tangent. JAX transposes this sum into multiplications of the gradients by the
-cotangent. The loss and its gradients take three matrix products in all, and fewer if fewer gradients are wanted. The rule is a
+The cotangent of a sum is a single number. So the forward pass can compute these gradients before the cotangent is known. The tangent of the
+sum is Σ ⟨gradient, tangent⟩ over the inputs that have a tangent. JAX transposes this formula into multiplications of the gradients by the
+cotangent. The loss and all its gradients take three matrix products. They take fewer if fewer gradients are wanted. The rule is a
 `custom_jvp`, so it can be differentiated again.
 
-`per_example` returns w·loss per example. Each example then has a cotangent of its own, which is not known in the forward pass. So
-JAX derives the backward pass. The backward pass computes the logits of each chunk again. The loss and its gradients take four matrix
-products in all.
+`per_example` returns w·loss for every example. Each example then has its own cotangent, which the forward pass does not know. So JAX
+derives the backward pass, which computes the logits of each chunk again. The loss and all its gradients take four matrix products.
 
-Dtypes: Products take the dtype of `hidden` and accumulate in float32 (float64 for float64). G is cast to the dtype of `hidden` before its
-two products. Gradients of inputs that all chunks share are added up in float32 and cast once, to the dtype of their input.
+Dtypes: Matrix products take operands in the dtype of `hidden`. They accumulate in float32, or in float64 if `hidden` is float64. G is cast
+to the dtype of `hidden` before its two products. For inputs that all chunks share, the gradients of the chunks are added up in float32 or
+wider. The sum is cast once, to the dtype of the input.
 
-Devices: See `xentjax._linear.devices`, which prepares the inputs before the sweep over chunks. Inside the sweep, devices exchange only the
-numbers that the loss itself sums over devices.
+Devices: `xentjax._linear.devices` prepares the inputs before the loop over chunks. Inside the loop, devices exchange only the numbers that
+the loss itself sums over devices.
 
-Memory, in addition to inputs and results: the float32 logits of one chunk, which their gradient overwrites; G in the dtype of `hidden`, if
-that is not float32; and the accumulators. The first chunk initializes the accumulators, so nothing is filled with zeros.
+Memory: Besides inputs and results, three things are in memory. The first is the float32 logits of one chunk, which are overwritten by their
+gradient. The second is G in the dtype of `hidden`, unless that dtype is float32. The third is the accumulators. The first chunk initializes
+the accumulators of kernel and bias, so these are never filled with zeros.
 """
 
 import functools
@@ -47,9 +50,9 @@ _F = TypeVar("_F", bound=Callable)
 
 
 def total(loss_fn: LossFn, batch: Batch[Array], layer: Layer[Array], layout: Layout, classes_first: bool) -> tuple[Array, PyTree]:
-    """Σ w·loss, shape [], and aux, shape [...].
+    """The sum Σ w·loss over all examples, shape [], and aux, shape [...].
 
-    aux is what `loss_fn(logits, *args)` returns in addition to the losses. It is not differentiated.
+    `loss_fn(logits, *args)` returns aux in addition to the losses. aux is not differentiated.
     """
     batch = _vary_as_losses(loss_fn, batch, layer, layout, classes_first)
     pairs = [_closure_as_argument(loss_fn, chunk, layer, classes_first) for chunk in _one_of_each_size(batch, layout)]
@@ -77,7 +80,10 @@ def total(loss_fn: LossFn, batch: Batch[Array], layer: Layer[Array], layout: Lay
 
 
 def per_example(loss_fn: LossFn, batch: Batch[Array], layer: Layer[Array], layout: Layout, classes_first: bool) -> tuple[Array, PyTree]:
-    """w·loss, shape [...], and aux, shape [...], as in `total`. The backward pass computes the logits of each chunk again."""
+    """The weighted loss w·loss of every example, shape [...], and aux as in `total`.
+
+    The backward pass computes the logits of each chunk again.
+    """
     batch = _vary_as_losses(loss_fn, batch, layer, layout, classes_first)
     accumulator = layer.kernel.astype(numerics.accumulation_dtype(batch.hidden.dtype))
     hidden, *shared = devices.vary_alike(batch.hidden, layer.kernel.astype(batch.hidden.dtype), accumulator, layer.bias)
@@ -103,18 +109,18 @@ def per_example(loss_fn: LossFn, batch: Batch[Array], layer: Layer[Array], layou
 
 
 class _Swept(NamedTuple):
-    """What one sweep over all chunks returns."""
+    """The results of one sweep over all chunks."""
 
     value: Array
     """Σ w·loss, shape []."""
     gradients: Inputs[Gradient]
-    """The gradient of the value for each input that is wanted."""
+    """The gradient of the value with respect to each input whose gradient is wanted."""
     aux: PyTree
     """[...]."""
 
 
 class _Sums(NamedTuple):
-    """What is added up over chunks: the value, and the gradients of the inputs that all chunks share."""
+    """Sums over chunks: the value, and the gradients of the inputs that all chunks share."""
 
     value: Array
     layer: Layer[Gradient]
@@ -122,7 +128,7 @@ class _Sums(NamedTuple):
 
 
 class _PerExample(NamedTuple):
-    """What a chunk returns for its own examples: the gradients of their inputs, and aux."""
+    """Results of a chunk for its own examples: the gradients of their inputs, and aux."""
 
     batch: Batch[Gradient]
     aux: PyTree
@@ -131,7 +137,7 @@ class _PerExample(NamedTuple):
 def _sweep(
     loss_fns: tuple[_ExplicitLossFn, ...], inputs: Inputs[Array], wanted: Inputs[bool], layout: Layout, classes_first: bool
 ) -> _Swept:
-    """The value and the wanted gradients of all chunks. `loss_fns` has one function per size of chunk."""
+    """The value and the wanted gradients, from all chunks. `loss_fns` has one function per size of chunk."""
     first, others = _split(inputs.batch, layout)
     # A derivative of the sweep in reverse mode stores only the inputs of each chunk, and computes its logits again.
     steps = [
@@ -158,7 +164,7 @@ def _add_chunk(
     layer: Layer[Array],
     closed_over: tuple[Array, ...],
 ) -> tuple[_Sums, _PerExample]:
-    """The sums `before` plus those of one chunk, and what the chunk returns per example. `before` is None for the first chunk."""
+    """The sums `before` with one chunk added, and the chunk's results per example. `before` is None for the first chunk."""
     classes = 0 if classes_first else 1
     chunk = masked(chunk)
 

@@ -1,16 +1,17 @@
-"""How the inputs of a fused loss vary over the devices of a mesh, decided before the sweep over chunks.
+"""How the inputs of a fused loss vary over the devices of a mesh. All of this is decided before the loop over chunks.
 
-Inside `jax.shard_map`, several devices may compute one loss together. Each device then holds a part of the classes. JAX types each value by
-the mesh axes over which it may vary. If two operands vary over different axes, JAX first makes both vary over the axes of either. The
-transpose of this conversion is a sum over devices. If values were converted inside the loop over chunks, devices would sum a gradient in
-every chunk. So all conversions and sums are outside the loop:
+Inside `jax.shard_map`, several devices may compute one loss together. Each of these devices then holds a part of the classes. The type of a
+JAX value lists the mesh axes over which the value may vary. The two operands of an operation may vary over different axes. JAX then first
+converts both operands, so that both vary over all of these axes. The transpose of this conversion is a sum over devices. If the loop over
+chunks contained a conversion, devices would sum a gradient in every chunk. So all conversions and sums are outside the loop:
 
-1. `vary_as_losses` makes `where`, `weights` and the arguments of the loss vary, before the derivative rule;
-2. `vary_alike` makes the operands of the matrix products vary, at the start of the rule;
-3. `sum_over_devices` sums the tangent, at the end of the rule. Each device contracts the gradient of its own part with the tangent. These
-   numbers are summed over devices. The transpose sums the gradient of `hidden` over devices once, after the loop.
+1. `vary_as_losses` converts `where`, `weights` and the arguments of the loss. It runs before the derivative rule.
+2. `vary_alike` converts the operands of the matrix products. It runs at the start of the rule.
+3. `sum_over_devices` sums the tangent over devices. It runs at the end of the rule. Each device first computes the inner product of the
+   tangent and its own part of the gradient. Only these numbers are summed. The transpose of this step sums the gradient of `hidden` over
+   devices once, after the loop.
 
-Outside `jax.shard_map` no value varies, and these functions return their arguments.
+Outside `jax.shard_map`, no value varies over a mesh axis, and these functions return their arguments.
 """
 
 from collections.abc import Callable, Hashable, Iterable
@@ -28,9 +29,9 @@ Ts = TypeVarTuple("Ts")  # arrays or None
 
 
 def vary_as_losses(batch: Batch[Array], layer: Layer[Array], trace: Callable[[], ClosedJaxpr]) -> Batch[Array]:
-    """The batch, in which all arrays except `hidden` vary at least over the mesh axes over which the losses vary.
+    """The batch, in which all arrays except `hidden` vary at least over the mesh axes of the losses.
 
-    `trace` returns the program of the losses of one chunk. It is called only if `hidden` or the layer varies.
+    `trace` returns the program that computes the losses of one chunk. It is called only if `hidden` or the layer varies over a mesh axis.
     """
     together = mesh.axes_of(batch.hidden, layer)
     if not together:
@@ -44,9 +45,9 @@ def vary_as_losses(batch: Batch[Array], layer: Layer[Array], trace: Callable[[],
 
 
 def vary_alike(*arrays: *Ts) -> tuple[*Ts]:
-    """Operands of the products of every chunk, made to vary over the same axes; None stays None.
+    """The operands of matrix products, made to vary over the same mesh axes. None stays None.
 
-    Their gradients are summed over devices here, in float32 or wider, and are rounded once.
+    The gradients of the operands are summed over devices here. They are summed in float32 or wider and then rounded once.
     """
     axes = mesh.axes_of(arrays)
     if not axes:
@@ -55,12 +56,12 @@ def vary_alike(*arrays: *Ts) -> tuple[*Ts]:
 
 
 def sum_over_devices(tangent: Array, value: Array) -> Array:
-    """The sum of the parts of a tangent, over the devices that compute `value` together."""
+    """The tangent, summed over the devices that compute `value` together."""
     return mesh.psum(tangent, mesh.axes_of(tangent) - mesh.axes_of(value))
 
 
 def check_chunk_axes(function: str, hidden: Array, kernel: Array, class_axis: int) -> None:
-    """ValueError if an explicit mesh splits the classes, or the axis of examples that is cut into chunks."""
+    """Raise ValueError if an explicit mesh splits the class axis, or the example axis that is cut into chunks."""
     for name, x, axis, meaning in (
         ("hidden", hidden, hidden.ndim - 2, "is cut into chunks"),
         ("kernel", kernel, class_axis, "holds classes"),
@@ -73,7 +74,7 @@ def check_chunk_axes(function: str, hidden: Array, kernel: Array, class_axis: in
 
 
 def check_collectives(program: ClosedJaxpr) -> None:
-    """ValueError if a loss uses a mesh axis that has no types, or over which its losses vary."""
+    """Raise ValueError if a loss uses a mesh axis that types do not list, or over which its losses vary."""
     for axis in _axes_used(program.effects):
         if not mesh.typed(axis):
             raise ValueError(
@@ -89,9 +90,9 @@ def check_collectives(program: ClosedJaxpr) -> None:
 
 
 def check_closed_over(value: Array, gradients: tuple[tuple[Gradient, ...], ...]) -> None:
-    """ValueError if a differentiated array that the loss closes over varies over fewer axes than the value.
+    """Raise ValueError if a differentiated, closed-over array does not vary over every mesh axis of the value.
 
-    Devices with different values would share one gradient.
+    Otherwise, devices with different values would share one gradient of that array.
     """
     for gradient in jax.tree.leaves(gradients):
         if missing := mesh.axes_of(value) - mesh.axes_of(gradient):

@@ -1,21 +1,22 @@
-"""Losses of a linear layer, computed over chunks of examples. The logits of all examples never exist at the same time.
+"""Losses of a linear layer, computed in chunks of examples. The logits of all examples are never in memory at the same time.
 
-Shared conventions:
+All functions share these conventions:
 
-- `hidden` is [..., features]. The matrix products take its dtype.
-- `kernel` is [features, classes], as in flax, or [classes, features] with `classes_first=True`, as in torch and for tied embeddings. It is
-  never transposed in memory. If its dtype is not the dtype of `hidden`, it is converted once. The gradient has the dtype of the given
-  kernel. So float32 master weights get float32 gradients under bfloat16 activations.
-- `bias` is [classes].
-- `where` [...] is True for examples that count. The others may hold NaN or any label. They cost exactly 0 and have weight 0.
-- `weights` [...] has one weight per example. For the mean, weights must be ≥ 0.
-- `reduction`: "mean" is Σ w·loss / Σ w, "sum" is Σ w·loss, and "none" is w·loss per example, shape [...]. The mean of no examples is 0.
-- `chunk_size` is the largest number of examples whose logits exist at the same time. If it is None, `plan_linear` chooses it. Under
+- `hidden` has shape [..., features]. Matrix products are computed in its dtype and accumulate in float32 or wider.
+- `kernel` has shape [features, classes], as in flax. With `classes_first=True`, it has shape [classes, features], as in torch and for tied
+  embeddings. The kernel is never transposed in memory. If its dtype differs from the dtype of `hidden`, it is converted once. The gradient
+  has the dtype of the given kernel. So float32 master weights get float32 gradients, even if the activations are bfloat16.
+- `bias` has shape [classes].
+- `where` [...] is True for examples that count. All other examples have loss exactly 0 and weight 0. They may contain NaN or any label.
+- `weights` [...] holds one weight per example. With `reduction="mean"`, weights must be ≥ 0.
+- `reduction` selects the result. "mean" returns Σ w·loss / Σ w, "sum" returns Σ w·loss, and "none" returns w·loss per example, shape [...].
+  If no example counts, the mean is 0.
+- `chunk_size` is the maximum number of examples whose logits are in memory at a time. If it is None, `plan_linear` chooses it. Under
   `jax.vmap`, it applies to each element of the mapped axis separately.
-- The number of examples may be symbolic (`jax.export`). Then there are four chunks, whatever the number of examples turns out to be. With a
-  given `chunk_size`, there are as many chunks as it requires, but at least three. Leading axes are flattened into one. Padding adds at most
-  one example per chunk. The memory of the logits is bounded only if `chunk_size` is given.
-- TypeError is raised for wrong dtypes. ValueError is raised for wrong shapes and for Python numbers out of range.
+- The number of examples may be symbolic (`jax.export`). The examples are then cut into four chunks, whatever their number turns out to be.
+  If `chunk_size` is given, there are as many chunks as it requires, but at least three. Leading axes are flattened into one. Padding adds
+  at most one example per chunk. The memory of the logits is bounded only if `chunk_size` is given.
+- A wrong dtype raises TypeError. A wrong shape, or a Python number out of range, raises ValueError.
 """
 
 import functools
@@ -35,7 +36,7 @@ from xentjax._reduction import WeightedSum
 
 
 class Options(NamedTuple):
-    """Options of a fused loss. They are known before tracing."""
+    """Options of a fused loss. They must be known before tracing."""
 
     reduction: str
     chunk_size: int | None
@@ -52,40 +53,43 @@ def fuse_linear(
     has_aux: bool = False,
     classes_first: bool = False,
 ) -> Callable:
-    """Turn a loss on logits into a loss on (hidden, kernel), computed in chunks; [] or [...].
+    """Turn a loss of logits into a loss of hidden and kernel, computed in chunks, [] or [...].
 
-    `fused_loss(hidden, kernel, *args, bias=None, where=None, weights=None)` = Σ w·loss / Σ w [] ("mean"), Σ w·loss [] ("sum") or
-    w·loss [...] ("none"), with loss = `loss_fn(hidden @ kernel + bias, *args)`. The values are those of the dense computation, but only the
-    logits of one chunk are in memory at a time. `jax.grad`, `jvp`, `vjp`, Hessian-vector products, `vmap`, `jit`, `scan` and
-    `jax.checkpoint` work on `fused_loss`.
+    The result is a function `fused_loss(hidden, kernel, *args, bias=None, where=None, weights=None)`. Let
+    loss = `loss_fn(hidden @ kernel + bias, *args)`, and let w be the `weights`. `fused_loss` returns Σ w·loss / Σ w, shape [] ("mean"),
+    Σ w·loss, shape [] ("sum"), or w·loss, shape [...] ("none"). The value equals the value of the dense computation, but only the logits of
+    one chunk are in memory at a time. `jax.grad`, `jvp`, `vjp`, Hessian-vector products, `vmap`, `jit`, `scan` and `jax.checkpoint` work on
+    `fused_loss`.
 
-    Gradient: that of the dense computation, ∂/∂hidden = G·kernelᵀ, ∂/∂kernel = hiddenᵀ·G and ∂/∂bias = Σ G with G = ∂value/∂logits.
-    `weights`, floating `args` and floating arrays that `loss_fn` closes over (a temperature, class weights, a teacher's kernel) are
-    differentiated too. For "mean" and "sum", gradients are computed in the forward pass, with three matrix products in all. "none" computes
-    the logits twice. Undifferentiated inputs cost nothing.
+    Gradient: equal to the gradient of the dense computation. With G = ∂value/∂logits, the gradients are ∂/∂hidden = G·kernelᵀ,
+    ∂/∂kernel = hiddenᵀ·G and ∂/∂bias = Σ G. `weights` and floating `args` are differentiated too. So are floating arrays that `loss_fn`
+    closes over, such as a temperature, class weights or a teacher's kernel. With "mean" and "sum", the forward pass computes the gradients.
+    The value and the gradients then take three matrix products. With "none", the logits are computed twice. Inputs that are not
+    differentiated cost nothing.
 
-    Compilation: the compiled programs of `loss_fn` are kept as long as `loss_fn` exists. So calling `fuse_linear(loss_fn)` again in a loop
-    does not compile again, and neither does `fuse_linear` of a `functools.partial` of `loss_fn` with numbers and strings. A new function in
-    every step, such as a lambda, is compiled in every step, unless the step is under `jax.jit`. Values that `loss_fn` reads besides its
-    arguments must not change.
+    Compilation: the compiled programs of `loss_fn` are kept as long as `loss_fn` exists. So a loop may call `fuse_linear(loss_fn)` in every
+    step without compiling again. The same holds for a `functools.partial` of `loss_fn` with the same numbers and strings. If a step creates
+    a new function, such as a lambda, that function is compiled in every step, unless the step is under `jax.jit`. If `loss_fn` reads values
+    other than its arguments, these values must not change.
 
     Args:
-        loss_fn: `loss_fn(logits [chunk, classes], *args_of_the_chunk)` returns one loss per example [chunk]. Any loss of this library, or a
-            pure function of your own. The logits are float32 (float64 for float64 hidden).
+        loss_fn: a function `loss_fn(logits, *args)` that returns one loss per example, shape [chunk]. It is a loss of this library or a
+            pure function of your own. It is called with `logits` [chunk, classes] and the `args` of the examples in one chunk. The logits
+            are float32, or float64 if `hidden` is float64.
         reduction: "mean", "sum" or "none".
-        chunk_size: the largest number of examples whose logits exist at the same time; None: chosen by `plan_linear`.
-        has_aux: whether `loss_fn` returns (loss, aux), where aux is a pytree of arrays [chunk, ...]. `fused_loss` then returns (value, aux)
-            with arrays [..., ...]. They are not differentiated and are zero outside `where`.
-        classes_first: whether `kernel` is [classes, features].
+        chunk_size: maximum number of examples whose logits are in memory at a time; None: chosen by `plan_linear`.
+        has_aux: whether `loss_fn` returns a pair (loss, aux), where aux is a pytree of arrays [chunk, ...]. `fused_loss` then returns
+            (value, aux), where aux has arrays [..., ...]. aux is not differentiated. It is 0 in examples that do not count.
+        classes_first: whether `kernel` has shape [classes, features].
 
     Returns:
-        `fused_loss`. Its `args` are pytrees of arrays [..., ...] with the leading axes of `hidden`. Its value is float32 (float64 for
-        float64 hidden).
+        `fused_loss`. Its `args` are pytrees of arrays [..., ...], which begin with the leading axes of `hidden`. Its value is float32, or
+        float64 if `hidden` is float64.
 
     Raises:
-        TypeError: an argument has the wrong dtype, here or in `fused_loss`.
-        ValueError: `reduction` is unknown, or `chunk_size` < 1. In `fused_loss`: shapes do not fit, or `loss_fn` does not return one loss
-            per example.
+        TypeError: an argument of `fuse_linear` or of `fused_loss` has the wrong type or dtype.
+        ValueError: `reduction` is unknown, `chunk_size` is below 1, an argument of `fused_loss` has the wrong shape, or `loss_fn` does not
+            return one loss per example.
 
     Example:
         >>> import jax, jax.numpy as jnp, xentjax
@@ -130,7 +134,10 @@ def reduced_loss(
     weights: Array | None,
     args: PyTree,
 ) -> Any:
-    """Σ w·loss / Σ w, Σ w·loss or w·loss of checked arguments; with aux if `options.has_aux`."""
+    """The reduced loss of checked arguments; a pair with aux if `options.has_aux`.
+
+    The reduced loss is Σ w·loss / Σ w, Σ w·loss or w·loss.
+    """
     dtype = numerics.accumulation_dtype(hidden.dtype)
     w = _ones(hidden, dtype) if weights is None else weights.astype(dtype)
     w = w if where is None else jnp.where(where, w, jnp.zeros_like(w))
@@ -182,35 +189,36 @@ def linear_softmax_cross_entropy(
     chunk_size: int | None = None,
     classes_first: bool = False,
 ) -> Array:
-    """Cross-entropy of a linear layer, computed in chunks of examples, [] or [...].
+    """Softmax cross-entropy of a linear layer, computed in chunks of examples, [] or [...].
 
-    value = Σ w·loss / Σ w with loss = `softmax_cross_entropy(z, labels)`, z = softcap·tanh((hidden·kernel + bias)/softcap).
-    Gradient: with G = w/Σw·∂loss/∂z, ∂/∂hidden = G·kernelᵀ, ∂/∂kernel = hiddenᵀ·G, ∂/∂bias = Σ G. With a softcap, G is also multiplied by
-    1 − (z/softcap)².
+    value = Σ w·loss / Σ w ("mean"), where loss = `softmax_cross_entropy(z, labels)` and z = softcap·tanh((hidden·kernel + bias)/softcap).
+    Without a softcap, z = hidden·kernel + bias.
+    Gradient: ∂/∂hidden = G·kernelᵀ, ∂/∂kernel = hiddenᵀ·G and ∂/∂bias = Σ G, where G = w/Σw·∂loss/∂z. With a softcap, G has the additional
+    factor 1 − (z/softcap)².
 
     Args:
-        hidden: [..., features], activations. The matrix products take their dtype.
+        hidden: [..., features], activations. Matrix products are computed in their dtype.
         kernel: [features, classes], or [classes, features] with `classes_first`.
         labels: [...] class indices, or [..., classes] soft labels.
         bias: [classes], added to the logits.
         where: [...], True for examples that count.
-        weights: [...], one weight per example, ≥ 0 for "mean".
+        weights: [...], one weight per example; with "mean", weights must be ≥ 0.
         reduction: "mean", "sum" or "none".
-        label_smoothing: ε in [0, 1], the share of the label that is spread evenly over the classes that exist.
-        class_weights: [classes], ≥ 0, multiplies the term of each class.
-        z_loss: ζ ≥ 0, weight of the penalty on lse(z)².
-        softcap: > 0, a smooth bound on the absolute value of the logits; None for none.
+        label_smoothing: ε in [0, 1], the share of each label that is spread evenly over the classes that exist.
+        class_weights: [classes], ≥ 0; each weight multiplies the term of its class.
+        z_loss: ζ ≥ 0, weight of the penalty lse(z)², which keeps the logits nearly normalized.
+        softcap: > 0, a smooth bound on the absolute value of the logits; None: no bound.
         axis_name: mesh axis over which the classes of `kernel` are sharded, inside `jax.shard_map`. Class indices are global.
-        class_mask: [classes], True for classes that exist; False for padding of the vocabulary.
-        chunk_size: the largest number of examples whose logits exist at the same time; None: chosen by `plan_linear`.
-        classes_first: whether `kernel` is [classes, features].
+        class_mask: [classes], True for classes that exist, False for padding of the vocabulary.
+        chunk_size: maximum number of examples whose logits are in memory at a time; None: chosen by `plan_linear`.
+        classes_first: whether `kernel` has shape [classes, features].
 
     Returns:
-        [] or, for "none", [...]; nats, float32 (float64 for float64 hidden).
+        [], or [...] with "none"; in nats, float32, or float64 if `hidden` is float64.
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: a shape does not fit, a Python number is out of range, or `reduction` is unknown.
+        ValueError: an argument has the wrong shape, a Python number is out of range, or `reduction` is unknown.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -284,14 +292,14 @@ def _ones(hidden: Array, dtype: jnp.dtype) -> Array:
 
 
 def check_loss_fn(function: str, loss_fn: Callable, reduction: str, chunk_size: int | None) -> None:
-    """TypeError unless `loss_fn` is callable; errors about the options."""
+    """Raise TypeError unless `loss_fn` is callable, and check the options."""
     if not callable(loss_fn):
         raise TypeError(f"{function}: loss_fn must be a function of (logits, *args); got {type(loss_fn).__name__}.")
     _check_options(function, reduction, chunk_size)
 
 
 def check_weights(function: str, reduction: str, where: Array | None, weights: Array | None) -> None:
-    """Inside `xentjax.checked`, an error if the weights of a mean are negative or NaN, or other weights are NaN."""
+    """Inside `xentjax.checked`, report weights that are NaN, and with "mean" also weights that are negative."""
     if weights is not None:
         (values.weights if reduction == "mean" else values.not_nan)(function, "weights", weights, where)
 

@@ -1,7 +1,7 @@
 """The inputs of a fused loss, and masks over their examples.
 
-The same structure holds values (`Inputs[Array]`), their gradients (`Inputs[Gradient]`), or flags that say which gradients are wanted
-(`Inputs[bool]`).
+The same structures hold values (`Inputs[Array]`), gradients of the values (`Inputs[Gradient]`), and flags that tell which gradients are
+wanted (`Inputs[bool]`).
 """
 
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
@@ -16,16 +16,16 @@ PyTree: TypeAlias = Any  # of arrays, in a structure that the user chooses
 
 
 class Batch(NamedTuple, Generic[T]):
-    """Inputs per example. In the batch, [...] are the leading axes of `hidden`; in a chunk, [...] is [examples]."""
+    """Inputs per example. In the whole batch, [...] are the leading axes of `hidden`. In a chunk, [...] is [examples]."""
 
     hidden: T
     """[..., features]."""
     weights: T
     """[...], in the accumulation dtype; 0 for examples that do not count."""
     where: T | None
-    """[...], True for examples that count; None if all do."""
+    """[...], True for examples that count; None if all examples count."""
     args: tuple[T, ...]
-    """[..., ...], the arrays of all other arguments of the loss."""
+    """[..., ...], all other arguments of the loss."""
 
 
 class Layer(NamedTuple, Generic[T]):
@@ -43,22 +43,22 @@ class Inputs(NamedTuple, Generic[T]):
     batch: Batch[T]
     layer: Layer[T]
     closed_over: tuple[tuple[T, ...], ...]
-    """The arrays that the loss closes over. They are determined for each size of chunk, so there is one tuple per size."""
+    """The arrays that the loss closes over. The loss is traced once for each size of chunk, so there is one tuple per size."""
 
 
 def zero_outside(where: Array | None, tree: PyTree) -> PyTree:
-    """Arrays [examples, ...] with zeros in the examples that do not count."""
+    """The arrays [examples, ...] of a pytree, with 0 in examples that do not count."""
     if where is None:
         return tree
     return jax.tree.map(lambda x: jnp.where(where.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros_like(x)), tree)
 
 
 def masked(chunk: Batch[Array]) -> Batch[Array]:
-    """The chunk with zeros in the examples that do not count: in `hidden`, in labels and in all other arguments."""
+    """The chunk, with `hidden`, labels and all other arguments set to 0 in examples that do not count."""
     return chunk._replace(hidden=zero_outside(chunk.where, chunk.hidden), args=zero_outside(chunk.where, chunk.args))
 
 
 def weighted(chunk: Batch[Array], loss: Array) -> Array:
-    """w·loss per example, shape [examples]. An infinite loss with weight 0 costs 0."""
+    """The weighted loss w·loss per example, shape [examples]. It is 0 if w is 0, even if the loss is infinite or NaN."""
     w, loss = chunk.weights, zero_outside(chunk.where, loss)
     return w * jnp.where((w == 0) & ~jnp.isfinite(loss), jnp.zeros_like(loss), loss)

@@ -1,4 +1,4 @@
-"""Checks of the arguments of a linear layer, and of the values that a loss function returns for a chunk of logits."""
+"""Checks of the arguments of a linear layer, and of the result of a loss function for one chunk of logits."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def arguments(
     weights: ArrayLike | None,
     classes_first: bool,
 ) -> tuple[Array, Array, Array | None, Array | None, Array | None]:
-    """Check the arguments that every loss of a linear layer has, and convert them to arrays."""
+    """Check the arguments that all losses of a linear layer share, and convert them to arrays."""
     h, k = checks.floating(function, "hidden", hidden), checks.floating(function, "kernel", kernel)
     width = classes(function, h.shape, k.shape, classes_first)
     b = None if bias is None else checks.floating(function, "bias", bias)
@@ -38,9 +38,10 @@ def arguments(
 
 
 def check_values(function: str, kernel: Array, bias: Array | None, classes_first: bool, class_mask: Array | None = None) -> None:
-    """Inside `xentjax.checked`, an error unless kernel and bias are finite for the classes that exist; a bias may be −∞.
+    """Inside `xentjax.checked`, report kernel and bias values that are not finite.
 
-    `fuse_linear` cannot call this: only its `loss_fn` knows which classes exist.
+    Only classes that exist are checked. A bias of −∞ is allowed. `fuse_linear` cannot call this function, because only its `loss_fn` knows
+    which classes exist.
     """
     values.finite(function, "kernel", kernel, class_mask, 1 if classes_first else 0)
     if bias is not None:
@@ -48,7 +49,7 @@ def check_values(function: str, kernel: Array, bias: Array | None, classes_first
 
 
 def classes(function: str, hidden: tuple[int, ...], kernel: tuple[int, ...], classes_first: bool) -> int:
-    """The number of classes of a linear layer; ValueError unless the shapes of `hidden` and `kernel` fit each other."""
+    """The number of classes of a linear layer. Raises ValueError unless the shapes of `hidden` and `kernel` fit each other."""
     if not hidden:
         raise ValueError(f"{function}: hidden must have a feature axis; got shape ().")
     features = hidden[-1]
@@ -73,7 +74,7 @@ def labels(
 ) -> Array:
     """Check labels: class indices [*leading], or soft labels [*leading, classes].
 
-    `classes` is the number of classes on this device. Class indices count the classes of all devices of `axis_name`.
+    `classes` is the number of classes on this device. Class indices are global: they number the classes of all devices along `axis_name`.
     """
     y = checks.labels_like(function, labels, (*leading, classes), len(leading), "hidden", mesh.names(axis_name))
     values.labels(function, y, classes * mesh.size(axis_name), where, len(leading))
@@ -81,7 +82,7 @@ def labels(
 
 
 def per_example(function: str, args: tuple, leading: tuple[int, ...]) -> tuple:
-    """Check pytrees of arrays that begin with the leading axes of `hidden`, and convert them to arrays."""
+    """Check pytrees of arrays that must begin with the leading axes of `hidden`, and convert their leaves to arrays."""
 
     def check(path: tuple, x: ArrayLike) -> Array:
         name = f"args{jax.tree_util.keystr(path)}"
@@ -98,7 +99,10 @@ def per_example(function: str, args: tuple, leading: tuple[int, ...]) -> tuple:
 
 
 def loss_per_example(result: Any, logits: Array, has_aux: bool) -> tuple[Array, PyTree]:
-    """Check the result of a user's loss on logits [examples, classes]: the losses in the dtype of the logits, and aux."""
+    """Check the result of a user's loss function for logits [examples, classes].
+
+    Returns the losses in the dtype of the logits, and aux.
+    """
     function, examples = "fuse_linear", logits.shape[:1]
     if has_aux and not (isinstance(result, tuple) and len(result) == 2):
         raise ValueError(f"{function}: with has_aux=True loss_fn must return a pair (loss, aux); got {type(result).__name__}.")

@@ -1,7 +1,7 @@
 """How the examples of a batch are cut into chunks and joined again.
 
-Chunks have two sizes. The first chunk takes the remainder and initializes every accumulator. A loop takes the other chunks, which have
-equal sizes. Only symbolic numbers of examples need padding.
+Chunks have two sizes. The first chunk takes the remainder and initializes the accumulators of kernel and bias. A loop takes the other
+chunks, which have equal sizes. Padding is needed only if the number of examples is symbolic.
 """
 
 import dataclasses
@@ -17,33 +17,33 @@ _SYMBOLIC_CHUNKS = 4  # for an unknown number of examples: `plan_linear` takes a
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Sizes of the chunks.
+    """The sizes of the chunks.
 
-    The examples are `outer` sequences of `inner` examples. Each chunk holds a part of every sequence. The sizes may be symbols of
+    The examples form `outer` sequences of `inner` examples each. Each chunk holds a part of every sequence. The sizes may be symbols of
     `jax.export`.
     """
 
     leading: tuple[int, ...]
-    """The leading axes of `hidden`; outer·inner examples."""
+    """The leading axes of `hidden`. They have outer·inner examples."""
     outer: int
     """Number of sequences."""
     inner: int
-    """Examples per sequence."""
+    """Number of examples per sequence."""
     first: int
-    """Examples of each sequence in the first chunk."""
+    """Number of examples of each sequence in the first chunk."""
     chunk: int
-    """Examples of each sequence in every other chunk."""
+    """Number of examples of each sequence in every other chunk."""
     others: int
     """Number of chunks after the first."""
 
     @property
     def padding(self) -> int:
-        """Examples that each sequence lacks to fill its chunks; 0 unless sizes are symbolic."""
+        """Number of padding examples per sequence; 0 unless sizes are symbolic."""
         return self.first + self.others * self.chunk - self.inner
 
     @property
     def examples(self) -> int:
-        """Examples in the largest chunk."""
+        """Number of examples in the largest chunk."""
         return self.outer * (core.max_dim(self.first, self.chunk) if self.loops else self.first)
 
     @property
@@ -52,7 +52,7 @@ class Layout:
         return is_symbolic(self.others) or self.others > 0
 
     def split(self, x: Array) -> tuple[Array, Array | None]:
-        """Cut `x` [*leading, ...] into the first chunk [examples, ...] and the others [others, examples, ...]; padding is 0."""
+        """Cut `x` [*leading, ...] into the first chunk [examples, ...] and the others [others, examples, ...]. Padding is filled with 0."""
         trailing = x.shape[len(self.leading) :]
         if is_symbolic(self.padding):
             x = jnp.concatenate([x.reshape(self.inner, *trailing), jnp.zeros((self.padding, *trailing), x.dtype)])
@@ -82,9 +82,9 @@ class Layout:
 def even(leading: tuple[int, ...], chunk_size: int) -> Layout:
     """Chunks of at most `chunk_size` examples, as equal in size as possible.
 
-    Only the last leading axis is cut, because devices often hold parts of the axes before it. If those axes alone have more than
-    `chunk_size` examples, all leading axes are flattened into one and cut. Two chunks become three: XLA unrolls a loop of one iteration,
-    and would then keep the logits of both chunks alive.
+    Only the last leading axis is cut, because devices often hold parts of the earlier axes. If the earlier axes alone have more than
+    `chunk_size` examples, all leading axes are flattened into one axis, which is then cut. Two chunks are split into three, because XLA
+    unrolls a loop of one iteration and would then keep the logits of both chunks alive.
     """
     outer, inner = (math.prod(leading[:-1]), leading[-1]) if leading else (1, 1)
     if outer > chunk_size:
@@ -96,10 +96,10 @@ def even(leading: tuple[int, ...], chunk_size: int) -> Layout:
 
 
 def symbolic(leading: tuple[int, ...], chunk_size: int | None) -> Layout:
-    """Chunks of n ≥ 1 examples, where `jax.export` does not know n yet.
+    """Chunks of n ≥ 1 examples, where n is a symbol of `jax.export`.
 
-    There are k equal chunks of ⌈n/k⌉ examples: k = 4, or the number that `chunk_size` requires. JAX must see that no chunk and no loop is
-    empty, so k ≥ 3. Up to k − 1 examples are padding.
+    The examples are cut into k equal chunks of ⌈n/k⌉ examples. k is 4, or the number of chunks that `chunk_size` requires. k is at least 3,
+    because JAX must be able to tell that no chunk and no loop is empty. Up to k − 1 examples are padding.
     """
     examples = math.prod(leading)
     chunks = _SYMBOLIC_CHUNKS if chunk_size is None else core.max_dim((examples - 1) // chunk_size + 1, 3)
@@ -108,5 +108,5 @@ def symbolic(leading: tuple[int, ...], chunk_size: int | None) -> Layout:
 
 
 def is_symbolic(*sizes: Any) -> bool:
-    """Whether any of these sizes is known only when a program of `jax.export` is called."""
+    """Whether any of these sizes becomes known only when a program of `jax.export` is called."""
     return not all(isinstance(size, numbers.Integral) for size in sizes)

@@ -1,4 +1,4 @@
-"""The size of the chunks of a fused loss, and the memory that they take."""
+"""The size of the chunks of a fused loss, and the memory that the chunks take."""
 
 from typing import Any, NamedTuple
 
@@ -13,32 +13,36 @@ _LARGE_BYTES = 2**30  # the logits of a chunk never take more, whatever the numb
 
 
 class LinearPlan(NamedTuple):
-    """The chunks of a fused loss, and the bytes that it takes in addition to its inputs; each field is a number []."""
+    """The chunks of a fused loss and the memory that it takes; each field is a number [].
+
+    The bytes of the inputs are not included.
+    """
 
     chunk_size: int
     """Number of examples in the largest chunk."""
     chunks: int
     """Number of chunks."""
     logits_bytes: int
-    """Bytes of the logits of one chunk. Their gradient overwrites them."""
+    """Bytes of the logits of the largest chunk. The gradient of the logits overwrites them."""
     gradient_bytes: int
-    """Bytes of a copy of that gradient in the dtype of the products; 0 if the logits have the same dtype."""
+    """Bytes of a copy of this gradient in the dtype of the products; 0 if the logits already have that dtype."""
     accumulator_bytes: int
-    """Bytes of the gradients of hidden and kernel in the accumulation dtype. If the inputs have this dtype, these are the results."""
+    """Bytes of the gradients of hidden and kernel in the accumulation dtype. For inputs of this dtype, they are the results."""
 
     @property
     def peak_bytes(self) -> int:
-        """The sum of all bytes."""
+        """The sum of all bytes above."""
         return self.logits_bytes + self.gradient_bytes + self.accumulator_bytes
 
 
 def plan_linear(hidden: Any, kernel: Any, *, chunk_size: int | None = None, classes_first: bool = False) -> LinearPlan:
-    """The chunks that `fuse_linear` takes for these shapes and dtypes, and their memory; numbers [].
+    """The chunks of `fuse_linear` for these shapes and dtypes, and their memory; numbers [].
 
-    chunk_size = all examples, if all logits take at most 32 MiB;
-    otherwise max(⌈examples / 4⌉, 192), reduced if necessary so that the logits of one chunk take at most 1 GiB.
+    If all logits take at most 32 MiB, chunk_size = the number of examples. Otherwise chunk_size = max(⌈examples / 4⌉, 192). It is reduced
+    further if the logits of one chunk would take more than 1 GiB.
 
-    Each additional chunk rereads the gradient of the kernel. Larger chunks take more memory. Nothing is computed on devices.
+    The chunk size is a compromise. Each additional chunk reads the gradient of the kernel again, and larger chunks take more memory.
+    Planning computes nothing on devices.
 
     Gradient: none. The plan depends on shapes and dtypes only.
 
@@ -46,13 +50,14 @@ def plan_linear(hidden: Any, kernel: Any, *, chunk_size: int | None = None, clas
         hidden: [..., features], an array or a `jax.ShapeDtypeStruct`.
         kernel: [features, classes], or [classes, features] with `classes_first`; an array or a `jax.ShapeDtypeStruct`.
         chunk_size: a size to use instead of the planned one.
-        classes_first: whether `kernel` is [classes, features].
+        classes_first: whether `kernel` has shape [classes, features].
 
     Returns:
         `LinearPlan`, whose fields are numbers [].
 
     Raises:
-        ValueError: the shapes do not fit each other, or `chunk_size` < 1.
+        TypeError: `chunk_size` is not an integer.
+        ValueError: the shapes of `hidden` and `kernel` do not fit each other, or `chunk_size` is below 1.
 
     Example:
         >>> import jax, jax.numpy as jnp, xentjax
@@ -62,7 +67,7 @@ def plan_linear(hidden: Any, kernel: Any, *, chunk_size: int | None = None, clas
         (2048, 4, 3.8)
 
     Reference:
-        The measurements behind this rule: benchmarks/NOTES.md.
+        benchmarks/NOTES.md has the measurements behind this rule.
     """
     name = "plan_linear"
     check_chunk_size(name, chunk_size)
@@ -80,7 +85,10 @@ def plan_linear(hidden: Any, kernel: Any, *, chunk_size: int | None = None, clas
 
 
 def chunks_of(hidden: Any, kernel: Any, chunk_size: int | None, classes_first: bool) -> layout.Layout:
-    """The layout of the chunks for these shapes and dtypes: at most `chunk_size` examples each, or the planned number."""
+    """The layout of the chunks for these shapes and dtypes.
+
+    Each chunk has at most `chunk_size` examples. If `chunk_size` is None, the planned size is the maximum.
+    """
     leading, classes = hidden.shape[:-1], kernel.shape[0 if classes_first else 1]
     if layout.is_symbolic(*leading):
         return layout.symbolic(leading, chunk_size)
@@ -98,6 +106,6 @@ def _planned_size(hidden: Any, classes: int) -> int:
 
 
 def check_chunk_size(function: str, chunk_size: int | None) -> None:
-    """TypeError unless `chunk_size` is an integer or None; ValueError if it is less than 1."""
+    """Raise TypeError unless `chunk_size` is an integer or None, and ValueError if it is below 1."""
     if chunk_size is not None:
         checks.count(function, "chunk_size", chunk_size)

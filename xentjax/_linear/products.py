@@ -1,4 +1,4 @@
-"""Matrix products of a linear layer. They take the dtype of their inputs and accumulate in float32 or wider."""
+"""Matrix products of a linear layer. They are computed in the dtype of their inputs and accumulate in float32 or wider."""
 
 import functools
 
@@ -13,7 +13,7 @@ _BLOCK_BYTES = 2**24  # On CPUs, XLA cannot add a product in place: a sum of pro
 def dot(x: Array, y: Array, x_axis: int, y_axis: int, like: Array | None = None) -> Array:
     """The product of `x` and `y` over one axis of each, accumulated and returned in float32 or wider.
 
-    It is split over an explicit mesh as `like` is.
+    On a mesh with explicit axes, the product is split in the same way as `like`.
     """
     dtype = numerics.accumulation_dtype(x.dtype, y.dtype)
     sharding = None if like is None else mesh.split_of(like)
@@ -22,10 +22,10 @@ def dot(x: Array, y: Array, x_axis: int, y_axis: int, like: Array | None = None)
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def product(hidden: Array, kernel: Array, accumulator: Array, features: int) -> Array:
-    """H·K, where `features` is the axis of features in K.
+    """The product H·K. `features` is the position of the feature axis in K.
 
-    `accumulator` is K in float32 (float64 for float64). The derivative with respect to K belongs to it, so the gradients of the chunks are
-    added up in its dtype.
+    `accumulator` is K in float32, or in float64 if `hidden` is float64. The derivative with respect to K is assigned to `accumulator`. So
+    the gradients of the chunks are added up in the dtype of `accumulator`.
     """
     return dot(hidden, kernel, 1, features)
 
@@ -44,7 +44,7 @@ def _(features: int, primals: tuple[Array, ...], tangents: tuple[Array, ...]) ->
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def add_product(total: Array, left: Array, right: Array, classes: int) -> Array:
-    """The sum total + leftᵀ·right, computed in place. `classes` is the axis of classes in `total`."""
+    """The sum total + leftᵀ·right, computed in place. `classes` is the position of the class axis in `total`."""
     return lax.platform_dependent(total, left, right, cpu=functools.partial(_add_in_blocks, classes), default=_add_at_once)
 
 

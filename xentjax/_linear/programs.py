@@ -1,7 +1,8 @@
-"""A cache of compiled programs. Each program is compiled from a function whose argument is a loss function.
+"""A cache of compiled programs. Each program is compiled from a function that takes a loss function as an argument.
 
-There is one program for each combination of a loss function and settings. The programs of a loss function are stored under a weak reference
-to it and freed with it. So loss functions that are created in a loop do not accumulate in the cache.
+There is one program for each combination of a loss function and settings. The cache stores the programs of a loss function under a weak
+reference to that loss function. When the loss function is freed, its programs are freed too. So the cache does not grow when a loop creates
+loss functions.
 """
 
 import functools
@@ -18,10 +19,11 @@ _of_function: weakref.WeakKeyDictionary[Callable, Callable[..., Callable]] = wea
 
 
 def compiled(run: Callable, loss_fn: Callable, *settings: Hashable, static: tuple[str, ...] = ()) -> Callable:
-    """`jax.jit(functools.partial(run, loss_fn, *settings))`; the same function and settings get the same program.
+    """The cached `jax.jit(functools.partial(run, loss_fn, *settings))`.
 
-    A `functools.partial` is identified by its function and its arguments, if these are numbers, strings, None, or tuples of them. Other
-    callables may change their state, so each call gives them a new program.
+    The same function with the same settings gets the same program. A `functools.partial` is identified by its function and its arguments,
+    if the arguments are numbers, strings, None, or tuples of these. Other callable objects may change their state. So each call of
+    `compiled` makes a new program for them.
     """
     function, args, keywords = loss_fn, (), {}
     if isinstance(loss_fn, functools.partial):

@@ -1,4 +1,4 @@
-"""`fuse_linear` inside `jax.shard_map`, for the common case: the axes of a mesh shard the tokens, the classes, or both."""
+"""`fuse_linear` inside `jax.shard_map`, for the common case that mesh axes shard the tokens, the classes, or both."""
 
 import functools
 import inspect
@@ -49,38 +49,41 @@ def fuse_linear_sharded(
     has_aux: bool = False,
     classes_first: bool = False,
 ) -> Callable:
-    """`fuse_linear` over a mesh of devices, a function of global sharded arrays, [] or [...].
+    """Turn a loss of logits into a loss of sharded hidden and kernel over a mesh, [] or [...].
 
-    `fused_loss(hidden, kernel, *args, bias=None, where=None, weights=None, **per_class)` = the value of `fuse_linear` on one device:
-    Σ w·loss / Σ w [] ("mean") or Σ w·loss [] ("sum") over all tokens of all devices, or w·loss [...] ("none"), sharded like the tokens.
+    The result is a function `fused_loss(hidden, kernel, *args, bias=None, where=None, weights=None, **per_class)` of global arrays. It
+    returns the value that `fuse_linear` returns on one device. The value is Σ w·loss / Σ w, shape [] ("mean"), Σ w·loss, shape [] ("sum"),
+    or w·loss, shape [...] ("none"). The sums run over the tokens of all devices. The losses of "none" are sharded like the tokens.
 
-    Each device holds the logits of one chunk of its tokens and its classes. Devices exchange a few numbers per token. They also sum two
-    gradients once: the gradient of hidden over classes, and the gradient of kernel over tokens.
+    At any time, each device holds the logits of one chunk of its own tokens, for its own classes. Devices exchange a few numbers per token.
+    They also sum two gradients, each of them once. The gradient of `hidden` is summed over the devices that hold different classes. The
+    gradient of `kernel` is summed over the devices that hold different tokens.
 
-    Gradient: equal to the gradient of `fuse_linear`, to any order. The gradient of an argument is sharded like the argument, except over
-    features.
+    Gradient: equal to the gradient of `fuse_linear`, for derivatives of any order. The gradient of each argument is sharded like that
+    argument, except over features.
 
     Args:
-        loss_fn: as in `fuse_linear`. If classes are sharded it must take `axis_name`, as the losses of this library do.
-        mesh: the mesh; None: the mesh of the arguments, or else the mesh of `jax.set_mesh`.
-        tokens: which mesh axes shard the leading axes of `hidden`, such as `P("data")` or `P("data", "sequence")`; None: read from
-            `hidden`, which is possible outside `jit` and on meshes with explicit axes.
-        axis_name: which mesh axis shards the classes of `kernel`, or () for none; None: read from `kernel`.
+        loss_fn: as in `fuse_linear`. If the classes are sharded, `loss_fn` must take `axis_name`, as the losses of this library do.
+        mesh: the mesh of devices; None: the mesh of the arguments, or else the mesh that `jax.set_mesh` has set.
+        tokens: the mesh axes that shard the leading axes of `hidden`, such as `P("data")` or `P("data", "sequence")`; None: taken from the
+            sharding of `hidden`. That sharding is known outside `jit` and on meshes with explicit axes.
+        axis_name: the mesh axis that shards the classes of `kernel`, or () if they are not sharded; None: taken from the sharding of
+            `kernel`.
         reduction: "mean", "sum" or "none".
-        chunk_size: the largest number of examples whose logits exist at the same time on a device; None: chosen by `plan_linear` for the
+        chunk_size: maximum number of examples whose logits are in memory at a time on one device; None: chosen by `plan_linear` for the
             part of one device.
-        has_aux: whether `loss_fn` returns (loss, aux). aux must be the same on all devices that share the classes of a token.
-        classes_first: whether `kernel` is [classes, features].
+        has_aux: whether `loss_fn` returns a pair (loss, aux). aux must be the same on all devices that hold classes of the same token.
+        classes_first: whether `kernel` has shape [classes, features].
 
     Returns:
-        `fused_loss`. `args` are sharded like the tokens. A floating array [..., classes] in `args`, such as soft labels, is also sharded
-        like the classes. The keywords `per_class` are arrays for `loss_fn`, such as `class_weights` and `class_mask`. Those of shape
-        [classes] are sharded like the classes, and all devices get the whole of the others. Features that are sharded (as in fully sharded
-        data parallelism) are gathered at the start.
+        `fused_loss`. Arrays in `args` are sharded like the tokens. A floating array [..., classes] in `args`, such as soft labels, is also
+        sharded like the classes. The keyword arguments `per_class` are arrays that `loss_fn` gets as keyword arguments, such as
+        `class_weights` and `class_mask`. A `per_class` array of shape [classes] is sharded like the classes. Every device gets all other
+        `per_class` arrays in full. If features are sharded, as in fully sharded data parallelism, they are gathered at the start.
 
     Raises:
         TypeError: an argument has the wrong dtype, or `loss_fn` does not take `axis_name`.
-        ValueError: shapes do not fit or cannot be shared equally, or a sharding is neither given nor known.
+        ValueError: an argument has the wrong shape, an axis cannot be split equally over devices, or a sharding is neither given nor known.
 
     Example:
         >>> import jax, jax.numpy as jnp, xentjax

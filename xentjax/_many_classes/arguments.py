@@ -1,4 +1,4 @@
-"""Arguments of the functions for many classes: checks, masks, and the parameters of selected classes."""
+"""Helpers for losses over many classes: checks of arguments, masks, and look-up of the parameters of selected classes."""
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +11,14 @@ from xentjax._linear import layers
 
 
 def class_indices(function: str, labels: ArrayLike, leading: tuple[int, ...], classes: int, where: Array | None) -> Array:
-    """Integer labels, one per example; `leading` is the shape of the examples. Soft labels raise TypeError."""
+    """The checked labels, one class index per example. `leading` is the shape of the examples. Soft labels raise TypeError."""
     y = checks.integers(function, "labels", labels)
     checks.same_shape(function, "labels", y, leading, "the shape of hidden without its feature axis")
     return layers.labels(function, y, leading, classes, where)
 
 
 def random_key(function: str, key: Array) -> Array:
-    """A single random key: a typed key, or the uint32 array of an older key."""
+    """The checked random key. It must be a single key, either a typed key or an older uint32 key."""
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", ())
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if not typed and dtype != jnp.uint32:
@@ -31,7 +31,7 @@ def random_key(function: str, key: Array) -> Array:
 
 
 def probabilities(function: str, name: str, weights: ArrayLike) -> np.ndarray:
-    """Weights [classes], normalized to probabilities in float64."""
+    """The checked weights [classes], divided by their sum so that they are probabilities, in float64."""
     if isinstance(weights, core.Tracer):
         raise TypeError(
             f"{function}: {name} must be known before tracing; got a traced array. "
@@ -60,8 +60,9 @@ def masked(x: Array, where: Array | None) -> Array:
 
 
 def take_classes(parameters: Array, index: Array, axis: int, dtype: jnp.dtype) -> Array:
-    """The parameters of the classes `index`; the class axis `axis` comes first in the result.
+    """The parameters of the classes `index`, with the class axis first.
 
-    The gradients of a class that occurs several times accumulate in `dtype`. They are cast to the dtype of `parameters` once.
+    `axis` is the position of the class axis in `parameters`. If a class occurs several times, its gradients accumulate in `dtype`. The sum
+    is cast once, to the dtype of `parameters`.
     """
     return jnp.moveaxis(jnp.take(parameters.astype(dtype), index, axis=axis, mode="clip"), axis, 0)

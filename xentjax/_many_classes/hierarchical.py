@@ -6,12 +6,12 @@ binary decisions.
 All losses share these conventions:
 
 - `hidden` has shape [..., features]. Matrix products are computed in its dtype and accumulate in float32 or wider.
-- `labels` [...] are integer class indices. If a label is outside [0, classes), the loss of its example and the gradient of its `hidden` are
-  NaN.
-- `where` [...]: True for examples that count. The others have loss exactly 0 and gradient exactly 0, whatever they contain.
-- The probabilities of all classes sum to 1. Each loss is a model of its own, not an approximation of a softmax.
-- Results are float32, or float64 if `hidden` is float64. Each gradient has the dtype of its argument.
-- Raises: TypeError if an argument has the wrong dtype; ValueError if an argument has the wrong shape or a Python number is out of range.
+- `labels` [...] are integer class indices. If a label is outside [0, classes), the loss of its example is NaN. The gradient with respect to
+  `hidden` is then NaN for this example too.
+- `where` [...] is True for examples that count. The loss and the gradient of all other examples are exactly 0, whatever they contain.
+- The probabilities of all classes sum to 1. Each loss belongs to a model of its own. It does not approximate a full softmax.
+- Results are float32, or float64 if `hidden` is float64. The gradient of each argument has the dtype of that argument.
+- A wrong dtype raises TypeError. A wrong shape, or a Python number out of range, raises ValueError.
 """
 
 import functools
@@ -31,10 +31,10 @@ from xentjax._many_classes.arguments import masked
 
 
 class AdaptiveSoftmax(NamedTuple):
-    """Parameters of an adaptive softmax, whose head has logits of shape [..., shortlist + J].
+    """Parameters of an adaptive softmax. The logits of its head have shape [..., shortlist + J].
 
-    Classes are in descending order of frequency. The head holds classes [0, shortlist) and one logit for each of the J clusters. Cluster
-    j (from 0) holds the next `kernels[j].shape[1]` classes.
+    Classes are numbered in descending order of frequency. The head has one logit for each class in [0, shortlist), and one logit for each
+    of the J clusters. The clusters hold all other classes in order. Cluster j, counted from 0, holds `kernels[j].shape[1]` classes.
 
     Example:
         >>> import jax, xentjax
@@ -46,7 +46,7 @@ class AdaptiveSoftmax(NamedTuple):
     head: ArrayLike
     """[features, shortlist + J], one column per frequent class and one per cluster."""
     projections: tuple[ArrayLike, ...]
-    """J arrays [features, width_j]; rarer classes have fewer features."""
+    """J arrays [features, width_j]. Clusters of rarer classes have smaller widths."""
     kernels: tuple[ArrayLike, ...]
     """J arrays [width_j, classes of cluster j]."""
 
@@ -62,19 +62,19 @@ class _Parameters(NamedTuple):
 def init_adaptive_softmax(
     key: Array, features: int, cutoffs: tuple[int, ...] | list[int], *, div_value: float = 4.0, dtype: DTypeLike = jnp.float32
 ) -> AdaptiveSoftmax:
-    """Random initial parameters for `adaptive_softmax_cross_entropy`, for hidden of shape [..., features].
+    """Random initial parameters of an adaptive softmax, for hidden of shape [..., features].
 
-    Entries are normal with variance 1/(number of rows). width_j = ⌊features/div_value^(j + 1)⌋, at least 1.
+    The entries of each matrix are normal with variance 1/(number of its rows). width_j = max(1, ⌊features/div_value^(j + 1)⌋).
     Gradient: none.
 
-    If the entries of `hidden` are of order 1, so are the logits.
+    If the entries of `hidden` are of order 1, the logits are of order 1 too.
 
     Args:
         key: a random key from `jax.random.key`.
         features: number of features of `hidden`.
-        cutoffs: increasing integers. Classes [0, cutoffs[0]) are in the head, and classes [cutoffs[j], cutoffs[j + 1]) in cluster j. The
-            last cutoff is the number of classes.
-        div_value: ≥ 1, factor by which the number of features decreases from each cluster to the next.
+        cutoffs: increasing integers. Classes [0, cutoffs[0]) are in the head, and classes [cutoffs[j], cutoffs[j + 1]) are in cluster j.
+            The last cutoff is the number of classes.
+        div_value: ≥ 1, factor by which the width decreases from each cluster to the next.
         dtype: dtype of the parameters.
 
     Returns:
@@ -118,18 +118,18 @@ def adaptive_softmax_cross_entropy(
 ) -> Array:
     """Cross-entropy of an adaptive softmax, shape [...].
 
-    loss = −log softmax(hidden·head)_y if y is in the shortlist; if y is in cluster j,
+    If the label y is in the shortlist, loss = −log softmax(hidden·head)_y. If y is in cluster j,
     loss = −log softmax(hidden·head)_(shortlist + j) − log softmax(hidden·projection_j·kernel_j)_(y − cutoff_j).
-    Gradient: softmax − one-hot with respect to the logits of the head and of the label's cluster, 0 with respect to the logits of other
-    clusters.
+    Gradient: softmax − one-hot, with respect to the logits of the head and of the label's cluster. With respect to the logits of other
+    clusters, the gradient is 0.
 
-    All clusters are computed for all examples, in chunks, and the cluster of the label is selected. So the cost does not depend on the
-    labels. Computation is saved because rarer classes have fewer features, not because examples are skipped.
+    Every cluster is computed for every example, in chunks. The cluster of the label is then selected. So the cost does not depend on the
+    labels. No examples are skipped. The cost is lower than for a full softmax because rarer classes have fewer features.
 
     Args:
         hidden: [..., features], activations.
-        parameters: made by `init_adaptive_softmax`.
-        labels: [...] class indices. The classes are numbered in descending order of frequency.
+        parameters: an `AdaptiveSoftmax`; `init_adaptive_softmax` makes one.
+        labels: [...] class indices. Classes are numbered in descending order of frequency.
         chunk_size: maximum number of examples whose logits are in memory at a time; None: chosen by `plan_linear`.
         where: [...], True for examples that count.
 
@@ -176,14 +176,14 @@ def _adaptive(hidden: Array, parameters: _Parameters, labels: Array, where: Arra
 def adaptive_softmax_log_prob(hidden: ArrayLike, parameters: AdaptiveSoftmax, *, where: ArrayLike | None = None) -> Array:
     """Log-probabilities of all classes under an adaptive softmax, shape [..., classes].
 
-    log p_k = log softmax(head)_k if class k is in the shortlist; if it is in cluster j,
-    log p_k = log softmax(head)_(shortlist + j) + log softmax(cluster j)_(k − cutoff_j).
-    Gradient: ∂log p_k = one-hot − softmax with respect to the logits of the head and of the cluster of class k.
+    If class k is in the shortlist, log p_k = log softmax(hidden·head)_k. If it is in cluster j,
+    log p_k = log softmax(hidden·head)_(shortlist + j) + log softmax(hidden·projection_j·kernel_j)_(k − cutoff_j).
+    Gradient: one-hot − softmax, for log p_k with respect to the logits of the head and of the cluster of class k.
 
     Args:
         hidden: [..., features], activations.
-        parameters: made by `init_adaptive_softmax`.
-        where: [...], True for examples that count; the results of the others are 0.
+        parameters: an `AdaptiveSoftmax`; `init_adaptive_softmax` makes one.
+        where: [...], True for examples that count; the results of all other examples are 0.
 
     Returns:
         [..., classes], in nats, float32, or float64 if `hidden` is float64.
@@ -218,10 +218,10 @@ def _adaptive_log_prob(hidden: Array, parameters: _Parameters, where: Array | No
 
 
 class BinaryTree(NamedTuple):
-    """Paths from the root of a binary tree to each class, made by `huffman_tree`; arrays of shape [classes, depth].
+    """Paths from the root of a binary tree to each class, as arrays of shape [classes, depth].
 
-    Each inner node is a binary decision, and a tree of K classes has K − 1 inner nodes. At node `nodes[k, i]`, the path to class k takes
-    the direction `signs[k, i]`. Shorter paths are padded to the length of the longest.
+    `huffman_tree` makes a `BinaryTree`. Each inner node of the tree is a binary decision, and a tree of K classes has K − 1 inner nodes. At
+    node `nodes[k, i]`, the path to class k takes the direction `signs[k, i]`. Shorter paths are padded to the length of the longest path.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -231,26 +231,26 @@ class BinaryTree(NamedTuple):
     """
 
     nodes: ArrayLike
-    """[classes, depth], inner nodes in [0, classes − 1), the root first; any integers after the end of a path."""
+    """[classes, depth], indices of inner nodes in [0, classes − 1). The root comes first. Any integers may follow the end of a path."""
     signs: ArrayLike
     """[classes, depth], +1 or −1; 0 after the end of a path."""
 
 
 def huffman_tree(counts: ArrayLike) -> BinaryTree:
-    """Huffman tree, the binary tree with the shortest expected path. Its nodes and signs have shape [classes, depth].
+    """Huffman tree: the binary tree with the shortest expected path, as arrays [classes, depth].
 
-    The tree minimizes Σ counts·length, where length is the number of decisions on the path to a class. With p = counts/Σ counts,
-    H(p) ≤ Σ p·length < H(p) + 1, where H(p) is the entropy in bits.
+    The tree minimizes Σ counts·length, where length is the number of decisions on the path to a class. Let p = counts/Σ counts, and let
+    H(p) be the entropy of p in bits. Then H(p) ≤ Σ p·length < H(p) + 1.
     Gradient: none.
 
-    Build the tree once, outside `jax.jit`. If several trees have the shortest expected path, one of minimal depth is returned. Inner
-    nodes are numbered from the root, which is 0, in descending order of their total count.
+    Build the tree once, outside `jax.jit`. If several trees have the shortest expected path, the function returns a tree of minimal depth.
+    Inner nodes are numbered in descending order of their total count. The root is node 0.
 
     Args:
-        counts: [classes], ≥ 0, not all 0; how often each class is a label.
+        counts: [classes], ≥ 0, not all 0; how often each class occurs as a label.
 
     Returns:
-        `BinaryTree`, int32 nodes and int8 signs.
+        `BinaryTree` with int32 nodes and int8 signs.
 
     Raises:
         TypeError: `counts` are traced or not numbers.
@@ -322,16 +322,17 @@ def hierarchical_softmax_cross_entropy(
     classes_first: bool = False,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy of the binary decisions on the path to the label in a binary tree, shape [...].
+    """Cross-entropy of the binary decisions on the tree path to the label, shape [...].
 
-    loss = Σ_i softplus(−signs_{y,i}·z_i), where z_i = hidden·kernel_{n_i} + bias_{n_i} at node n_i = nodes_{y,i}.
-    Gradient: ∂loss/∂z_i = −signs_{y,i}·σ(−signs_{y,i}·z_i), and 0 at nodes that are not on the path.
+    loss = Σ_i softplus(−signs_{y,i}·z_i), where i runs over the decisions on the path to the label y. The logit of node n_i = nodes_{y,i}
+    is z_i = hidden·kernel_{n_i} + bias_{n_i}.
+    Gradient: ∂loss/∂z_i = −signs_{y,i}·σ(−signs_{y,i}·z_i). The gradient is 0 at nodes that are not on the path.
 
     Args:
         hidden: [..., features], activations.
         kernel: [features, classes − 1], one column per inner node, or [classes − 1, features] with `classes_first`.
         labels: [...] class indices.
-        tree: made by `huffman_tree`, or any `BinaryTree` of arrays [classes, depth].
+        tree: a `BinaryTree` of arrays [classes, depth]; `huffman_tree` makes one.
         bias: [classes − 1], added to the logits of the inner nodes.
         classes_first: whether `kernel` has shape [classes − 1, features]. In this layout, the weights of each node are contiguous in
             memory.

@@ -1,21 +1,24 @@
-"""Losses for many classes that compute few logits: the logits of the label and of sampled classes, or of the candidates in a batch.
+"""Losses for many classes that compute the logits of only a few classes.
+
+These classes are the label and sampled classes, or the candidates in a batch.
 
 The losses on sampled classes share these conventions:
 
 - `hidden` has shape [..., features]. Matrix products are computed in its dtype and accumulate in float32 or wider.
-- `kernel` has shape [features, classes], as in flax, or [classes, features] with `classes_first=True`. In the second layout, the weights of
-  each class are contiguous in memory. `bias` has shape [classes]. The logit of class k is z_k = hidden·kernel_k + bias_k. Only the logits
-  of labels and samples are computed.
-- `labels` [...] are integer class indices. If a label is outside [0, classes), the loss of its example and the gradient of its `hidden` are
-  NaN. A sampled id outside [0, classes) has the same effect on every example that uses this sample.
+- `kernel` has shape [features, classes], as in flax. With `classes_first=True`, it has shape [classes, features]. In that layout, the
+  weights of each class are contiguous in memory. `bias` has shape [classes]. The logit of class k is z_k = hidden·kernel_k + bias_k. Only
+  the logits of labels and samples are computed.
+- `labels` [...] are integer class indices. If a label is outside [0, classes), the loss of its example is NaN. The gradient with respect to
+  `hidden` is then NaN for this example too. A sampled id outside [0, classes) has the same effect on every example that uses this sample.
 - `samples` come from `samplers.draw`. They have shape [samples] if all examples share them, or [..., samples] if each example has its own.
   `samples.log_expected_count` is log Q_k, where Q_k is the expected count of class k. A sample with log Q_k = +∞ is left out. If an
-  expected count Q_k is 0 (log Q_k = −∞), the loss is the limit for Q_k → 0: +∞ if a sample has count 0, and 0 if the label has count 0.
-- `remove_accidental_hits`: whether samples that equal the label of an example are left out for this example.
-- `where` [...]: True for examples that count. The others have loss exactly 0 and gradient exactly 0, whatever they contain.
-- Results are float32, or float64 if `hidden` is float64. Each gradient has the dtype of its argument. The gradient of `kernel`
-  accumulates in float32 or wider and has the full shape of `kernel`. It is 0 for classes that are neither labels nor samples.
-- Raises: TypeError if an argument has the wrong dtype; ValueError if an argument has the wrong shape or a Python number is out of range.
+  expected count Q_k is 0 (log Q_k = −∞), the loss is the limit for Q_k → 0. This limit is +∞ if a sample has count 0. If the label has
+  count 0, the limit is 0 for the softmax loss and for the label's term of the noise-contrastive loss.
+- `remove_accidental_hits` tells whether samples that equal the label of an example are left out for that example.
+- `where` [...] is True for examples that count. The loss and the gradient of all other examples are exactly 0, whatever they contain.
+- Results are float32, or float64 if `hidden` is float64. The gradient of each argument has the dtype of that argument. The gradient of
+  `kernel` accumulates in float32 or wider and has the full shape of `kernel`. It is 0 for classes that are neither labels nor samples.
+- A wrong dtype raises TypeError. A wrong shape, or a Python number out of range, raises ValueError.
 """
 
 import functools
@@ -73,21 +76,22 @@ def sampled_softmax_cross_entropy(
     """Cross-entropy of the softmax over the label and sampled classes, shape [...].
 
     loss = log(e^(s_y) + Σ_{j: k_j≠y} e^(s_j)) − s_y, where s_j = z_{k_j} − log Q_{k_j} and s_y = z_y.
-    The sum is an unbiased estimate of Σ_k e^(z_k). With more samples, loss and gradient approach those of the full softmax.
+    The sum inside the logarithm is an unbiased estimate of Σ_k e^(z_k). With more samples, the loss and its gradient approach the full
+    softmax loss and its gradient.
     Gradient: ∂loss/∂z_y = p̂_y − 1 and ∂loss/∂z_{k_j} = p̂_j, where p̂ is the softmax of s.
 
-    With `label_log_expected_count` = log Q_y, the label is corrected too: s_y = z_y − log Q_y. The loss is then the cross-entropy of
-    identifying the label among the given classes, if the other classes were drawn from Q. If accidental hits are kept, the expected loss
-    has the minimizer of the full softmax loss, for any number of samples.
+    With `label_log_expected_count` = log Q_y, the logit of the label is corrected too: s_y = z_y − log Q_y. The loss is then the
+    cross-entropy of identifying the label among the label and the samples, if the samples were drawn from Q. If accidental hits are kept,
+    the expected loss and the full softmax loss have the same minimizer, for any number of samples.
 
     Args:
         hidden: [..., features], activations.
         kernel: [features, classes], or [classes, features] with `classes_first`.
         labels: [...] class indices.
-        samples: ids and log Q, both [samples] or [..., samples].
-        label_log_expected_count: [...], log Q_y; None means 0, because the label is always included.
+        samples: class ids and log Q, both [samples] or [..., samples].
+        label_log_expected_count: [...], log Q_y; None: 0, because the label is always included.
         bias: [classes], added to the logits.
-        remove_accidental_hits: whether samples equal to the label are left out. The estimate is unbiased only if they are.
+        remove_accidental_hits: whether samples that equal the label are left out. The estimate is unbiased only if they are left out.
         classes_first: whether `kernel` has shape [classes, features].
         where: [...], True for examples that count.
 
@@ -139,21 +143,24 @@ def noise_contrastive_estimation_loss(
     classes_first: bool = False,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Noise-contrastive estimation: binary cross-entropy of a classifier that distinguishes the label from sampled noise, shape [...].
+    """Noise-contrastive estimation: binary cross-entropy of label against sampled noise, shape [...].
 
-    loss = softplus(−(z_y − log Q_y)) + Σ_j softplus(z_{k_j} − log Q_{k_j}), where Q_k = n·P(k) for n samples from the noise P.
-    The expected loss is minimal where e^(z_k) are the class probabilities of the data. They sum to 1 without any explicit normalization.
+    A classifier must distinguish the label from n samples of a noise distribution P.
+
+    loss = softplus(−(z_y − log Q_y)) + Σ_j softplus(z_{k_j} − log Q_{k_j}), where Q_k = n·P(k).
+    The expected loss is minimal if e^(z_k) is the probability of class k in the data, for every class. So at the minimum, the values
+    e^(z_k) sum to 1 without any explicit normalization.
     Gradient: ∂loss/∂z_y = −σ(log Q_y − z_y) and ∂loss/∂z_{k_j} = σ(z_{k_j} − log Q_{k_j}).
 
     Args:
         hidden: [..., features], activations.
         kernel: [features, classes], or [classes, features] with `classes_first`.
         labels: [...] class indices.
-        samples: ids and log Q, both [samples] or [..., samples].
+        samples: class ids and log Q, both [samples] or [..., samples].
         label_log_expected_count: [...], log Q_y, computed by `samplers.log_expected_count(sampler, labels, count)`.
         bias: [classes], added to the logits.
-        remove_accidental_hits: whether samples equal to the label are left out. The expected loss has the minimum
-            described above only if these samples are kept.
+        remove_accidental_hits: whether samples that equal the label are left out. The expected loss has the minimum described above only if
+            these samples are kept.
         classes_first: whether `kernel` has shape [classes, features].
         where: [...], True for examples that count.
 
@@ -204,19 +211,21 @@ def negative_sampling_loss(
     classes_first: bool = False,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Negative sampling: binary cross-entropy of the label as positive and samples as negatives, shape [...].
+    """Negative sampling: binary cross-entropy of label against sampled negatives, shape [...].
 
     loss = softplus(−z_y) + Σ_j softplus(z_{k_j}).
-    The expected loss over n samples from P is minimal where e^(z_k) = p_k/(n·P(k)), with p the class probabilities of the data.
+    With n samples from a distribution P, the expected loss is minimal if e^(z_k) = p_k/(n·P(k)), where p_k is the probability of class k in
+    the data.
     Gradient: ∂loss/∂z_y = −σ(−z_y) and ∂loss/∂z_{k_j} = σ(z_{k_j}).
 
     Args:
         hidden: [..., features], activations; for word vectors, the vectors of the center words.
         kernel: [features, classes], or [classes, features] with `classes_first`.
         labels: [...] class indices.
-        samples: ids, [samples] or [..., samples]. Expected counts are ignored, except that +∞ leaves a sample out.
+        samples: class ids, [samples] or [..., samples]. Expected counts are ignored, except that a sample with log Q = +∞ is left out.
         bias: [classes], added to the logits.
-        remove_accidental_hits: whether samples equal to the label are left out. The word2vec program removes them; its paper does not.
+        remove_accidental_hits: whether samples that equal the label are left out. The word2vec program leaves them out, but its paper keeps
+            them.
         classes_first: whether `kernel` has shape [classes, features].
         where: [...], True for examples that count.
 
@@ -258,21 +267,22 @@ def in_batch_softmax_cross_entropy(
     temperature: ArrayLike = 1.0,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy of identifying each query's own candidate among those of the batch, shape [batch].
+    """Cross-entropy of identifying each query's own candidate in the batch, shape [batch].
 
-    loss_i = −log softmax_j(s_ij) at j = i, where s_ij = queries_i·candidates_j/τ − log P(j).
-    Gradient: ∂loss_i/∂s_ij = p_ij − [i = j], where p is the softmax over j.
+    loss_i = −log p_ii, where p_ij is the softmax of s_ij over j, and s_ij = queries_i·candidates_j/τ − log P(j).
+    Gradient: ∂loss_i/∂s_ij = p_ij − [i = j].
 
-    A frequent candidate is a negative more often than a rare one. `candidate_log_prob` corrects for this.
+    A frequent candidate is a negative more often than a rare candidate. `candidate_log_prob` corrects for this.
 
     Args:
         queries: [batch, features].
         candidates: [batch, features]; candidate i is the positive of query i.
-        candidate_log_prob: [batch], log P(j), the probability that a candidate is in a batch. Adding a constant changes nothing.
-        candidate_ids: [batch], integers that identify the items. Another candidate with the same id as query i's own is not a negative of
-            query i.
-        temperature: τ > 0, divides the products; for unit vectors, for example 0.05.
-        where: [batch], True for pairs that count. The other candidates are not negatives either.
+        candidate_log_prob: [batch], log P(j), where P(j) is the probability that candidate j is in a batch. Adding the same constant to all
+            entries changes nothing.
+        candidate_ids: [batch], integers that identify the items. If another candidate has the same id as candidate i, it is not a negative
+            of query i.
+        temperature: τ > 0, divides the products. For unit vectors, use a small value, for example 0.05.
+        where: [batch], True for pairs that count. The candidates of all other pairs are not negatives.
 
     Returns:
         [batch], in nats, float32, or float64 if `queries` are float64.

@@ -1,4 +1,4 @@
-"""Samplers of classes, and the samples drawn from them. The conventions are documented in `xentjax.samplers`."""
+"""Samplers of classes, and the samples drawn from them. `xentjax.samplers` documents the conventions."""
 
 import functools
 from typing import NamedTuple, Protocol
@@ -17,29 +17,32 @@ _MOST_ORDERED_CLASSES = 2**24  # a log-uniform id is computed in float32, which 
 
 
 class Sampler(Protocol):
-    """A distribution over classes that can be sampled; a pytree."""
+    """A distribution over classes from which class ids can be drawn. A sampler is a pytree."""
 
     def sample(self, key: Array, shape: tuple[int, ...]) -> Array:
-        """Independent ids [*shape], int32."""
+        """Independent random class ids, shape [*shape], int32."""
         ...
 
     def log_prob(self, ids: ArrayLike) -> Array:
-        """Log P(id) for every id [...]; NaN outside [0, classes)."""
+        """Log P(id) for every id, shape [...]; NaN for ids outside [0, classes)."""
         ...
 
 
 class Uniform(NamedTuple):
-    """Uniform distribution over classes, P(k) = 1/classes, made by `samplers.uniform`. Sampled class ids have shape [...]."""
+    """Uniform distribution over classes. Sampled class ids have shape [...].
+
+    P(k) = 1/classes. `samplers.uniform` makes this sampler.
+    """
 
     classes: Array
     """The number of classes []."""
 
     def sample(self, key: Array, shape: tuple[int, ...]) -> Array:
-        """Independent ids [*shape], int32."""
+        """Independent random class ids, shape [*shape], int32."""
         return _uniform(arguments.random_key("samplers.Uniform.sample", key), self.classes, tuple(shape))
 
     def log_prob(self, ids: ArrayLike) -> Array:
-        """−log classes for every id [...]; NaN outside [0, classes)."""
+        """−log classes for every id, shape [...]; NaN for ids outside [0, classes)."""
         return _uniform_log_prob(checks.integers("samplers.Uniform.log_prob", "ids", ids), self.classes)
 
 
@@ -55,7 +58,7 @@ def _uniform_log_prob(ids: Array, classes: Array) -> Array:
 
 
 def uniform(classes: int) -> Uniform:
-    """Sampler that draws each class with the same probability. Sampled class ids have shape [...].
+    """Sampler that draws all classes with the same probability. Sampled ids have shape [...].
 
     P(k) = 1/classes.
     Gradient: none.
@@ -82,20 +85,21 @@ def uniform(classes: int) -> Uniform:
 
 
 class LogUniform(NamedTuple):
-    """Zipf distribution over classes in descending order of frequency, made by `samplers.log_uniform`.
+    """Zipf distribution over classes. Sampled class ids have shape [...].
 
-    Sampled class ids have shape [...]. P(k) ≈ 1/((k + 1)·log(classes + 1)). The docstring of `samplers.log_uniform` has the exact formula.
+    P(k) ≈ 1/((k + 1)·log(classes + 1)). `samplers.log_uniform` makes this sampler and documents the exact formula. Classes must be numbered
+    in descending order of frequency.
     """
 
     classes: Array
     """The number of classes []."""
 
     def sample(self, key: Array, shape: tuple[int, ...]) -> Array:
-        """Independent ids [*shape], int32."""
+        """Independent random class ids, shape [*shape], int32."""
         return _log_uniform(arguments.random_key("samplers.LogUniform.sample", key), self.classes, tuple(shape))
 
     def log_prob(self, ids: ArrayLike) -> Array:
-        """Log P(id) for every id [...]; NaN outside [0, classes)."""
+        """Log P(id) for every id, shape [...]; NaN for ids outside [0, classes)."""
         return _log_uniform_log_prob(checks.integers("samplers.LogUniform.log_prob", "ids", ids), self.classes)
 
 
@@ -121,13 +125,15 @@ def _log_uniform_log_prob(ids: Array, classes: Array) -> Array:
 
 
 def log_uniform(classes: int) -> LogUniform:
-    """Sampler that follows Zipf's law over classes in descending order of frequency. Sampled class ids have shape [...].
+    """Sampler that follows Zipf's law. Sampled ids have shape [...].
+
+    Classes must be numbered in descending order of frequency.
 
     P(k) = log((k + 2)/(k + 1)) / log(classes + 1).
     Gradient: none.
 
-    The sampler needs no table. Draws are computed in float32. With more than about 10⁶ classes, float32 rounding divides probability
-    unevenly between neighbouring rare classes: the relative error of P(k) is about k·2⁻²².
+    The sampler needs no table. Draws are computed in float32. With more than about 10⁶ classes, rounding in float32 distributes probability
+    unevenly among neighbouring rare classes. The relative error of P(k) is about k·2⁻²².
 
     Args:
         classes: number of classes, at least 1.
@@ -152,21 +158,25 @@ def log_uniform(classes: int) -> LogUniform:
 
 
 class Alias(NamedTuple):
-    """Any distribution over classes, stored as an alias table, made by `samplers.alias`. Sampled class ids have shape [...]."""
+    """Any distribution over classes, stored as an alias table. Sampled class ids have shape [...].
+
+    `samplers.alias` makes this sampler. The table has one cell for each class. A draw selects a random cell. It returns either the class of
+    the cell or the alias of the cell.
+    """
 
     threshold: Array
-    """The probability that a class is kept when its cell is hit, in units of 2⁻³², [classes] uint32."""
+    """[classes] uint32, the probability that a draw returns the class of the cell, in units of 2⁻³²."""
     alias: Array
-    """The class that is returned if the class of the cell is not kept, [classes] int32."""
+    """[classes] int32, the class that a draw returns otherwise."""
     log_probs: Array
-    """Log P(k), [classes]; −∞ for weight 0."""
+    """[classes], log P(k); −∞ for weight 0."""
 
     def sample(self, key: Array, shape: tuple[int, ...]) -> Array:
-        """Independent ids [*shape], int32."""
+        """Independent random class ids, shape [*shape], int32."""
         return _aliased(arguments.random_key("samplers.Alias.sample", key), self.threshold, self.alias, tuple(shape))
 
     def log_prob(self, ids: ArrayLike) -> Array:
-        """Log P(id) for every id [...]; −∞ for weight 0, NaN outside [0, classes)."""
+        """Log P(id) for every id, shape [...]; −∞ for weight 0, NaN for ids outside [0, classes)."""
         return _alias_log_prob(checks.integers("samplers.Alias.log_prob", "ids", ids), self.log_probs)
 
 
@@ -184,7 +194,7 @@ def _alias_log_prob(ids: Array, log_probs: Array) -> Array:
 
 
 def alias(weights: ArrayLike) -> Alias:
-    """Sampler of classes in proportion to given weights or counts. Sampled class ids have shape [...].
+    """Sampler that draws classes in proportion to given weights. Sampled ids have shape [...].
 
     P(k) = weights_k / Σ weights.
     Gradient: none.
@@ -193,7 +203,7 @@ def alias(weights: ArrayLike) -> Alias:
     and no search.
 
     Args:
-        weights: [classes], ≥ 0, not all 0. For `negative_sampling_loss`, use word counts to the power 3/4.
+        weights: [classes], ≥ 0, not all 0; counts are weights too. For `negative_sampling_loss`, use word counts to the power 3/4.
 
     Returns:
         `samplers.Alias`.
@@ -256,25 +266,26 @@ class Samples(NamedTuple):
     """
 
     ids: ArrayLike
-    """Class indices, integer."""
+    """Integer class indices."""
     log_expected_count: ArrayLike
-    """The log of the expected count of each sampled class among all samples; +∞ for a sample that does not count."""
+    """The log of the expected count of each sampled class among all samples; +∞ for samples that do not count."""
 
 
 def draw(key: Array, sampler: Sampler, count: int, *, shape: tuple[int, ...] = (), unique: bool = False) -> Samples:
-    """Sampled classes and the logarithms of their expected counts, both of shape [*shape, count].
+    """Sampled classes and their log expected counts, both of shape [*shape, count].
 
-    The log expected count of class k is log(n·P(k)), or log(1 − (1 − P(k))^n) with `unique`, as in `samplers.log_expected_count`.
+    The log expected count of class k is log(n·P(k)). With `unique`, it is log(1 − (1 − P(k))^n). `samplers.log_expected_count` computes it
+    for other classes.
     Gradient: none.
 
     Args:
         key: a random key from `jax.random.key`.
-        sampler: made by `samplers.uniform`, `samplers.log_uniform` or `samplers.alias`, or any pytree with methods `sample(key, shape)` and
-            `log_prob(ids)`.
+        sampler: made by `samplers.uniform`, `samplers.log_uniform` or `samplers.alias`. It may also be any pytree with the methods
+            `sample(key, shape)` and `log_prob(ids)`.
         count: n ≥ 1, number of draws.
-        shape: () if all examples share the samples, or the leading axes [...] of the examples if each example has its own.
-        unique: whether a class counts only once, no matter how often it is drawn. A repeated draw gets expected count +∞, and every loss
-            leaves it out.
+        shape: () if all examples share the samples. If each example has its own samples, the leading axes [...] of the examples.
+        unique: whether a class counts only once, no matter how often it is drawn. Repeated draws of a class get a log expected count of +∞,
+            and every loss leaves them out.
 
     Returns:
         `samplers.Samples`.
@@ -306,14 +317,14 @@ def _draw(key: Array, sampler: Sampler, count: int, shape: tuple[int, ...], uniq
 def log_expected_count(sampler: Sampler, ids: ArrayLike, count: int, *, unique: bool = False) -> Array:
     """Logarithm of the expected count of each class among `count` draws, shape [...].
 
-    The result is log(n·P(k)), or log(1 − (1 − P(k))^n) with `unique`. 1 − (1 − P(k))^n is the probability that class k is drawn at all.
+    The result is log(n·P(k)). With `unique`, it is log(1 − (1 − P(k))^n), the log of the probability that class k is drawn at least once.
     Gradient: none.
 
     Args:
-        sampler: the sampler that `samplers.draw` was given.
+        sampler: the sampler that was passed to `samplers.draw`.
         ids: [...], integer class indices, such as labels.
         count: n ≥ 1, number of draws.
-        unique: the value that `samplers.draw` was given.
+        unique: the value of `unique` that was passed to `samplers.draw`.
 
     Returns:
         [...], float32, or float64 under `jax_enable_x64`; NaN for ids outside [0, classes).
