@@ -1,24 +1,24 @@
-"""Information theory: entropies, divergences and mutual information, from probabilities and from logits.
+"""Information theory: entropies, divergences and mutual information, from probabilities or from logits.
 
 Shared conventions:
 
-- A distribution p has shape [..., classes], with the class axis at `axis`. A joint distribution has shape [..., x, y], on the last two
-  axes. Each function returns one value per example [...]. Arithmetic and results are float32, or float64 if an argument is float64.
-  Gradients have the dtype of their argument.
-- A function `…_from_logits` computes the same quantity of softmax(logits), accurately at any margin. For a joint distribution, the softmax
-  is over both axes together. A logit of −∞ means a probability of 0. A row of only −∞ has no possible class: its probabilities are all
-  0, and its gradient is 0.
-- `base` is the base of the logarithms. The default e gives nats, 2 gives bits, 10 gives hartleys. It is a Python number or a traced scalar,
-  above 0 and not 1.
-- `where` has the shape of the result, and is True for examples that count. The others have a value of exactly 0 and a gradient of exactly
-  0, whatever they hold.
-- Zeros are exact, without an ε: 0·log 0 = 0 and 0·log(0/0) = 0. If p > 0 = q for some class, `cross_entropy`, `kl_divergence` and
-  `renyi_divergence` of order α ≥ 1 are +∞.
-- Gradients are finite at zeros. If the true derivative with respect to an entry is infinite (log p at p = 0, p/q at q = 0), the gradient is
-  0 there.
-- Nothing cancels: divergences of nearly equal distributions are accurate relative to their own size.
-- Probabilities need not sum to 1. The formulas are not normalized. `kl_divergence` is Σ [p·log(p/q) − p + q], whose terms are never
-  negative, so that rounding errors of Σ p do not affect it. Negative probabilities give NaN.
+- A distribution p has shape [..., classes], and `axis` is its class axis. A joint distribution has shape [..., x, y]; its last two axes
+  are X and Y. Each function returns one value per example, an array of shape [...]. Only self-information has one value per probability.
+- Arithmetic and results are float32, or float64 if an argument is float64. Each gradient has the dtype of its argument.
+- A function `…_from_logits` computes the same quantity of softmax(logits). It is accurate for any difference between logits. For a joint
+  distribution, the softmax is over both axes together. A logit of −∞ means a probability of 0. If all logits of an example are −∞, no class
+  is possible. Then all probabilities of the example are 0, and its gradient is 0.
+- `base` is the base of the logarithms: a Python number or a traced scalar, above 0 and not 1. The default e gives nats, 2 gives bits, and
+  10 gives hartleys.
+- `where` has the shape of the result, and is True for examples that count. The value and the gradient of every other example are exactly 0,
+  whatever the example contains.
+- Probabilities of 0 are exact. No ε is added: 0·log 0 = 0 and 0·log(0/0) = 0. If a class has p > 0 and q = 0, then `cross_entropy` and
+  `kl_divergence` are +∞, and so is `renyi_divergence` of order α ≥ 1.
+- Gradients are finite at probabilities of 0. The true derivative may contain log p at p = 0, or p/q at q = 0. If this makes the derivative
+  with respect to an entry infinite, the gradient of that entry is 0.
+- Divergences of nearly equal distributions have a small relative error, because no terms of the formulas cancel.
+- Probabilities need not sum to 1, and no function normalizes them. `kl_divergence` is Σ [p·log(p/q) − p + q]. The terms of this sum are
+  never negative, so rounding errors of Σ p do not affect it. Negative probabilities give NaN.
 """
 
 from xentjax.information._cross_entropy import cross_entropy as cross_entropy

@@ -15,10 +15,10 @@ from xentjax.information import _distributions
 def cross_entropy(p: ArrayLike, q: ArrayLike, *, base: ArrayLike = math.e, axis: int = -1, where: ArrayLike | None = None) -> Array:
     """Cross-entropy of q relative to p per example, shape [...].
 
-    H(p, q) = −Σ_k p_k log q_k, and +∞ if p_k > 0 = q_k for some class.
-    Gradient: ∂H/∂p_k = −log q_k;  ∂H/∂q_k = −p_k/q_k;  both are 0 at q_k = 0.
+    H(p, q) = −Σ_k p_k log q_k. It is +∞ if some class has p_k > 0 and q_k = 0.
+    Gradient: ∂H/∂p_k = −log q_k and ∂H/∂q_k = −p_k/q_k. Both are 0 at q_k = 0.
 
-    The minimum over q is H(p), at q = p. In general, it is not 0.
+    If p and q sum to 1, H(p, q) is smallest at q = p. Its value there is the entropy H(p), which is usually not 0.
 
     Args:
         p: [..., classes], true probabilities, which need not sum to 1.
@@ -64,12 +64,12 @@ def cross_entropy_from_logits(
 ) -> Array:
     """`cross_entropy` of q = softmax(q_logits) relative to p = softmax(p_logits), shape [...].
 
-    H(p, q) = Σ_k p_k v_k with v = −log q. The minimum over q is H(p).
-    Gradient: with z and y the logits of p and q, ∂H/∂z_k = p_k (v_k − H(p, q));  ∂H/∂y_k = q_k − p_k.
+    H(p, q) = Σ_k p_k v_k with v = −log q. It is smallest at q = p. Its value there is the entropy H(p).
+    Gradient: let z be the logits of p, and y the logits of q. Then ∂H/∂z_k = p_k (v_k − H(p, q)) and ∂H/∂y_k = q_k − p_k.
 
     Args:
         p_logits: [..., classes], unnormalized log-probabilities of the true distribution.
-        q_logits: [..., classes], unnormalized log-probabilities of the prediction, with the shape of `p_logits`.
+        q_logits: [..., classes], unnormalized log-probabilities of the predicted distribution, with the shape of `p_logits`.
         base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
         axis: class axis of both logits.
         where: [...], True for examples that count.
@@ -96,12 +96,13 @@ def cross_entropy_from_logits(
 
 
 def kl_divergence(p: ArrayLike, q: ArrayLike, *, base: ArrayLike = math.e, axis: int = -1, where: ArrayLike | None = None) -> Array:
-    """Kullback–Leibler divergence D(p‖q), or relative entropy, per example, shape [...].
+    """Kullback–Leibler divergence D(p‖q) (relative entropy) per example, shape [...].
 
-    D(p‖q) = Σ_k [p_k log(p_k/q_k) − p_k + q_k] ≥ 0, and +∞ if p_k > 0 = q_k for some class. This is Σ_k p_k log(p_k/q_k) if Σ p = Σ q.
-    Gradient: ∂D/∂p_k = log(p_k/q_k), 0 where p_k or q_k is 0;  ∂D/∂q_k = 1 − p_k/q_k, 0 where p_k > 0 = q_k.
+    D(p‖q) = Σ_k [p_k log(p_k/q_k) − p_k + q_k] ≥ 0. It is +∞ if some class has p_k > 0 and q_k = 0. If Σ p = Σ q, D(p‖q) equals
+    Σ_k p_k log(p_k/q_k).
+    Gradient: ∂D/∂p_k = log(p_k/q_k), or 0 where p_k or q_k is 0. ∂D/∂q_k = 1 − p_k/q_k, or 0 where p_k > 0 and q_k = 0.
 
-    The order of arguments matters: D(p‖q) is not D(q‖p).
+    The order of the arguments matters. In general, D(p‖q) differs from D(q‖p).
 
     Args:
         p: [..., classes], probabilities, which need not sum to 1.
@@ -111,7 +112,7 @@ def kl_divergence(p: ArrayLike, q: ArrayLike, *, base: ArrayLike = math.e, axis:
         where: [...], True for examples that count.
 
     Returns:
-        [...], ≥ 0, float32, or float64 if `p` or `q` is float64.
+        [...], ≥ 0; float32, or float64 if `p` or `q` is float64.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -148,10 +149,10 @@ def _kl_divergence(p: Array, q: Array, base: ArrayLike | None, where: Array | No
 def kl_divergence_from_logits(
     p_logits: ArrayLike, q_logits: ArrayLike, *, base: ArrayLike = math.e, axis: int = -1, where: ArrayLike | None = None
 ) -> Array:
-    """`kl_divergence` D(p‖q) of p = softmax(p_logits) and q = softmax(q_logits), shape [...].
+    """`kl_divergence` D(p‖q) for p = softmax(p_logits) and q = softmax(q_logits), shape [...].
 
     D(p‖q) = Σ_k p_k d_k with d = log(p/q).
-    Gradient: with z and y the logits of p and q, ∂D/∂z_k = p_k (d_k − D);  ∂D/∂y_k = q_k − p_k.
+    Gradient: let z be the logits of p, and y the logits of q. Then ∂D/∂z_k = p_k (d_k − D) and ∂D/∂y_k = q_k − p_k.
 
     Args:
         p_logits: [..., classes], unnormalized log-probabilities.
@@ -161,7 +162,7 @@ def kl_divergence_from_logits(
         where: [...], True for examples that count.
 
     Returns:
-        [...], ≥ 0, float32, or float64 if either argument is float64.
+        [...], ≥ 0; float32, or float64 if either argument is float64.
 
     Raises:
         TypeError: an argument has the wrong dtype.

@@ -1,24 +1,25 @@
-"""Parts shared by the functions of `xentjax.information`: checks of arguments, distributions, log-ratios, and sums over classes.
+"""Parts that the functions of `xentjax.information` share: argument checks, distributions, log-ratios, and sums over classes.
 
 Log-ratios d = log(p/q) are computed without cancellation:
 
-    probabilities   d = log1p((p − q)/q) if p and q are close, where p − q is exact
+    probabilities   d = log1p((p − q)/q) if p and q are close, because p − q is then exact
     logits          `_core.log_ratio`
 
-Sums of terms of either sign are written as sums of terms that are not negative, with G(x, y, t) = y − x − x·t for y = x·e^t (`kl_term`):
+If the terms of a sum have both signs, they may cancel. Such a sum is rewritten as a sum of terms that are never negative, with
+G(x, y, t) = y − x − x·t for y = x·e^t (`kl_term`):
 
     KL    Σ G(p, q, −d)                 JS    Σ [G(p, m, −log(p/m)) + G(q, m, −log(q/m))]/2,  m = (p + q)/2
 
-Derivatives obtained by the chain rule also have terms that cancel. Let u = −log p. The derivative of Σ p·u is Σ u·ṗ + Σ p·u̇. The second
-sum is 0 for every row of logits, but its rounding errors would remain. So `with_slope` gives each term only the part of the derivative that
-does not cancel, and further derivatives are derivatives of that part:
+Derivatives from the chain rule also have terms that cancel. A dot denotes a derivative. Let u = −log p. The derivative of Σ p·u is
+Σ u·ṗ + Σ p·u̇. For logits, the second sum is exactly 0, but its rounding errors would remain in the result. So `with_slope` gives each
+term only the part of the derivative that does not cancel. Higher derivatives are the derivatives of this part:
 
     entropy Σ p·u    u·ṗ
     KL               d·ṗ + (1 − p/q)·q̇ for probabilities, d·ṗ + (p − q)·v̇ with v = −log q for logits
     JS               [log(p/m)·ṗ + log(q/m)·q̇]/2
 
-Zeros. If p or q is 0, the log-ratio is ±FAR, a finite number, which is always multiplied by a factor of 0. A slope that would be infinite
-is 0. If a result is +∞, the +∞ is added last, to a finite number.
+Zeros. If p or q is 0, the log-ratio is set to FAR or −FAR. FAR is finite, and the log-ratio is then always multiplied by 0. A slope that
+would be infinite is set to 0. If a result is +∞, the code first computes a finite sum, and adds +∞ to it at the end.
 """
 
 import math

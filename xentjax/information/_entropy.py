@@ -13,10 +13,10 @@ from xentjax.information import _distributions
 
 
 def self_information(p: ArrayLike, *, base: ArrayLike = math.e, where: ArrayLike | None = None) -> Array:
-    """Self-information of an event of probability p per element, shape [...].
+    """Self-information of events with probabilities p, one value per element, shape [...].
 
-    I = −log p, and +∞ at p = 0.
-    Gradient: ∂I/∂p = −1/p, and 0 at p = 0.
+    I = −log p. It is +∞ at p = 0.
+    Gradient: ∂I/∂p = −1/p, or 0 at p = 0.
 
     Args:
         p: [...], probabilities.
@@ -54,17 +54,17 @@ def _self_information(p: Array, base: ArrayLike | None, where: Array | None) -> 
 def self_information_from_logits(logits: ArrayLike, *, base: ArrayLike = math.e, axis: int = -1, where: ArrayLike | None = None) -> Array:
     """`self_information` of every class of softmax(logits), shape [..., classes].
 
-    u_k = −log p_k = lse(z) − z_k ≥ 0.
+    u_k = −log p_k = lse(z) − z_k ≥ 0, where z are the logits, p = softmax(z) and lse(z) = log Σ_k e^(z_k).
     Gradient: ∂u_k/∂z_j = p_j − [j = k].
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.
         base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
         axis: class axis of `logits`.
-        where: [..., classes], True for values that count. The other values are 0, but their logits remain part of the softmax.
+        where: [..., classes], True for classes that count. Every other class has value 0, but its logit remains part of the softmax.
 
     Returns:
-        [..., classes], with the shape of `logits`, float32, or float64 if `logits` are float64.
+        [..., classes], with the shape of `logits`; float32, or float64 if `logits` are float64.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -101,7 +101,7 @@ def entropy(p: ArrayLike, *, base: ArrayLike = math.e, axis: int = -1, where: Ar
     """Entropy of a distribution per example, shape [...].
 
     H(p) = −Σ_k p_k log p_k.
-    Gradient: ∂H/∂p_k = −log p_k − 1, and 0 at p_k = 0.
+    Gradient: ∂H/∂p_k = −log p_k − 1, or 0 at p_k = 0.
 
     Args:
         p: [..., classes], probabilities, which need not sum to 1.
@@ -143,9 +143,9 @@ def entropy_from_logits(logits: ArrayLike, *, base: ArrayLike = math.e, axis: in
     """`entropy` of softmax(logits) per example, shape [...].
 
     H = Σ_k p_k u_k with u_k = −log p_k.
-    Gradient: ∂H/∂z_k = p_k (u_k − H).
+    Gradient: ∂H/∂z_k = p_k (u_k − H), where z are the logits.
 
-    If one class leads by a large margin, the entropy is about margin·e^(−margin) and does not round to 0.
+    If the largest logit exceeds the others by a large margin, the entropy is about margin·e^(−margin). It does not round to 0.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.
@@ -176,10 +176,10 @@ def entropy_from_logits(logits: ArrayLike, *, base: ArrayLike = math.e, axis: in
 def perplexity(p: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> Array:
     """Perplexity of a distribution per example, shape [...].
 
-    perplexity = e^H(p) = 2^(H(p) in bits), between 1 and the number of classes.
-    Gradient: ∂/∂p_k = −e^H (log p_k + 1), and 0 at p_k = 0.
+    perplexity = e^H(p) with H(p) in nats, or 2^H(p) with H(p) in bits. If p sums to 1, it is between 1 and the number of classes.
+    Gradient: ∂perplexity/∂p_k = −e^H (log p_k + 1), or 0 at p_k = 0.
 
-    Perplexity is the number of equally likely classes with the same entropy. It does not depend on the unit of the entropy.
+    Perplexity is the number of equally likely classes that would have the same entropy. It does not depend on the unit of the entropy.
 
     Args:
         p: [..., classes], probabilities, which need not sum to 1.
@@ -214,8 +214,8 @@ def _perplexity(p: Array, where: Array | None, axis: int, from_logits: bool) -> 
 def perplexity_from_logits(logits: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> Array:
     """`perplexity` of softmax(logits) per example, shape [...].
 
-    perplexity = e^H, between 1 and the number of classes.
-    Gradient: ∂/∂z_k = e^H p_k (u_k − H) with u_k = −log p_k.
+    perplexity = e^H, where H is the entropy in nats. It is between 1 and the number of classes.
+    Gradient: ∂perplexity/∂z_k = e^H p_k (u_k − H) with logits z and u_k = −log p_k.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.

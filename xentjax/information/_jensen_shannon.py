@@ -13,10 +13,13 @@ from xentjax.information import _distributions
 
 
 def js_divergence(p: ArrayLike, q: ArrayLike, *, base: ArrayLike = math.e, axis: int = -1, where: ArrayLike | None = None) -> Array:
-    """Jensen–Shannon divergence, symmetric in p and q and always finite, per example, shape [...].
+    """Jensen–Shannon divergence of p and q per example, shape [...].
 
-    JS(p, q) = ½ Σ_k [p_k log(p_k/m_k) + q_k log(q_k/m_k)],  m = (p + q)/2;  between 0 and log 2 if p and q sum to 1.
-    Gradient: ∂JS/∂p_k = ½ log(p_k/m_k), and 0 at p_k = 0;  likewise for q.
+    JS(p, q) = ½ Σ_k [p_k log(p_k/m_k) + q_k log(q_k/m_k)] with m = (p + q)/2.
+    Gradient: ∂JS/∂p_k = ½ log(p_k/m_k), or 0 at p_k = 0. The gradient with respect to q has the same form.
+
+    The divergence is symmetric in p and q and always finite. If p and q sum to 1, the divergence is between 0 and log 2. The square root of
+    the divergence is a metric.
 
     Args:
         p: [..., classes], probabilities, which need not sum to 1.
@@ -26,7 +29,7 @@ def js_divergence(p: ArrayLike, q: ArrayLike, *, base: ArrayLike = math.e, axis:
         where: [...], True for examples that count.
 
     Returns:
-        [...], ≥ 0, float32, or float64 if `p` or `q` is float64. Its square root is a metric.
+        [...], ≥ 0; float32, or float64 if `p` or `q` is float64.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -65,10 +68,11 @@ def _log_ratio_to_mixture(d: Array) -> Array:
 def js_divergence_from_logits(
     p_logits: ArrayLike, q_logits: ArrayLike, *, base: ArrayLike = math.e, axis: int = -1, where: ArrayLike | None = None
 ) -> Array:
-    """`js_divergence` of p = softmax(p_logits) and q = softmax(q_logits), shape [...].
+    """`js_divergence` of p = softmax(p_logits) and q = softmax(q_logits) per example, shape [...].
 
-    JS(p, q) = ½ D(p‖m) + ½ D(q‖m),  m = (p + q)/2.
-    Gradient: with z the logits of p, ∂JS/∂z_k = ½ p_k (log(p_k/m_k) − D(p‖m));  likewise for q.
+    JS(p, q) = ½ D(p‖m) + ½ D(q‖m), where m = (p + q)/2 and D is the Kullback–Leibler divergence.
+    Gradient: let z be the logits of p. Then ∂JS/∂z_k = ½ p_k (log(p_k/m_k) − D(p‖m)). The gradient with respect to the logits of q has the
+    same form.
 
     Args:
         p_logits: [..., classes], unnormalized log-probabilities.
@@ -78,7 +82,7 @@ def js_divergence_from_logits(
         where: [...], True for examples that count.
 
     Returns:
-        [...], between 0 and log 2 in the given base, float32, or float64 if either argument is float64.
+        [...], between 0 and log 2, with the logarithm in the given base; float32, or float64 if either argument is float64.
 
     Raises:
         TypeError: an argument has the wrong dtype.

@@ -2,15 +2,17 @@
 
 Shared conventions are documented in `xentjax.information`.
 
-Both quantities are Σ p(x, y)·v(x, y), with v = −log p(y|x) or v = d = log(p(x, y)/(p(x) p(y))). In both, Σ p·v̇ = 0, so the derivative is
+Both quantities have the form Σ p(x, y)·v(x, y). For conditional entropy, v = −log p(y|x). For mutual information,
+v = log(p(x, y)/(p(x) p(y))), which is called d below. A dot denotes a derivative. For both quantities Σ p·v̇ = 0, so the derivative is
 Σ v·ṗ.
 
-Mutual information is the KL divergence Σ G(p(x, y), p(x) p(y), −d), with G as in `_distributions.kl_term`. The product of the marginals is
-the closest product to p(x, y). So an error of d that depends on x alone, or on y alone, changes the result only in second order, and the
-marginals may have rounding errors. An error that depends on both x and y changes the result in first order. It is avoided:
+Mutual information is the KL divergence Σ G(p(x, y), p(x) p(y), −d), with G as in `_distributions.kl_term`. Among all products of a
+distribution of X and a distribution of Y, p(x) p(y) is the closest to p(x, y). So an error of d that depends only on x, or only on y,
+changes the result only to second order. For this reason, rounding errors of the marginals do little harm. An error of d that depends on
+both x and y changes the result to first order. The code avoids such errors:
 
     probabilities   p(x, y) − p(x) p(y) uses the product of the leading digits of p(x) and p(y), which is exact
-    logits          z − (lse_x + lse_y − lse) is computed with the bracket rounded to a grid on which sums are exact
+    logits          z − (lse_x + lse_y − lse) rounds the terms in the bracket to a grid on which sums are exact
 """
 
 import functools
@@ -28,10 +30,10 @@ from xentjax.information import _distributions
 def conditional_entropy(joint: ArrayLike, *, base: ArrayLike = math.e, where: ArrayLike | None = None) -> Array:
     """Conditional entropy H(Y|X) of a joint distribution per example, shape [...].
 
-    H(Y|X) = −Σ_xy p(x, y) log p(y|x) = H(X, Y) − H(X),  p(y|x) = p(x, y)/Σ_y p(x, y).
-    Gradient: ∂H/∂p(x, y) = −log p(y|x), and 0 at p(x, y) = 0.
+    H(Y|X) = −Σ_xy p(x, y) log p(y|x) = H(X, Y) − H(X), where p(y|x) = p(x, y)/Σ_y p(x, y).
+    Gradient: ∂H/∂p(x, y) = −log p(y|x), or 0 at p(x, y) = 0.
 
-    For H(X|Y), pass `jnp.swapaxes(joint, -1, -2)`.
+    To compute H(X|Y), pass `jnp.swapaxes(joint, -1, -2)`.
 
     Args:
         joint: [..., x, y], probabilities, which need not sum to 1.
@@ -39,7 +41,7 @@ def conditional_entropy(joint: ArrayLike, *, base: ArrayLike = math.e, where: Ar
         where: [...], True for examples that count.
 
     Returns:
-        [...], ≥ 0, float32, or float64 if `joint` is float64.
+        [...], ≥ 0; float32, or float64 if `joint` is float64.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -80,16 +82,17 @@ def _conditional_surprise(p: Array, zero: Array) -> Array:
 def conditional_entropy_from_logits(joint_logits: ArrayLike, *, base: ArrayLike = math.e, where: ArrayLike | None = None) -> Array:
     """`conditional_entropy` H(Y|X) of a softmax over pairs (x, y) per example, shape [...].
 
-    H(Y|X) = Σ_xy p(x, y)·v(x, y) with v = −log p(y|x) = lse_y(z) − z.
+    H(Y|X) = Σ_xy p(x, y)·v(x, y) with v = −log p(y|x) = lse_y(z) − z. Here z are the logits, p is their softmax, and lse_y is the
+    log-sum-exp over y.
     Gradient: ∂H/∂z(x, y) = p(x, y)(v(x, y) − H).
 
     Args:
-        joint_logits: [..., x, y], unnormalized log-probabilities of a distribution over both axes together.
+        joint_logits: [..., x, y], unnormalized log-probabilities of the pairs (x, y).
         base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
         where: [...], True for examples that count.
 
     Returns:
-        [...], ≥ 0, float32, or float64 if `joint_logits` are float64.
+        [...], ≥ 0; float32, or float64 if `joint_logits` are float64.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -111,8 +114,8 @@ def conditional_entropy_from_logits(joint_logits: ArrayLike, *, base: ArrayLike 
 def mutual_information(joint: ArrayLike, *, base: ArrayLike = math.e, where: ArrayLike | None = None) -> Array:
     """Mutual information I(X; Y) of a joint distribution per example, shape [...].
 
-    I(X; Y) = Σ_xy p(x, y) log(p(x, y)·s/(p(x)·p(y))) = D(p(x, y)‖p(x)·p(y)/s) ≥ 0,  s = Σ p.
-    Gradient: ∂I/∂p(x, y) = log(p(x, y)·s/(p(x)·p(y))), and 0 at p(x, y) = 0.
+    I(X; Y) = Σ_xy p(x, y) log(p(x, y)·s/(p(x)·p(y))) = D(p(x, y)‖p(x)·p(y)/s) ≥ 0, where s = Σ p.
+    Gradient: ∂I/∂p(x, y) = log(p(x, y)·s/(p(x)·p(y))), or 0 at p(x, y) = 0.
 
     Args:
         joint: [..., x, y], probabilities, which need not sum to 1.
@@ -120,7 +123,7 @@ def mutual_information(joint: ArrayLike, *, base: ArrayLike = math.e, where: Arr
         where: [...], True for examples that count.
 
     Returns:
-        [...], ≥ 0, float32, or float64 if `joint` is float64.
+        [...], ≥ 0; float32, or float64 if `joint` is float64.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -203,15 +206,15 @@ def mutual_information_from_logits(joint_logits: ArrayLike, *, base: ArrayLike =
     """`mutual_information` I(X; Y) of a softmax over pairs (x, y) per example, shape [...].
 
     I(X; Y) = Σ_xy p(x, y)·d(x, y) with d = log(p(x, y)/(p(x)·p(y))).
-    Gradient: ∂I/∂z(x, y) = p(x, y)(d(x, y) − I).
+    Gradient: ∂I/∂z(x, y) = p(x, y)(d(x, y) − I), where z are the logits.
 
     Args:
-        joint_logits: [..., x, y], unnormalized log-probabilities of a distribution over both axes together.
+        joint_logits: [..., x, y], unnormalized log-probabilities of the pairs (x, y).
         base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
         where: [...], True for examples that count.
 
     Returns:
-        [...], ≥ 0, float32, or float64 if `joint_logits` are float64.
+        [...], ≥ 0; float32, or float64 if `joint_logits` are float64.
 
     Raises:
         TypeError: an argument has the wrong dtype.

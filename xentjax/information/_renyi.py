@@ -2,15 +2,16 @@
 
 Let β = α − 1, w = Σ p, S = Σ p^α q^(1−α) and R = log(S/w)/β. Then D = w·R + Σ(q − p).
 
-If p and q are nearly equal, S/w is near 1 and log(S/w) has few correct digits. Let
+If p and q are nearly equal, S/w is near 1 and log(S/w) has few correct digits. So the code uses another formula. Let
 
     E = Σ [p^α q^(1−α) − p − β(p − q)]/β,
 
-whose terms are not negative, and Y = (S/w − 1)/β = (E − Σ(q − p))/w. Then R = log1p(βY)/β and D = E − w(e^(βR) − 1 − βR)/β. Both are
-smooth at β = 0.
+a sum of terms that are never negative, and let Y = (S/w − 1)/β = (E − Σ(q − p))/w. Then R = log1p(βY)/β and
+D = E − w(e^(βR) − 1 − βR)/β. Both formulas are smooth at β = 0.
 
-With G(x, y, t) = y − x − x·t (`_distributions.kl_term`), the terms of E are G(x, y, t) − x(e^(at) − 1 − at)/a for x = p, y = q, t = −d and
-a = 1 − α. For α < 1/2, this difference cancels. There the terms are α/(1 − α) times the same expression for x = q, y = p, t = d and a = α.
+With G(x, y, t) = y − x − x·t (`_distributions.kl_term`), each term of E is G(x, y, t) − x(e^(at) − 1 − at)/a for x = p, y = q, t = −d and
+a = 1 − α. For α < 1/2, this difference cancels. The same term of E is then α/(1 − α) times the same expression for x = q, y = p, t = d and
+a = α.
 """
 
 import functools
@@ -30,24 +31,24 @@ def renyi_divergence(
 ) -> Array:
     """Rényi divergence of order α per example, shape [...].
 
-    D_α(p‖q) = log(Σ_k p_k^α q_k^(1−α))/(α − 1) if p and q sum to 1. In general, with w = Σ p, it is
-    w·log(Σ_k p_k^α q_k^(1−α)/w)/(α − 1) − w + Σ q.
-    Gradient: with S = Σ p^α q^(1−α), ∂D/∂p_k = log(S/w)/(α − 1) + (α·w·(p_k/q_k)^(α−1)/S − 1)/(α − 1) − 1;
-    ∂D/∂q_k = 1 − w·(p_k/q_k)^α/S;  0 where that is infinite.
+    If p and q sum to 1, D_α(p‖q) = log(Σ_k p_k^α q_k^(1−α))/(α − 1). In general, let w = Σ p. Then
+    D_α(p‖q) = w·log(Σ_k p_k^α q_k^(1−α)/w)/(α − 1) − w + Σ q.
+    Gradient: let S = Σ p^α q^(1−α). Then ∂D/∂p_k = log(S/w)/(α − 1) + (α·w·(p_k/q_k)^(α−1)/S − 1)/(α − 1) − 1 and
+    ∂D/∂q_k = 1 − w·(p_k/q_k)^α/S. A derivative that would be infinite is 0.
 
-    The divergence is ≥ 0 and nondecreasing in α. At α = 1 it is `kl_divergence`, and it is smooth there. It is +∞ if p and q have no
-    class in common, and for α ≥ 1 if p_k > 0 = q_k for some class.
+    The divergence is ≥ 0 and nondecreasing in α. At α = 1, it equals `kl_divergence` and is smooth in α. It is +∞ if p and q have no class
+    in common. For α ≥ 1, it is also +∞ if some class has p_k > 0 and q_k = 0.
 
     Args:
         p: [..., classes], probabilities, which need not sum to 1.
         q: [..., classes], probabilities, with the shape of `p`.
-        alpha: scalar α > 0, the order. A traced α may be equal or close to 1 as well.
+        alpha: scalar α > 0, the order. It may be traced, and it may be equal to 1 or close to 1.
         base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
         axis: class axis of `p` and `q`.
         where: [...], True for examples that count.
 
     Returns:
-        [...], ≥ 0, float32, or float64 if `p` or `q` is float64.
+        [...], ≥ 0; float32, or float64 if `p` or `q` is float64.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -136,21 +137,22 @@ def renyi_divergence_from_logits(
     axis: int = -1,
     where: ArrayLike | None = None,
 ) -> Array:
-    """`renyi_divergence` of order α of p = softmax(p_logits) and q = softmax(q_logits), shape [...].
+    """`renyi_divergence` of order α for p = softmax(p_logits) and q = softmax(q_logits), shape [...].
 
-    D_α = log(Σ_k p_k^α q_k^(1−α))/(α − 1), and D(p‖q) at α = 1.
-    Gradient: with r = p^α q^(1−α)/Σ p^α q^(1−α) and z, y the logits of p, q, ∂D/∂z = α(r − p)/(α − 1);  ∂D/∂y = q − r.
+    D_α = log(Σ_k p_k^α q_k^(1−α))/(α − 1). At α = 1, it equals the Kullback–Leibler divergence D(p‖q).
+    Gradient: let z be the logits of p, y the logits of q, and r = p^α q^(1−α)/Σ p^α q^(1−α). Then ∂D/∂z = α(r − p)/(α − 1) and
+    ∂D/∂y = q − r.
 
     Args:
         p_logits: [..., classes], unnormalized log-probabilities.
         q_logits: [..., classes], unnormalized log-probabilities, with the shape of `p_logits`.
-        alpha: scalar α > 0, the order. A traced α may be equal or close to 1 as well.
+        alpha: scalar α > 0, the order. It may be traced, and it may be equal to 1 or close to 1.
         base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
         axis: class axis of both logits.
         where: [...], True for examples that count.
 
     Returns:
-        [...], ≥ 0, float32, or float64 if either argument is float64.
+        [...], ≥ 0; float32, or float64 if either argument is float64.
 
     Raises:
         TypeError: an argument has the wrong dtype.

@@ -15,21 +15,24 @@ from xentjax.metrics import _counts, _examples
 
 class _Fields(NamedTuple):
     counts: Array
-    """[..., bins], the number of examples or the sum of their weights; int32, or floating with weights."""
+    """[..., bins], the number of examples, or the sum of their weights; int32, or floating with weights."""
     hits: Array
-    """[..., bins], the same, of the examples whose label was predicted."""
+    """[..., bins], the number or the weight of the examples whose label was predicted; the dtype of `counts`."""
     confidences: Array
-    """[..., bins], Σ w·confidence; floating."""
+    """[..., bins], Σ w·confidence over the examples of the bin; floating."""
     invalid: Array
     """[...], the number of examples with an out-of-range label, a NaN logit, or no possible class; int32."""
 
 
 class Calibration(sums.RunningSum, _Fields):
-    """Sums of a reliability diagram per bin of confidence, each of shape [..., bins].
+    """Sums for a reliability diagram, one number per bin of confidence, shape [..., bins].
 
-    Bin b of B holds the examples with confidence in (b/B, (b + 1)/B]. The diagram consists of `confidence()`, `accuracy()` and `counts`. A
-    `Calibration` is added over batches (`+`), is summed over devices (`psum`), and has a method for each figure. Figures are float32, or
-    float64 for float64 logits. They have the leading axes that `jax.vmap` gave the sums. All figures are NaN if an example was invalid.
+    There are B bins. Bin b holds the examples with a confidence in (b/B, (b + 1)/B]. A reliability diagram shows `confidence()`,
+    `accuracy()` and `counts` of each bin. Use `+` to add `Calibration`s of different batches, and `psum` to add them over devices.
+
+    Each method returns a metric. Metrics have the leading axes that `jax.vmap` gave the sums. If an example was invalid, all metrics are
+    NaN. Metrics are float32, or float64 if logits or weights are float64. The exception is `accuracy()`, which is float64 only if weights
+    are float64.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -42,19 +45,19 @@ class Calibration(sums.RunningSum, _Fields):
     """
 
     def accuracy(self) -> Array:
-        """hits_b / counts_b, [..., bins]; 0 in an empty bin."""
+        """Accuracy in each bin, hits_b / counts_b, shape [..., bins]; 0 in an empty bin."""
         return _figures(self)[0]
 
     def confidence(self) -> Array:
-        """confidences_b / counts_b, [..., bins]; 0 in an empty bin."""
+        """Mean confidence in each bin, confidences_b / counts_b, shape [..., bins]; 0 in an empty bin."""
         return _figures(self)[1]
 
     def expected_calibration_error(self) -> Array:
-        """Σ_b counts_b |accuracy_b − confidence_b| / Σ_b counts_b, [...]."""
+        """Expected calibration error, Σ_b counts_b |accuracy_b − confidence_b| / Σ_b counts_b, shape [...]."""
         return _figures(self)[2]
 
     def maximum_calibration_error(self) -> Array:
-        """max_b |accuracy_b − confidence_b|, [...]."""
+        """Maximum calibration error, max_b |accuracy_b − confidence_b|, shape [...]."""
         return _figures(self)[3]
 
 
@@ -80,25 +83,26 @@ def calibration(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Calibration:
-    """Sums of confidences and of hits in bins of equal width, over all examples, shape [bins].
+    """Counts of examples, hits and sums of confidence in bins of equal width, each of shape [bins].
 
-    confidence = max_k p_k with p = softmax(z), and hit = [argmax_k z_k = y]. An example belongs to bin b = ⌈bins·confidence⌉ − 1.
-    Gradient: 0 with respect to `logits`, which are behind `stop_gradient`. For the weight w of an example in bin b: ∂counts_b/∂w = 1,
-    ∂hits_b/∂w = hit and ∂confidences_b/∂w = confidence.
+    An example with logits z and label y has confidence = max_k p_k, with p = softmax(z), and hit = [argmax_k z_k = y]. It belongs to bin
+    b = ⌈bins·confidence⌉ − 1. Sums run over all examples.
+    Gradient: 0 with respect to `logits`, which are behind `stop_gradient`. Let w be the weight of an example in bin b. Then
+    ∂counts_b/∂w = 1, ∂hits_b/∂w = hit and ∂confidences_b/∂w = confidence.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.
-        labels: [...], class indices.
-        bins: number of bins that divide (0, 1].
-        weights: [...], w ≥ 0; None counts each example once.
+        labels: [...] class indices.
+        bins: number of bins of equal width in (0, 1], at least 1.
+        weights: [...], w ≥ 0; None gives each example the weight 1.
         axis: class axis of `logits`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
         class_mask: [classes] or [..., classes], True for classes that exist.
         where: [...], True for examples that count.
 
     Returns:
-        `Calibration`. Counts and hits are int32. With `weights`, they are float32, or float64 for float64 weights. Confidences are float32,
-        or float64 for float64 logits.
+        `Calibration`. The fields `counts` and `hits` are int32. With `weights`, they are float32, or float64 for float64 weights. The field
+        `confidences` is float32, or float64 for float64 logits.
 
     Raises:
         TypeError: an argument has the wrong dtype, or `labels` are soft labels.

@@ -1,4 +1,4 @@
-"""The confusion matrix and its figures. Shared conventions are documented in `xentjax.metrics`."""
+"""The confusion matrix and its metrics. Shared conventions are documented in `xentjax.metrics`."""
 
 import functools
 from typing import Literal, NamedTuple, get_args
@@ -17,7 +17,7 @@ Average = Literal["micro", "macro", "weighted"]
 
 class _Fields(NamedTuple):
     counts: Array
-    """[..., classes, classes], one row per true class, one column per predicted class; int32, or floating sums of weights."""
+    """[..., classes, classes], one row per true class and one column per predicted class; int32, or floating sums of weights."""
     invalid: Array
     """[...], the number of examples with an out-of-range label or prediction; int32."""
 
@@ -25,15 +25,18 @@ class _Fields(NamedTuple):
 class Confusion(sums.RunningSum, _Fields):
     """Counts of pairs (true class, predicted class), shape [..., classes, classes].
 
-    A `Confusion` is added over batches (`+`), is summed over devices (`psum`), and has a method for each figure. With n the counts,
-    true_k = Σ_j n_kj and predicted_k = Σ_j n_jk. `precision`, `recall` and `f1` give one figure per class, or an average:
+    Use `+` to add `Confusion`s of different batches, and `psum` to add them over devices. In the formulas, n_kj is the count of
+    examples of true class k that were predicted as class j. The sums are true_k = Σ_j n_kj and predicted_k = Σ_j n_jk.
 
-    - `average="micro"`: the ratio of the sums over classes;
-    - `average="macro"`: the mean over the classes that occur as a true or a predicted class;
-    - `average="weighted"`: the mean over classes, weighted by true_k.
+    Each method returns a metric. `precision`, `recall` and `f1` return one value per class, or one of three averages:
 
-    All figures equal scikit-learn's of the same name, with 0/0 = 0 (`zero_division=0`). They are float32, or float64 for float64 counts.
-    They have the leading axes that `jax.vmap` gave the counts. All are NaN if an example was invalid. Gradient: 0 by the predictions.
+    - `average="micro"`: numerator and denominator are first summed over all classes.
+    - `average="macro"`: the mean over all classes that occur as a true class or as a predicted class.
+    - `average="weighted"`: the mean over all classes, weighted by true_k.
+
+    Each metric equals the metric of the same name in scikit-learn, with 0/0 = 0 (`zero_division=0`). Metrics are float32, or float64 for
+    float64 counts. Metrics have the leading axes that `jax.vmap` gave the counts. If an example was invalid, all metrics are NaN.
+    Gradient: 0 with respect to the predictions.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -44,23 +47,23 @@ class Confusion(sums.RunningSum, _Fields):
     """
 
     def accuracy(self) -> Array:
-        """Σ_k n_kk / Σ_kj n_kj, [...]."""
+        """Accuracy, Σ_k n_kk / Σ_kj n_kj, shape [...]."""
         return _figure(self, "recall", "micro")
 
     def balanced_accuracy(self) -> Array:
-        """The mean recall over the classes that occur as labels, [...]."""
+        """Mean recall over all classes that occur as labels, shape [...]."""
         return _figure(self, "recall", "balanced")
 
     def precision(self, average: Average | None = None) -> Array:
-        """n_kk / predicted_k per class [..., classes], or its average [...]."""
+        """Precision n_kk / predicted_k of each class, shape [..., classes], or an average, shape [...]."""
         return _figure(self, "precision", _average("precision", average))
 
     def recall(self, average: Average | None = None) -> Array:
-        """n_kk / true_k per class [..., classes], or its average [...]."""
+        """Recall n_kk / true_k of each class, shape [..., classes], or an average, shape [...]."""
         return _figure(self, "recall", _average("recall", average))
 
     def f1(self, average: Average | None = None) -> Array:
-        """2 n_kk / (true_k + predicted_k) per class [..., classes], or its average [...]."""
+        """F1 score 2 n_kk / (true_k + predicted_k) of each class, shape [..., classes], or an average, shape [...]."""
         return _figure(self, "f1", _average("f1", average))
 
 
@@ -97,23 +100,23 @@ def confusion(
     weights: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Confusion:
-    """How often each class was predicted for each true class, counts of shape [classes, classes].
+    """Confusion matrix: counts of pairs (true class, predicted class), shape [classes, classes].
 
-    n_kj = Σ_i w_i [labels_i = k] [predictions_i = j] over all examples i, as in scikit-learn's `confusion_matrix`.
+    n_kj = Σ_i w_i [labels_i = k] [predictions_i = j]. The sum is over all examples i, as in scikit-learn's `confusion_matrix`.
     Gradient: ∂n_kj/∂w_i = [labels_i = k] [predictions_i = j].
 
     Args:
-        predictions: [...], class indices (`logits.argmax(-1)`), or decisions (`logits > 0`) for two classes.
-        labels: [...], class indices, or booleans for two classes.
-        classes: number of classes.
-        weights: [...], w ≥ 0; None counts each example once.
+        predictions: [...] class indices, such as `logits.argmax(-1)`, or for two classes [...] booleans, such as `logits > 0`.
+        labels: [...] class indices, or for two classes [...] booleans.
+        classes: number of classes, at least 1.
+        weights: [...], w ≥ 0; None gives each example the weight 1.
         where: [...], True for examples that count.
 
     Returns:
-        `Confusion`. Counts are int32. With `weights`, they are float32, or float64 for float64 weights.
+        `Confusion`. Its counts are int32. With `weights`, they are float32, or float64 for float64 weights.
 
     Raises:
-        TypeError: an argument has the wrong dtype, for example logits in place of `predictions`.
+        TypeError: an argument has the wrong dtype, for example because `predictions` are logits.
         ValueError: an argument has the wrong shape, or `classes` is below 1.
 
     Example:

@@ -1,4 +1,4 @@
-"""Parts that several metrics share: checks of arguments, counts over examples, and the last step in computing a figure."""
+"""Parts that several metrics share: argument checks, counts over examples, and NaN for metrics of invalid examples."""
 
 import functools
 

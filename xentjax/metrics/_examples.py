@@ -22,24 +22,25 @@ def accuracy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Accuracy per example: 1 if the label has the largest logit, else 0, shape [...].
+    """Accuracy per example, shape [...].
 
-    hit = 1 if y = argmax_k z_k, else 0. Gradient: 0.
+    accuracy = 1 if y = argmax_k z_k, else 0, where z are the logits and y is the label.
+    Gradient: 0.
 
-    If several classes share the largest logit, only the first of them is predicted, as by `jnp.argmax`. `top_k_accuracy` and
-    `RowStatistics.correct` have other rules for ties, which `xentjax.metrics` lists. A label of probability 0 (its logit is −∞, or its
-    class is outside `class_mask`) is never a hit.
+    If several classes share the largest logit, the first of these classes is predicted, as in `jnp.argmax`. `top_k_accuracy` and
+    `RowStatistics.correct` have other rules for ties, which are listed in `xentjax.metrics`. If the label has probability 0, the
+    accuracy is 0. Such a label has a logit of −∞, or `class_mask` is False for its class.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.
-        labels: [...], class indices.
+        labels: [...] class indices.
         axis: class axis of `logits`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
         class_mask: [classes] or [..., classes], True for classes that exist.
         where: [...], True for examples that count.
 
     Returns:
-        [...], float32, or float64 if `logits` are float64; NaN for an out-of-range label or a NaN logit.
+        [...], float32, or float64 if `logits` are float64. NaN for an out-of-range label or a NaN logit.
 
     Raises:
         TypeError: an argument has the wrong dtype, or `labels` are soft labels.
@@ -98,25 +99,27 @@ def top_k_accuracy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Top-k accuracy per example: 1 if the label is among the k largest logits, else 0, shape [...].
+    """Top-k accuracy per example, shape [...].
 
-    hit = 1 if #{j: z_j > z_y} + #{j > y: z_j = z_y} < k, else 0. Gradient: 0.
+    accuracy = 1 if #{j: z_j > z_y} + #{j > y: z_j = z_y} < k, else 0, where z are the logits and y is the label.
+    Gradient: 0.
 
-    Among classes with equal logits, the last is ranked first, as in scikit-learn's `top_k_accuracy_score`. So with ties, `k=1` is not the
-    same as `accuracy`, which predicts the first of them, as `jnp.argmax` does. A label of probability 0 (its logit is −∞, or its class is
-    outside `class_mask`) is never a hit.
+    The value is 1 if the logit of the label is among the k largest logits. Among classes with equal logits, the last class is ranked first,
+    as in scikit-learn's `top_k_accuracy_score`. `accuracy` predicts the first of these classes, as `jnp.argmax` does. So with ties,
+    `top_k_accuracy` with `k=1` can differ from `accuracy`. If the label has probability 0, the value is 0. Such a label has a logit of −∞,
+    or `class_mask` is False for its class.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.
-        labels: [...], class indices.
-        k: number of classes that are predicted, at least 1.
+        labels: [...] class indices.
+        k: number of predicted classes, at least 1.
         axis: class axis of `logits`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
         class_mask: [classes] or [..., classes], True for classes that exist.
         where: [...], True for examples that count.
 
     Returns:
-        [...], float32, or float64 if `logits` are float64; NaN for an out-of-range label or a NaN logit.
+        [...], float32, or float64 if `logits` are float64. NaN for an out-of-range label or a NaN logit.
 
     Raises:
         TypeError: an argument has the wrong dtype, `labels` are soft labels, or `k` is not an integer.
@@ -145,13 +148,14 @@ def brier_score(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Squared distance of the predicted distribution from the labels per example, shape [...].
+    """Brier score per example, shape [...].
 
-    score = Σ_k (p_k − t_k)² with p = softmax(z) and labels t; in [0, 2] for class indices.
+    score = Σ_k (p_k − t_k)² with logits z, p = softmax(z) and labels t. An index y stands for the one-hot distribution [k = y], and its
+    score is in [0, 2].
     Gradient: ∂score/∂z_j = 2 p_j (p_j − t_j − Σ_k p_k (p_k − t_k)) and ∂score/∂t = 2 (t − p).
 
-    The mean equals scikit-learn's `brier_score_loss` with `scale_by_half=False`. For two classes, scikit-learn's default is half of this
-    mean.
+    The mean score equals scikit-learn's `brier_score_loss` with `scale_by_half=False`. For two classes, scikit-learn by default returns
+    half of this mean.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.
@@ -204,9 +208,10 @@ def negative_log_likelihood(
 ) -> Array:
     """Negative log-likelihood of the label per example, shape [...].
 
-    nll = −log p_y with p = softmax(z); for soft labels t, nll = −Σ_k t_k log p_k. Gradient: ∂nll/∂z = s·p − t with s = Σ_k t_k.
+    For logits z and a class index y, nll = −log p_y with p = softmax(z). For soft labels t, nll = −Σ_k t_k log p_k.
+    Gradient: ∂nll/∂z = s·p − t with s = Σ_k t_k. For an index y, t is the one-hot distribution [k = y].
 
-    This is `xentjax.softmax_cross_entropy` with default options.
+    The result equals `xentjax.softmax_cross_entropy` with default options.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.
@@ -217,7 +222,7 @@ def negative_log_likelihood(
         where: [...], True for examples that count.
 
     Returns:
-        [...], in nats, float32, or float64 if `logits` are float64.
+        [...], in nats; float32, or float64 if `logits` are float64.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -238,12 +243,14 @@ def negative_log_likelihood(
 
 
 def perplexity(losses: WeightedSum) -> Array:
-    """Perplexity of a weighted sum of losses, shape [] or the shape of the sum.
+    """Perplexity of a weighted sum of losses, shape [] or the shape of `losses.total`.
 
-    perplexity = exp(Σ w·nll / Σ w); 1 if no example counts. Gradient: ∂perplexity/∂nll_i = perplexity·w_i/Σ w.
+    perplexity = exp(Σ w·nll / Σ w), where nll are the losses and w are the weights. It is 1 if no example counts.
+    Gradient: ∂perplexity/∂nll_i = perplexity·w_i/Σ w.
 
-    Perplexity is the number of equally likely classes that would have the same mean loss. A mean of perplexities is not a perplexity. So
-    the argument is a pair of sums, which can first be added over batches and devices.
+    Perplexity is the number of equally likely classes that would have the same mean loss. The mean of the perplexities of several batches
+    is not the perplexity of all their examples. So the argument is a `WeightedSum`. Add the weighted sums of all batches
+    and devices before the call.
 
     Args:
         losses: weighted sum of losses in nats, from `xentjax.weighted_sum`.

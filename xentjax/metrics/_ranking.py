@@ -1,4 +1,4 @@
-"""How well scores rank positives above negatives. Shared conventions are documented in `xentjax.metrics`."""
+"""Metrics of how well scores rank positives above negatives. Shared conventions are documented in `xentjax.metrics`."""
 
 import functools
 import math
@@ -17,25 +17,27 @@ from xentjax.metrics import _counts
 
 class _Fields(NamedTuple):
     positives: Array
-    """[..., points], the number of examples with label 1 at each point of the grid; int32, or floating sums of weights."""
+    """[..., points], the number of examples with label 1 at each grid point; int32, or floating sums of weights."""
     negatives: Array
-    """[..., points], the same, of the examples with label 0."""
+    """[..., points], the number of examples with label 0 at each grid point; the dtype of `positives`."""
     invalid: Array
     """[...], the number of examples with a label other than 0 and 1, or with a NaN score; int32."""
 
 
 class Ranking(sums.RunningSum, _Fields):
-    """Counts of positives and negatives on a grid of scores, each of shape [..., points].
+    """Counts of positives and of negatives on a grid of scores, each of shape [..., points].
 
-    With p_g and n_g the shares of positives and of negatives at grid point g,
+    A positive has label 1 and a negative has label 0. Let p_g be the share of all positives at grid point g, and n_g the share of all
+    negatives at g. Then
 
         auroc = Σ_g p_g (Σ_{h<g} n_h + n_g/2)        |auroc − exact| ≤ auroc_error = ½ Σ_g p_g n_g
 
-    The error is bounded because only pairs at the same grid point are indistinguishable, and each of these counts as half. If all scores
-    lie on the grid, such pairs are true ties, and the result is exact.
+    A pair of a positive and a negative at different grid points is ranked exactly. A pair at the same grid point counts as half, so its
+    error is at most ½. If all scores lie on the grid, pairs at the same point are true ties, and the result is exact.
 
-    A `Ranking` is added over batches (`+`), is summed over devices (`psum`), and has a method for each figure. Figures are float32, or
-    float64 for float64 counts. They have the leading axes that `jax.vmap` gave the counts. All figures are NaN if an example was invalid.
+    Use `+` to add `Ranking`s of different batches, and `psum` to add them over devices. Each method returns a metric. Metrics are
+    float32, or float64 for float64 counts. Metrics have the leading axes that `jax.vmap` gave the counts. If an example was invalid, all
+    metrics are NaN.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -46,11 +48,11 @@ class Ranking(sums.RunningSum, _Fields):
     """
 
     def auroc(self) -> Array:
-        """The area under the ROC curve of the scores on the grid, [...]."""
+        """Area under the ROC curve of the scores rounded to the grid, shape [...]."""
         return _figures(self)[0]
 
     def auroc_error(self) -> Array:
-        """The largest possible difference between `auroc` and the area under the ROC curve of the exact scores, [...]."""
+        """Upper bound on the difference between `auroc` and the area under the ROC curve of the exact scores, shape [...]."""
         return _figures(self)[1]
 
 
@@ -80,23 +82,24 @@ def ranking(
     weights: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Ranking:
-    """Histograms of the scores of positives and of negatives, counts of shape [points].
+    """Two histograms, of the scores of positives and of the scores of negatives, each of shape [points].
 
-    Each score is counted at the nearest grid point low + g·(high − low)/(points − 1), g = 0, …, points − 1. A score outside [low, high] is
-    counted at the nearer end. Results can be added over batches and devices before the AUROC is computed; `Ranking` has its formula.
-    Gradient: 0 with respect to `scores`. A weight has the derivative 1 at the grid point of its example.
+    The grid points are low + g·(high − low)/(points − 1) for g = 0, …, points − 1. Each score is counted at the nearest grid point. A score
+    outside [low, high] is counted at the nearer end. Results can be added over batches and devices. `Ranking` then computes the AUROC.
+    Gradient: 0 with respect to `scores`. The count at the grid point of an example has derivative 1 with respect to the weight of the
+    example.
 
     Args:
-        scores: [...], larger for positives: probabilities, or logits if `low` and `high` fit their range.
+        scores: [...], probabilities or other numbers that should be larger for positives. For logits, set `low` and `high` to their range.
         labels: [...], booleans, or the integers 0 and 1.
         low: first grid point, a Python number.
         high: last grid point, a Python number above `low`.
         points: number of grid points, at least 2.
-        weights: [...], w ≥ 0; None counts each example once.
+        weights: [...], w ≥ 0; None gives each example the weight 1.
         where: [...], True for examples that count.
 
     Returns:
-        `Ranking`. Counts are int32. With `weights`, they are float32, or float64 for float64 weights.
+        `Ranking`. Its counts are int32. With `weights`, they are float32, or float64 for float64 weights.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -140,20 +143,21 @@ def auroc(scores: ArrayLike, labels: ArrayLike, *, weights: ArrayLike | None = N
     auroc = Σ_{i: y_i=1} Σ_{j: y_j=0} w_i w_j ([s_i > s_j] + ½ [s_i = s_j]) / (Σ_{i: y_i=1} w_i · Σ_{j: y_j=0} w_j).
     Gradient: 0 with respect to `scores`.
 
-    This is the probability that a positive has a larger score than a negative; ties count as half. It equals scikit-learn's
-    `roc_auc_score`. It is 0 if there are no positives or no negatives.
+    Here s_i are the scores, y_i are the labels and w_i are the weights. The AUROC is the probability that a random positive (label 1) has a
+    larger score than a random negative (label 0). A tie counts as half. The AUROC equals scikit-learn's `roc_auc_score`. It is 0 if there
+    are no positives or no negatives.
 
-    `auroc` sorts all scores, so one device must hold all examples. Results of `ranking` can be added over batches and devices. For one
-    figure per class, use `jax.vmap(auroc, in_axes=-1)(scores, one_hot)`.
+    `auroc` sorts all scores, so one device must hold all examples. For several batches or devices, use `ranking`, whose results can be
+    added. To compute one AUROC per class, use `jax.vmap(auroc, in_axes=-1)(scores, one_hot)`.
 
     Args:
-        scores: [...], larger for positives: logits, probabilities, or any other numbers that can be ranked.
+        scores: [...], logits, probabilities or other numbers that should be larger for positives.
         labels: [...], booleans, or the integers 0 and 1.
         weights: [...], w ≥ 0; None gives each example the weight 1.
         where: [...], True for examples that count.
 
     Returns:
-        [], float32, or float64 if `scores` are float64; NaN for a label other than 0 and 1, or for a NaN score.
+        [], float32, or float64 if `scores` or `weights` are float64. NaN for a label other than 0 and 1, or for a NaN score.
 
     Raises:
         TypeError: an argument has the wrong dtype.

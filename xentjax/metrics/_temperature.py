@@ -27,32 +27,32 @@ def fit_temperature(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """The temperature T for which logits / T fit the labels best, shape [], in [1/1024, 1024].
+    """Temperature T in [1/1024, 1024] for which logits / T fit the labels best, shape [].
 
-    T = argmin Σ_i w_i (−log softmax(z_i/T)_{y_i}) over all examples i.
+    T minimizes Σ_i w_i (−log softmax(z_i/T)_{y_i}), where example i has logits z_i, label y_i and weight w_i.
     Gradient: 0. The result is behind `stop_gradient`, because the temperature is a constant that was fitted on held-out examples.
 
-    The sum is convex in β = 1/T. With p = softmax(βz), its slope is Σ w (E_p[z] − z_y) and its curvature is Σ w Var_p[z]. Newton's method
-    finds the root of the slope within a bracket. If a Newton step would leave the bracket, or is more than half as long as the previous
-    step, the bracket is halved (in log β) instead.
+    The sum is a convex function of β = 1/T. Let p = softmax(βz). The slope of the sum is Σ w (E_p[z] − z_y), and the curvature is
+    Σ w Var_p[z]. Newton's method finds the root of the slope within a bracket. A Newton step is rejected if it would leave the bracket or
+    if it is more than half as long as the previous step. In that case, the bracket is halved in log β instead.
 
-    If every label has the largest logit, more confidence is always better, and T is the lower bound 1/1024. If the logits are no better
-    than chance, less confidence is always better, and T is the upper bound 1024. If T does not matter (no examples, equal logits), T is 1.
+    If every label has the largest logit, a smaller T always fits better, and the result is the lower bound 1/1024. If the logits are no
+    better than chance, a larger T always fits better, and the result is the upper bound 1024. If all T fit equally well, the result is 1.
+    This happens if no example counts, or if all logits of each example are equal.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities of examples that were not used for training.
-        labels: [...], class indices.
-        steps: maximum number of evaluations of slope and curvature; about 5 to 10 are usually enough. Each evaluation is one pass over
-            the logits.
+        labels: [...] class indices.
+        steps: maximum number of steps, at least 1. About 5 to 10 steps are usually enough. Each step reads all logits.
         weights: [...], w ≥ 0; None gives each example the weight 1.
-        batch_axis_name: mesh axis over which the examples are sharded, inside `jax.shard_map`; all devices then find the same temperature.
+        batch_axis_name: mesh axis over which the batch is sharded, inside `jax.shard_map`. All devices find the same temperature.
         axis: class axis of `logits`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
         class_mask: [classes] or [..., classes], True for classes that exist.
         where: [...], True for examples that count.
 
     Returns:
-        [], float32, or float64 if `logits` are float64; NaN for an out-of-range label, a NaN logit, or a label of probability 0.
+        [], float32, or float64 if `logits` are float64. NaN for an out-of-range label, a NaN logit, or a label of probability 0.
 
     Raises:
         TypeError: an argument has the wrong dtype, or `labels` are soft labels.
