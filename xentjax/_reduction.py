@@ -28,13 +28,13 @@ class _Pair(NamedTuple):
 
 
 class WeightedSum(sums.RunningSum, _Pair):
-    """The pair (Σ w·v, Σ w). Pairs are added over batches and devices, and divided once at the end.
+    """The pair (Σ w·v, Σ w). Pairs are added over batches and devices. At the end, Σ w·v is divided by Σ w once.
 
     Let A and B be the pairs of two batches. Then (A + B).mean() is the weighted mean over both batches, whatever their weights are.
 
-    `total` is Σ w·v. It may be a pytree, for example the gradients of Σ w·loss. `weight` is Σ w. `weighted_sum` returns both with the shape
-    of its `values` [...] without `axis`, or with shape [] if `axis` is None. `total` and `weight` may also be plain numbers. For the mean,
-    weights must be ≥ 0. A `WeightedSum` is a pytree.
+    `total` is Σ w·v. It may be a pytree, for example the gradients of Σ w·loss. `weight` is Σ w. In the result of `weighted_sum`,
+    both have the shape of `values` with `axis` removed, or shape [] if `axis` is None. `total` and `weight` may also be plain numbers. For
+    the mean, weights must be ≥ 0. A `WeightedSum` is a pytree.
 
     The sums do not drift. After 2⁴⁰ additions, the mean is within 4 eps of the exact quotient. The attribute `rest` keeps the rounding
     errors. It holds two more arrays for each array of `total` and `weight`, so a running sum of gradients takes three times the memory of
@@ -96,7 +96,7 @@ def weighted_sum(
     where: ArrayLike | None = None,
     axis: int | tuple[int, ...] | None = None,
 ) -> WeightedSum:
-    """The pair of sums Σ w·v and Σ w over `axis`, with the shape [...] of `values` without `axis`.
+    """The pair of sums Σ w·v and Σ w over `axis`. Both sums have the shape of `values` with `axis` removed.
 
     total = Σ w·v and weight = Σ w over the elements in `where`.
     Gradient: ∂total/∂v = w, ∂total/∂w = v and ∂weight/∂w = 1. Outside `where`, all gradients are 0.

@@ -340,7 +340,7 @@ def supervised_contrastive_loss(
     axis_name: str | tuple[str, ...] | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Supervised contrastive loss: cross-entropy of finding examples of the same label, shape [batch].
+    """Supervised contrastive loss: cross-entropy of identifying the other examples with the same label, shape [batch].
 
     loss_i = 1/|P_i|·Σ_{p∈P_i} −log(e^(s_ip/τ) / Σ_{k≠i} e^(s_ik/τ)), where P_i = {p ≠ i: labels_p = labels_i}.
     Gradient: ∂loss_i/∂s_ik = (p_ik − t_ik)/τ and ∂loss_i/∂τ = Σ_k (t_ik − p_ik)·s_ik/τ², where p_i = softmax(s_i/τ) over k ≠ i and

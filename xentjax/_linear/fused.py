@@ -189,7 +189,7 @@ def linear_softmax_cross_entropy(
     chunk_size: int | None = None,
     classes_first: bool = False,
 ) -> Array:
-    """Softmax cross-entropy of a linear layer, computed in chunks of examples, [] or [...].
+    """Softmax cross-entropy of a linear layer, computed in chunks of examples, shape [] or [...].
 
     value = Σ w·loss / Σ w ("mean"), where loss = `softmax_cross_entropy(z, labels)` and z = softcap·tanh((hidden·kernel + bias)/softcap).
     Without a softcap, z = hidden·kernel + bias.
@@ -197,7 +197,7 @@ def linear_softmax_cross_entropy(
     factor 1 − (z/softcap)².
 
     Args:
-        hidden: [..., features], activations. Matrix products are computed in their dtype.
+        hidden: [..., features], activations. Matrix products are computed in the dtype of `hidden`.
         kernel: [features, classes], or [classes, features] with `classes_first`.
         labels: [...] class indices, or [..., classes] soft labels.
         bias: [classes], added to the logits.
@@ -205,7 +205,7 @@ def linear_softmax_cross_entropy(
         weights: [...], one weight per example; with "mean", weights must be ≥ 0.
         reduction: "mean", "sum" or "none".
         label_smoothing: ε in [0, 1], the share of each label that is spread evenly over the classes that exist.
-        class_weights: [classes], ≥ 0; each weight multiplies the term of its class.
+        class_weights: [classes], ≥ 0. The weight of class k multiplies term k of the sum over classes in `softmax_cross_entropy`.
         z_loss: ζ ≥ 0, weight of the penalty lse(z)², which keeps the logits nearly normalized.
         softcap: > 0, a smooth bound on the absolute value of the logits; None: no bound.
         axis_name: mesh axis over which the classes of `kernel` are sharded, inside `jax.shard_map`. Class indices are global.

@@ -273,7 +273,7 @@ def inverse_frequency_weights(class_counts: ArrayLike) -> Array:
 
     w_k = Σ_j n_j/(K·n_k) for the K classes that have examples, and w_k = 0 for classes without examples. The mean weight of all training
     examples is 1.
-    Gradient: the derivative of this formula with respect to `class_counts` of a floating dtype.
+    Gradient: if `class_counts` have a floating dtype, the gradient is the derivative of the formula for w_k with respect to `class_counts`.
 
     Pass the weights as `class_weights` to a loss, or pass `weights[labels]` to `weighted_mean`.
 

@@ -151,7 +151,7 @@ def bootstrapped_cross_entropy(
     loss = β·(−log p_y) + (1 − β)·H(p). If `hard` is True, −log max_k p_k replaces H(p).
     Gradient: ∂loss/∂z_k = β(p_k − [k = y]) − (1 − β)·p_k·(log p_k + H(p)).
     If `hard` is True, ∂loss/∂z_k = β(p_k − [k = y]) + (1 − β)(p_k − h_k). Here h_k = 1 for the most probable class and h_k = 0 for other
-    classes. If n classes are most probable, h_k = 1/n for each of them.
+    classes. If n classes share the largest probability, h_k = 1/n for each of them.
 
     The prediction in the mixture is differentiated too. The paper uses β = 0.95 without `hard` and β = 0.8 with `hard`.
 
@@ -373,7 +373,7 @@ def normalized_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy divided by the sum of the cross-entropies of all classes per example, shape [...].
+    """Cross-entropy per example, divided by the sum of the cross-entropies of all classes, shape [...].
 
     loss = log p_y/Σ_j log p_j. The loss is in [0, 1]. If only one class exists, the loss is 0.
     Gradient: ∂loss/∂z_k = (p_k − [k = y] − loss·(K·p_k − 1))/S, where S = −Σ_j log p_j and K is the number of classes.

@@ -176,7 +176,8 @@ def entropy_from_logits(logits: ArrayLike, *, base: ArrayLike = math.e, axis: in
 def perplexity(p: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> Array:
     """Perplexity of a distribution per example, shape [...].
 
-    perplexity = e^H(p) with H(p) in nats, or 2^H(p) with H(p) in bits. If p sums to 1, it is between 1 and the number of classes.
+    perplexity = e^H(p) with H(p) in nats, or 2^H(p) with H(p) in bits. If p sums to 1, the perplexity is between 1 and the number of
+    classes.
     Gradient: ∂perplexity/∂p_k = −e^H (log p_k + 1), or 0 at p_k = 0.
 
     Perplexity is the number of equally likely classes that would have the same entropy. It does not depend on the unit of the entropy.

@@ -203,8 +203,9 @@ def _corrected(d: Array, p: Array, product: Array) -> Array:
 
 
 def mutual_information_from_logits(joint_logits: ArrayLike, *, base: ArrayLike = math.e, where: ArrayLike | None = None) -> Array:
-    """`mutual_information` I(X; Y) of a softmax over pairs (x, y) per example, shape [...].
+    """`mutual_information` I(X; Y) of the joint distribution softmax(joint_logits), shape [...].
 
+    The softmax of an example is over all pairs (x, y).
     I(X; Y) = Σ_xy p(x, y)·d(x, y) with d = log(p(x, y)/(p(x)·p(y))).
     Gradient: ∂I/∂z(x, y) = p(x, y)(d(x, y) − I), where z are the logits.
 

@@ -83,17 +83,17 @@ def calibration(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Calibration:
-    """Counts of examples, hits and sums of confidence in bins of equal width, each of shape [bins].
+    """Number of examples, number of hits and sum of confidences in bins of equal width, each of shape [bins].
 
     An example with logits z and label y has confidence = max_k p_k, with p = softmax(z), and hit = [argmax_k z_k = y]. It belongs to bin
-    b = ⌈bins·confidence⌉ − 1. Sums run over all examples.
+    b = ⌈bins·confidence⌉ − 1. Each sum includes all examples of its bin.
     Gradient: 0 with respect to `logits`, which are behind `stop_gradient`. Let w be the weight of an example in bin b. Then
     ∂counts_b/∂w = 1, ∂hits_b/∂w = hit and ∂confidences_b/∂w = confidence.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.
         labels: [...] class indices.
-        bins: number of bins of equal width in (0, 1], at least 1.
+        bins: number of bins, at least 1. The bins divide the interval (0, 1] into parts of equal width.
         weights: [...], w ≥ 0; None gives each example the weight 1.
         axis: class axis of `logits`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.

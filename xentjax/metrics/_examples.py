@@ -243,7 +243,7 @@ def negative_log_likelihood(
 
 
 def perplexity(losses: WeightedSum) -> Array:
-    """Perplexity of a weighted sum of losses, shape [] or the shape of `losses.total`.
+    """Perplexity of a weighted sum of losses, with the shape of `losses.total`. The shape is [] for a sum over all axes.
 
     perplexity = exp(Σ w·nll / Σ w), where nll are the losses and w are the weights. It is 1 if no example counts.
     Gradient: ∂perplexity/∂nll_i = perplexity·w_i/Σ w.
