@@ -153,7 +153,7 @@ def weighted_mean(
     axis: int | tuple[int, ...] | None = None,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Array:
-    """Weighted mean over `axis` and over devices, with the shape [...] of `values` without `axis`.
+    """Weighted mean over `axis` and over devices. It has the shape of `values` with `axis` removed.
 
     mean = Σ w·v / Σ w over the elements in `where`. If Σ w = 0, the mean and its gradient are exactly 0.
     Gradient: ∂mean/∂v = w/Σ w and ∂mean/∂w = (v − mean)/Σ w. Outside `where`, the gradient is 0.

@@ -53,7 +53,7 @@ def fuse_linear(
     has_aux: bool = False,
     classes_first: bool = False,
 ) -> Callable:
-    """Turn a loss of logits into a loss of hidden and kernel, computed in chunks, [] or [...].
+    """Turn a loss of logits into a loss of hidden and kernel, computed in chunks, shape [] or [...].
 
     The result is a function `fused_loss(hidden, kernel, *args, bias=None, where=None, weights=None)`. Let
     loss = `loss_fn(hidden @ kernel + bias, *args)`, and let w be the `weights`. `fused_loss` returns Σ w·loss / Σ w, shape [] ("mean"),

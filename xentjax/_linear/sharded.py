@@ -49,7 +49,7 @@ def fuse_linear_sharded(
     has_aux: bool = False,
     classes_first: bool = False,
 ) -> Callable:
-    """Turn a loss of logits into a loss of sharded hidden and kernel over a mesh, [] or [...].
+    """Turn a loss of logits into a loss of sharded hidden and kernel over a mesh, shape [] or [...].
 
     The result is a function `fused_loss(hidden, kernel, *args, bias=None, where=None, weights=None, **per_class)` of global arrays. It
     returns the value that `fuse_linear` returns on one device. The value is Σ w·loss / Σ w, shape [] ("mean"), Σ w·loss, shape [] ("sum"),

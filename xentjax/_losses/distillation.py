@@ -33,7 +33,7 @@ def distillation_loss(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Divergence between the predictions of a teacher and a student per example, shape [...].
+    """Divergence per example between the predictions of a teacher and a student, shape [...].
 
     With p = softmax(teacher/T) and q = softmax(student/T), the loss is
 

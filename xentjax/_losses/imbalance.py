@@ -27,7 +27,7 @@ def logit_adjusted_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy of the logits plus the log class frequencies per example, shape [...].
+    """Cross-entropy per example, with log class frequencies added to the logits, shape [...].
 
     loss = −log softmax(z + τ·log π)_y, where π_k is the frequency of class k. At τ = 1, this loss is also called balanced softmax.
     Gradient: ∂loss/∂z_k = softmax(z + τ·log π)_k − [k = y].

@@ -205,7 +205,7 @@ def mixture_of_logistics_nll(
     high: float = 1.0,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Negative log-probability of a discrete level under a mixture of logistics per example, shape [...].
+    """Negative log-probability of a discrete level under a mixture of logistics, one value per example, shape [...].
 
     The probability of a level is the integral of the mixture's density over the cell around the level:
 

@@ -25,7 +25,7 @@ def margin_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy of scaled cosines with a margin on the label's angle per example, shape [...].
+    """Cross-entropy of scaled cosines with a margin on the label's angle, one value per example, shape [...].
 
     loss = −log(e^(s·ψ)/(e^(s·ψ) + Σ_{k≠y} e^(s·cos θ_k))) with θ = arccos(cosines) and ψ = cos(m1·θ_y + m2) − m3.
     Gradient: let p be the softmax of the logits, which are s·ψ for the label and s·cos θ_k for every class k ≠ y. Then

@@ -25,7 +25,7 @@ def forward_corrected_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy between noisy labels and the prediction of noisy labels per example, shape [...].
+    """Cross-entropy per example between noisy labels and the predicted distribution of noisy labels, shape [...].
 
     loss = −log Σ_i p_i T_iy, where p is the predicted distribution of the true class.
     Gradient: ∂loss/∂z = p − r, where r_i = p_i T_iy/Σ_j p_j T_jy is the posterior probability of the true class i.
@@ -42,7 +42,7 @@ def forward_corrected_cross_entropy(
         noise_matrix: [classes, classes], T_ij = P(label j | class i), in [0, 1].
         axis: class axis of `logits`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
-        class_mask: [classes] or [..., classes], True for classes that exist as true classes.
+        class_mask: [classes] or [..., classes], True for classes that can be the true class.
         where: [...], True for examples that count.
 
     Returns:
@@ -98,7 +98,7 @@ def backward_corrected_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Unbiased estimate of the cross-entropy with the true label per example, shape [...].
+    """Unbiased estimate of the cross-entropy with the true label, one value per example, shape [...].
 
     loss = −Σ_j (T⁻¹)_yj log p_j, where y is the noisy label.
     Gradient: ∂loss/∂z_k = p_k − (T⁻¹)_yk, because the rows of T⁻¹ sum to 1.

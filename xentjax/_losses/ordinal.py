@@ -23,7 +23,7 @@ from xentjax._core import checks, differences, numerics, rows, values
 
 
 def cumulative_link_loss(scores: ArrayLike, labels: ArrayLike, *, thresholds: ArrayLike, where: ArrayLike | None = None) -> Array:
-    """Negative log-likelihood of the class in the proportional odds model per example, shape [...].
+    """Negative log-likelihood of the class in the proportional odds model, one value per example, shape [...].
 
     loss = −log(σ(θ_y − s) − σ(θ_{y−1} − s)) with θ_{−1} = −∞ and θ_{K−1} = +∞ for K classes.
     Gradient, with b = θ_y − s and a = θ_{y−1} − s: ∂loss/∂s = σ(−b) − σ(a);  ∂loss/∂θ_y = −σ(−b) − 1/(e^(b − a) − 1);
@@ -75,7 +75,7 @@ def _cumulative_link(scores: Array, labels: Array, thresholds: Array, where: Arr
 
 
 def coral_loss(logits: ArrayLike, labels: ArrayLike, *, where: ArrayLike | None = None) -> Array:
-    """Sum of the binary cross-entropies of all thresholds per example, shape [...].
+    """Sum of the binary cross-entropies of all thresholds, one value per example, shape [...].
 
     loss = Σ_k (softplus(−z_k)·[y > k] + softplus(z_k)·[y ≤ k]), where k runs from 0 to K − 2 for K classes.
     Gradient: ∂loss/∂z_k = σ(z_k) − [y > k].

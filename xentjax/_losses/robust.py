@@ -146,7 +146,7 @@ def bootstrapped_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy with a mixture of the label and the model's prediction per example, shape [...].
+    """Cross-entropy per example with a mixture of the label and the model's prediction, shape [...].
 
     loss = β·(−log p_y) + (1 − β)·H(p). If `hard` is True, −log max_k p_k replaces H(p).
     Gradient: ∂loss/∂z_k = β(p_k − [k = y]) − (1 − β)·p_k·(log p_k + H(p)).
@@ -206,7 +206,7 @@ def taylor_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Truncated Taylor series of cross-entropy around p_y = 1 per example, shape [...].
+    """Truncated Taylor series of cross-entropy around p_y = 1, one value per example, shape [...].
 
     loss = Σ_{n=1}^{order} (1 − p_y)^n/n.
     Gradient: ∂loss/∂z_k = (1 − (1 − p_y)^order)(p_k − [k = y]).
@@ -317,7 +317,7 @@ def confidence_penalized_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy with a penalty on confident predictions per example, shape [...].
+    """Cross-entropy per example with a penalty on confident predictions, shape [...].
 
     loss = −log p_y − β·H(p), where H(p) = −Σ_k p_k log p_k. The loss may be negative.
     Gradient: ∂loss/∂z_k = p_k − [k = y] + β·p_k·(log p_k + H(p)).

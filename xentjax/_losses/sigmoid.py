@@ -28,7 +28,7 @@ def sigmoid_cross_entropy(
     pos_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy between binary labels and the sigmoid of logits per element, shape [...].
+    """Cross-entropy per element between binary labels and the sigmoid of logits, shape [...].
 
     loss = w·t·(−log σ(z)) + (1 − t)·(−log σ(−z)) with the targets t = (1 − ε)·labels + ε/2.
     Gradient: ∂loss/∂z = (1 − t)·σ(z) − w·t·σ(−z), which is σ(z) − t for w = 1.

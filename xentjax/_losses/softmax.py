@@ -42,7 +42,7 @@ def softmax_cross_entropy(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy between labels and the softmax of logits per example, shape [...].
+    """Cross-entropy per example between labels and the softmax of logits, shape [...].
 
     loss = Σ_k t_k (lse(z) − z_k) + ζ·s·lse(z)², where lse(z) = log Σ_k e^(z_k).
     The targets are t_k = w_k((1 − ε)·labels_k + ε/K), their sum is s = Σ_k t_k, and K is the number of classes that exist.
@@ -104,7 +104,7 @@ def softmax_log_prob(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Log-probability of the label under the softmax of logits per example, shape [...].
+    """Log-probability of the label under the softmax of logits, one value per example, shape [...].
 
     For a class index y, the result is log p_y = z_y − lse(z), where lse(z) = log Σ_k e^(z_k) and p = softmax(z).
     For soft labels, the result is the expected log-probability Σ_k labels_k (z_k − lse(z)).
@@ -219,11 +219,11 @@ def softmax_cross_entropy_with_top_k_labels(
     `label_probs` gives to class i, and s = Σ_i t_i.
 
     Each example has k class indices with k probabilities. All other classes have the label probability 0. The function never builds soft
-    labels of shape [..., classes], so the cached top-k predictions of a teacher can be passed as they are.
+    labels of shape [..., classes]. The cached top-k predictions of a teacher can be passed as they are.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.
-        label_ids: [..., k], class indices, which may repeat. The last axis is the axis of length k for every value of `axis`.
+        label_ids: [..., k], class indices, which may repeat. The last axis has length k, whatever the value of `axis` is.
         label_probs: [..., k], probabilities of the classes in `label_ids`, which need not sum to 1.
         axis: class axis of `logits`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.

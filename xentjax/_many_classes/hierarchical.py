@@ -31,7 +31,7 @@ from xentjax._many_classes.arguments import masked
 
 
 class AdaptiveSoftmax(NamedTuple):
-    """Parameters of an adaptive softmax. The logits of its head have shape [..., shortlist + J].
+    """Parameters of an adaptive softmax with J clusters. The logits of its head have shape [..., shortlist + J].
 
     Classes are numbered in descending order of frequency. The head has one logit for each class in [0, shortlist), and one logit for each
     of the J clusters. The clusters hold all other classes in order. Cluster j, counted from 0, holds `kernels[j].shape[1]` classes.
@@ -62,7 +62,7 @@ class _Parameters(NamedTuple):
 def init_adaptive_softmax(
     key: Array, features: int, cutoffs: tuple[int, ...] | list[int], *, div_value: float = 4.0, dtype: DTypeLike = jnp.float32
 ) -> AdaptiveSoftmax:
-    """Random initial parameters of an adaptive softmax, for hidden of shape [..., features].
+    """Random initial parameters of an adaptive softmax, for `hidden` of shape [..., features].
 
     The entries of each matrix are normal with variance 1/(number of its rows). width_j = max(1, ⌊features/div_value^(j + 1)⌋).
     Gradient: none.

@@ -81,8 +81,8 @@ def sampled_softmax_cross_entropy(
     Gradient: ∂loss/∂z_y = p̂_y − 1 and ∂loss/∂z_{k_j} = p̂_j, where p̂ is the softmax of s.
 
     With `label_log_expected_count` = log Q_y, the logit of the label is corrected too: s_y = z_y − log Q_y. The loss is then the
-    cross-entropy of identifying the label among the label and the samples, if the samples were drawn from Q. If accidental hits are kept,
-    the expected loss and the full softmax loss have the same minimizer, for any number of samples.
+    cross-entropy of distinguishing the label from samples that are drawn from Q. If accidental hits are kept, the expected loss
+    and the full softmax loss have the same minimizer, for any number of samples.
 
     Args:
         hidden: [..., features], activations.
@@ -143,7 +143,7 @@ def noise_contrastive_estimation_loss(
     classes_first: bool = False,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Noise-contrastive estimation: binary cross-entropy of label against sampled noise, shape [...].
+    """Noise-contrastive estimation: binary cross-entropy of the label and of sampled noise, shape [...].
 
     A classifier must distinguish the label from n samples of a noise distribution P.
 
@@ -211,7 +211,7 @@ def negative_sampling_loss(
     classes_first: bool = False,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Negative sampling: binary cross-entropy of label against sampled negatives, shape [...].
+    """Negative sampling: binary cross-entropy of the label and of sampled negatives, shape [...].
 
     loss = softplus(−z_y) + Σ_j softplus(z_{k_j}).
     With n samples from a distribution P, the expected loss is minimal if e^(z_k) = p_k/(n·P(k)), where p_k is the probability of class k in
@@ -222,7 +222,8 @@ def negative_sampling_loss(
         hidden: [..., features], activations; for word vectors, the vectors of the center words.
         kernel: [features, classes], or [classes, features] with `classes_first`.
         labels: [...] class indices.
-        samples: class ids, [samples] or [..., samples]. Expected counts are ignored, except that a sample with log Q = +∞ is left out.
+        samples: class ids, [samples] or [..., samples]. Their log expected counts log Q are ignored, with one exception: a sample with
+            log Q = +∞ is left out.
         bias: [classes], added to the logits.
         remove_accidental_hits: whether samples that equal the label are left out. The word2vec program leaves them out, but its paper keeps
             them.

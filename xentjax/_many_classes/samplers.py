@@ -283,7 +283,7 @@ def draw(key: Array, sampler: Sampler, count: int, *, shape: tuple[int, ...] = (
         sampler: made by `samplers.uniform`, `samplers.log_uniform` or `samplers.alias`. It may also be any pytree with the methods
             `sample(key, shape)` and `log_prob(ids)`.
         count: n ≥ 1, number of draws.
-        shape: () if all examples share the samples. If each example has its own samples, the leading axes [...] of the examples.
+        shape: () if all examples share the samples. If each example has its own samples, pass the leading axes [...] of the examples.
         unique: whether a class counts only once, no matter how often it is drawn. Repeated draws of a class get a log expected count of +∞,
             and every loss leaves them out.
 

@@ -80,7 +80,7 @@ def _conditional_surprise(p: Array, zero: Array) -> Array:
 
 
 def conditional_entropy_from_logits(joint_logits: ArrayLike, *, base: ArrayLike = math.e, where: ArrayLike | None = None) -> Array:
-    """`conditional_entropy` H(Y|X) of a softmax over pairs (x, y) per example, shape [...].
+    """`conditional_entropy` H(Y|X) of a softmax over pairs (x, y), one value per example, shape [...].
 
     H(Y|X) = Σ_xy p(x, y)·v(x, y) with v = −log p(y|x) = lse_y(z) − z. Here z are the logits, p is their softmax, and lse_y is the
     log-sum-exp over y.

@@ -34,7 +34,7 @@ def renyi_divergence(
     If p and q sum to 1, D_α(p‖q) = log(Σ_k p_k^α q_k^(1−α))/(α − 1). In general, let w = Σ p. Then
     D_α(p‖q) = w·log(Σ_k p_k^α q_k^(1−α)/w)/(α − 1) − w + Σ q.
     Gradient: let S = Σ p^α q^(1−α). Then ∂D/∂p_k = log(S/w)/(α − 1) + (α·w·(p_k/q_k)^(α−1)/S − 1)/(α − 1) − 1 and
-    ∂D/∂q_k = 1 − w·(p_k/q_k)^α/S. A derivative that would be infinite is 0.
+    ∂D/∂q_k = 1 − w·(p_k/q_k)^α/S. An infinite derivative is replaced by 0.
 
     The divergence is ≥ 0 and nondecreasing in α. At α = 1, it equals `kl_divergence` and is smooth in α. It is +∞ if p and q have no class
     in common. For α ≥ 1, it is also +∞ if some class has p_k > 0 and q_k = 0.

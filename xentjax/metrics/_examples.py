@@ -150,8 +150,8 @@ def brier_score(
 ) -> Array:
     """Brier score per example, shape [...].
 
-    score = Σ_k (p_k − t_k)² with logits z, p = softmax(z) and labels t. An index y stands for the one-hot distribution [k = y], and its
-    score is in [0, 2].
+    score = Σ_k (p_k − t_k)² with logits z, p = softmax(z) and labels t. For a class index y, t is the one-hot distribution [k = y], and
+    the score is in [0, 2].
     Gradient: ∂score/∂z_j = 2 p_j (p_j − t_j − Σ_k p_k (p_k − t_k)) and ∂score/∂t = 2 (t − p).
 
     The mean score equals scikit-learn's `brier_score_loss` with `scale_by_half=False`. For two classes, scikit-learn by default returns
