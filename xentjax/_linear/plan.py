@@ -13,7 +13,7 @@ _LARGE_BYTES = 2**30  # the logits of a chunk never take more, whatever the numb
 
 
 class LinearPlan(NamedTuple):
-    """The chunks of a fused loss and the memory that it takes; each field is a number [].
+    """The chunks of a fused loss, and the memory that the loss takes. Each field is a scalar, shape [].
 
     The bytes of the inputs are not included.
     """
@@ -25,18 +25,19 @@ class LinearPlan(NamedTuple):
     logits_bytes: int
     """Bytes of the logits of the largest chunk. The gradient of the logits overwrites them."""
     gradient_bytes: int
-    """Bytes of a copy of this gradient in the dtype of the products; 0 if the logits already have that dtype."""
+    """Bytes of a copy of the gradient of the logits, in the dtype of the products; 0 if the logits already have that dtype."""
     accumulator_bytes: int
-    """Bytes of the gradients of hidden and kernel in the accumulation dtype. For inputs of this dtype, they are the results."""
+    """Bytes of the gradients of hidden and kernel in the accumulation dtype. If the inputs have this dtype, these
+    gradients are the results."""
 
     @property
     def peak_bytes(self) -> int:
-        """The sum of all bytes above."""
+        """The sum of `logits_bytes`, `gradient_bytes` and `accumulator_bytes`."""
         return self.logits_bytes + self.gradient_bytes + self.accumulator_bytes
 
 
 def plan_linear(hidden: Any, kernel: Any, *, chunk_size: int | None = None, classes_first: bool = False) -> LinearPlan:
-    """The chunks of `fuse_linear` for these shapes and dtypes, and the memory that they take; each field is a number [].
+    """The chunks of `fuse_linear` for these shapes and dtypes, and the memory that they take. Each field is a scalar, shape [].
 
     If all logits take at most 32 MiB, chunk_size = the number of examples. Otherwise chunk_size = max(⌈examples / 4⌉, 192). It is reduced
     further if the logits of one chunk would take more than 1 GiB.
@@ -53,7 +54,7 @@ def plan_linear(hidden: Any, kernel: Any, *, chunk_size: int | None = None, clas
         classes_first: whether `kernel` has shape [classes, features].
 
     Returns:
-        `LinearPlan`, whose fields are numbers [].
+        `LinearPlan`, whose fields are scalars, shape [].
 
     Raises:
         TypeError: `chunk_size` is not an integer.

@@ -227,7 +227,7 @@ def class_balanced_weights(class_counts: ArrayLike, beta: ArrayLike = 0.999) -> 
 
     w_k ∝ (1 − β)/(1 − β^(n_k)) for classes that have examples, and w_k = 0 for classes without examples. The sum Σ_k w_k is the number of
     classes that have examples, so the mean weight of these classes is 1.
-    Gradient: the derivative of this formula with respect to `beta` and to `class_counts` of a floating dtype.
+    Gradient: the derivative of this formula with respect to `beta`, and to `class_counts` if they have a floating dtype.
 
     Pass the weights as `class_weights` to a loss, or pass `weights[labels]` to `weighted_mean`.
 

@@ -33,8 +33,9 @@ from xentjax._many_classes.arguments import masked
 class AdaptiveSoftmax(NamedTuple):
     """Parameters of an adaptive softmax with J clusters. The logits of its head have shape [..., shortlist + J].
 
-    Classes are numbered in descending order of frequency. The head has one logit for each class in [0, shortlist), and one logit for each
-    of the J clusters. The clusters hold all other classes in order. Cluster j, counted from 0, holds `kernels[j].shape[1]` classes.
+    Classes are numbered in descending order of frequency. The first `shortlist` classes form the shortlist. The head has one logit for each
+    class of the shortlist, and one logit for each of the J clusters. The clusters hold all other classes in order. Cluster j, counted
+    from 0, holds `kernels[j].shape[1]` classes.
 
     Example:
         >>> import jax, xentjax

@@ -167,7 +167,7 @@ class Alias(NamedTuple):
     threshold: Array
     """[classes] uint32, the probability that a draw returns the class of the cell, in units of 2⁻³²."""
     alias: Array
-    """[classes] int32, the class that a draw returns otherwise."""
+    """[classes] int32, the alias of each cell. A draw that does not return the class of the cell returns this class."""
     log_probs: Array
     """[classes], log P(k); −∞ for weight 0."""
 

@@ -8,7 +8,7 @@ Shared conventions:
 - A function `…_from_logits` computes the same quantity of softmax(logits). It is accurate for any difference between logits. For a joint
   distribution, the softmax is over both axes together. A logit of −∞ means a probability of 0. If all logits of an example are −∞, no class
   is possible. Then all probabilities of the example are 0, and its gradient is 0.
-- `base` is the base of the logarithms: a Python number or a traced scalar, above 0 and not 1. The default e gives nats, 2 gives bits, and
+- `base` is the base of the logarithms: a positive Python number or traced scalar other than 1. The default e gives nats, 2 gives bits, and
   10 gives hartleys.
 - `where` has the shape of the result, and is True for examples that count. The value and the gradient of every other example are exactly 0,
   whatever the example contains.

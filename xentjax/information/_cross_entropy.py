@@ -23,7 +23,7 @@ def cross_entropy(p: ArrayLike, q: ArrayLike, *, base: ArrayLike = math.e, axis:
     Args:
         p: [..., classes], true probabilities, which need not sum to 1.
         q: [..., classes], predicted probabilities, with the shape of `p`.
-        base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
+        base: base of the logarithms, a positive scalar other than 1. The default e gives nats, and 2 gives bits.
         axis: class axis of `p` and `q`.
         where: [...], True for examples that count.
 
@@ -70,7 +70,7 @@ def cross_entropy_from_logits(
     Args:
         p_logits: [..., classes], unnormalized log-probabilities of the true distribution.
         q_logits: [..., classes], unnormalized log-probabilities of the predicted distribution, with the shape of `p_logits`.
-        base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
+        base: base of the logarithms, a positive scalar other than 1. The default e gives nats, and 2 gives bits.
         axis: class axis of both logits.
         where: [...], True for examples that count.
 
@@ -107,7 +107,7 @@ def kl_divergence(p: ArrayLike, q: ArrayLike, *, base: ArrayLike = math.e, axis:
     Args:
         p: [..., classes], probabilities, which need not sum to 1.
         q: [..., classes], probabilities, with the shape of `p`.
-        base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
+        base: base of the logarithms, a positive scalar other than 1. The default e gives nats, and 2 gives bits.
         axis: class axis of `p` and `q`.
         where: [...], True for examples that count.
 
@@ -157,7 +157,7 @@ def kl_divergence_from_logits(
     Args:
         p_logits: [..., classes], unnormalized log-probabilities.
         q_logits: [..., classes], unnormalized log-probabilities, with the shape of `p_logits`.
-        base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
+        base: base of the logarithms, a positive scalar other than 1. The default e gives nats, and 2 gives bits.
         axis: class axis of both logits.
         where: [...], True for examples that count.
 

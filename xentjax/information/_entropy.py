@@ -20,7 +20,7 @@ def self_information(p: ArrayLike, *, base: ArrayLike = math.e, where: ArrayLike
 
     Args:
         p: [...], probabilities.
-        base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
+        base: base of the logarithms, a positive scalar other than 1. The default e gives nats, and 2 gives bits.
         where: [...], True for elements that count.
 
     Returns:
@@ -59,7 +59,7 @@ def self_information_from_logits(logits: ArrayLike, *, base: ArrayLike = math.e,
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.
-        base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
+        base: base of the logarithms, a positive scalar other than 1. The default e gives nats, and 2 gives bits.
         axis: class axis of `logits`.
         where: [..., classes], True for classes that count. Every other class has value 0, but its logit remains part of the softmax.
 
@@ -105,7 +105,7 @@ def entropy(p: ArrayLike, *, base: ArrayLike = math.e, axis: int = -1, where: Ar
 
     Args:
         p: [..., classes], probabilities, which need not sum to 1.
-        base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
+        base: base of the logarithms, a positive scalar other than 1. The default e gives nats, and 2 gives bits.
         axis: class axis of `p`.
         where: [...], True for examples that count.
 
@@ -149,7 +149,7 @@ def entropy_from_logits(logits: ArrayLike, *, base: ArrayLike = math.e, axis: in
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.
-        base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
+        base: base of the logarithms, a positive scalar other than 1. The default e gives nats, and 2 gives bits.
         axis: class axis of `logits`.
         where: [...], True for examples that count.
 
@@ -180,7 +180,8 @@ def perplexity(p: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) 
     classes.
     Gradient: ∂perplexity/∂p_k = −e^H (log p_k + 1), or 0 at p_k = 0.
 
-    Perplexity is the number of equally likely classes that would have the same entropy. It does not depend on the unit of the entropy.
+    If the perplexity is n, the entropy is the same as for n equally likely classes. The perplexity does not depend on the unit of the
+    entropy.
 
     Args:
         p: [..., classes], probabilities, which need not sum to 1.

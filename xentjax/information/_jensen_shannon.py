@@ -24,7 +24,7 @@ def js_divergence(p: ArrayLike, q: ArrayLike, *, base: ArrayLike = math.e, axis:
     Args:
         p: [..., classes], probabilities, which need not sum to 1.
         q: [..., classes], probabilities, with the shape of `p`.
-        base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
+        base: base of the logarithms, a positive scalar other than 1. The default e gives nats, and 2 gives bits.
         axis: class axis of `p` and `q`.
         where: [...], True for examples that count.
 
@@ -77,7 +77,7 @@ def js_divergence_from_logits(
     Args:
         p_logits: [..., classes], unnormalized log-probabilities.
         q_logits: [..., classes], unnormalized log-probabilities, with the shape of `p_logits`.
-        base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
+        base: base of the logarithms, a positive scalar other than 1. The default e gives nats, and 2 gives bits.
         axis: class axis of both logits.
         where: [...], True for examples that count.
 

@@ -37,7 +37,7 @@ def conditional_entropy(joint: ArrayLike, *, base: ArrayLike = math.e, where: Ar
 
     Args:
         joint: [..., x, y], probabilities, which need not sum to 1.
-        base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
+        base: base of the logarithms, a positive scalar other than 1. The default e gives nats, and 2 gives bits.
         where: [...], True for examples that count.
 
     Returns:
@@ -88,7 +88,7 @@ def conditional_entropy_from_logits(joint_logits: ArrayLike, *, base: ArrayLike 
 
     Args:
         joint_logits: [..., x, y], unnormalized log-probabilities of the pairs (x, y).
-        base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
+        base: base of the logarithms, a positive scalar other than 1. The default e gives nats, and 2 gives bits.
         where: [...], True for examples that count.
 
     Returns:
@@ -119,7 +119,7 @@ def mutual_information(joint: ArrayLike, *, base: ArrayLike = math.e, where: Arr
 
     Args:
         joint: [..., x, y], probabilities, which need not sum to 1.
-        base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
+        base: base of the logarithms, a positive scalar other than 1. The default e gives nats, and 2 gives bits.
         where: [...], True for examples that count.
 
     Returns:
@@ -211,7 +211,7 @@ def mutual_information_from_logits(joint_logits: ArrayLike, *, base: ArrayLike =
 
     Args:
         joint_logits: [..., x, y], unnormalized log-probabilities of the pairs (x, y).
-        base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
+        base: base of the logarithms, a positive scalar other than 1. The default e gives nats, and 2 gives bits.
         where: [...], True for examples that count.
 
     Returns:

@@ -43,7 +43,7 @@ def renyi_divergence(
         p: [..., classes], probabilities, which need not sum to 1.
         q: [..., classes], probabilities, with the shape of `p`.
         alpha: scalar α > 0, the order. It may be traced, and it may be equal to 1 or close to 1.
-        base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
+        base: base of the logarithms, a positive scalar other than 1. The default e gives nats, and 2 gives bits.
         axis: class axis of `p` and `q`.
         where: [...], True for examples that count.
 
@@ -147,7 +147,7 @@ def renyi_divergence_from_logits(
         p_logits: [..., classes], unnormalized log-probabilities.
         q_logits: [..., classes], unnormalized log-probabilities, with the shape of `p_logits`.
         alpha: scalar α > 0, the order. It may be traced, and it may be equal to 1 or close to 1.
-        base: base of the logarithms, a scalar above 0 and not 1. The default e gives nats, and 2 gives bits.
+        base: base of the logarithms, a positive scalar other than 1. The default e gives nats, and 2 gives bits.
         axis: class axis of both logits.
         where: [...], True for examples that count.
 

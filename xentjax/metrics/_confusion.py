@@ -106,8 +106,8 @@ def confusion(
     Gradient: ∂n_kj/∂w_i = [labels_i = k] [predictions_i = j].
 
     Args:
-        predictions: [...] class indices, such as `logits.argmax(-1)`, or for two classes [...] booleans, such as `logits > 0`.
-        labels: [...] class indices, or for two classes [...] booleans.
+        predictions: [...] class indices, such as `logits.argmax(-1)`. For two classes, they may be booleans, such as `logits > 0`.
+        labels: [...] class indices. For two classes, they may be booleans.
         classes: number of classes, at least 1.
         weights: [...], w ≥ 0; None gives each example the weight 1.
         where: [...], True for examples that count.

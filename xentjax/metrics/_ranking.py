@@ -144,8 +144,8 @@ def auroc(scores: ArrayLike, labels: ArrayLike, *, weights: ArrayLike | None = N
     Gradient: 0 with respect to `scores`.
 
     Here s_i are the scores, y_i are the labels and w_i are the weights. The AUROC is the probability that a random positive (label 1) has a
-    larger score than a random negative (label 0). A tie counts as half. The AUROC equals scikit-learn's `roc_auc_score`. It is 0 if there
-    are no positives or no negatives.
+    larger score than a random negative (label 0). A tie counts as half. The AUROC equals scikit-learn's `roc_auc_score`. If there are no
+    positives or no negatives, the AUROC is 0.
 
     `auroc` sorts all scores, so one device must hold all examples. For several batches or devices, use `ranking`, whose results can be
     added. To compute one AUROC per class, use `jax.vmap(auroc, in_axes=-1)(scores, one_hot)`.
