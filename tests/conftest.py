@@ -4,6 +4,7 @@ import collections
 import gc
 import os
 import pathlib
+from unittest import mock
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 # Compiled programs are kept in a folder that all workers and later runs share. `pytest --cache-clear` empties it.
@@ -15,6 +16,7 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
+from jax._src import compiler  # no public function sets the options of all programs
 
 from tests import drawing, selection
 
@@ -67,15 +69,33 @@ def forget_programs():
     gc.collect()
 
 
+@pytest.fixture(scope="session")
+def older_code_generator():
+    """Options for the code generator that XLA used on CPUs before 2025, which takes half the time; none if XLA no longer has it."""
+    options = {"xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(lambda x: x + 1, compiler_options=options)(0.0)
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return options
+
+
 @pytest.fixture(scope="module")
-def quick_compilation():
-    """LLVM without its optimisations, in half the time, for modules about formulas and structure.
+def quick_compilation(older_code_generator):
+    """Programs of lower quality, compiled in a third of the time, for modules about formulas and structure.
 
     XLA's own passes (fusion, simplification) stay. Modules about accuracy, memory and what programs look like do not ask for this.
     """
+
+    def compile_options(*args, original=compiler.get_compile_options, **kwargs):
+        options = original(*args, **kwargs)
+        options.env_option_overrides = [*options.env_option_overrides, *older_code_generator.items()]
+        return options
+
     jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", True)
-    yield
+    with mock.patch.object(compiler, "get_compile_options", compile_options):
+        yield
     jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
 

@@ -13,6 +13,8 @@ from tests.tables import cases
 from tests.tables import reference as ref
 from tests.tables import reference_families as families
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 EPS = float(jnp.finfo(jnp.float32).eps)
 COUNTS = jnp.asarray(cases.counts(7), jnp.float32)
 IDENTITY = jnp.eye(7)

@@ -11,6 +11,8 @@ import pytest
 import xentjax
 from xentjax._many_classes import hierarchical
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 EPS = float(jnp.finfo(jnp.float32).eps)
 BF16 = float(jnp.finfo(jnp.bfloat16).eps)
 

@@ -10,6 +10,8 @@ import pytest
 
 from xentjax import information
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 EPS = float(jnp.finfo(jnp.float32).eps)
 mp = mpmath.mp.clone()
 mp.dps = 60

@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 import xentjax
 from xentjax import metrics
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 EPS = float(jnp.finfo(jnp.float32).eps)
 CLASSES, EXAMPLES = 6, 60
 AVERAGES = (None, "micro", "macro", "weighted")

@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 import xentjax
 from xentjax import metrics
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 EPS = float(jnp.finfo(jnp.float32).eps)
 RTOL = 32 * EPS  # softmax of some eps, and sums of at most 200 terms pairwise
 EXAMPLES, CLASSES = 200, 5

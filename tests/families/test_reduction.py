@@ -15,6 +15,8 @@ import xentjax
 from tests.drawing import examples
 from tests.tables import reference as ref
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 EPS = float(jnp.finfo(jnp.float32).eps)
 # Twelve positive terms, one product each and 11 additions, one division: at most 13 roundings. Signs may cancel: of the largest term.
 RTOL, ATOL = 13 * EPS, 13 * EPS

@@ -13,6 +13,8 @@ import xentjax
 from xentjax import samplers
 from xentjax._many_classes import sampled
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 EPS = float(jnp.finfo(jnp.float32).eps)
 Samples = samplers.Samples
 

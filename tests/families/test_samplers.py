@@ -11,6 +11,8 @@ from scipy import stats
 
 from xentjax import samplers
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 EPS = float(jnp.finfo(jnp.float32).eps)
 WEIGHTS = np.array([3.0, 0.0, 0.5, 10.0, 1e-3, 1.0, 1.0])
 SAMPLERS = {

@@ -10,6 +10,8 @@ import pytest
 import xentjax
 from xentjax._linear import layout
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 EPS = float(jnp.finfo(jnp.float32).eps)
 FIRST, SECOND = 2e-5, 2e-4  # float32 sums over 97 examples and 131 classes, relative to the largest component
 

@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec as P
 import xentjax
 from tests.tables import reference as ref
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 EPS = float(jnp.finfo(jnp.float32).eps)
 cross_entropy = xentjax.softmax_cross_entropy
 

@@ -11,6 +11,8 @@ import pytest
 from tests.tables.functions import results
 from tests.tables.rows import ROWS
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 EPS = float(jnp.finfo(jnp.float32).eps)
 RTOL = 100 * EPS  # sums of tens of terms and two exponentials; what is more accurate than that is held where it is promised
 

@@ -10,6 +10,8 @@ from tests.properties.test_values import RTOL, every_setting
 from tests.tables import cases
 from tests.tables import reference as ref
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @every_setting()
 def test_modes_agree_with_the_closed_form(case, kind, rng):

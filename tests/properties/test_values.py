@@ -12,6 +12,8 @@ from tests.drawing import examples
 from tests.tables import cases
 from tests.tables import reference as ref
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 EPS = float(jnp.finfo(jnp.float32).eps)
 # The accuracy of single values is held in test_accuracy.py; here 40 eps of the largest term is enough to find a wrong formula.
 RTOL = 40 * EPS

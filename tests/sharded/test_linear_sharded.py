@@ -12,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 import xentjax
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 BATCH, LENGTH, FEATURES, CLASSES = 4, 12, 5, 16
 TOLERANCE = 2e-6  # sums of up to 48 terms in float32, of the largest component
 

@@ -12,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 import xentjax
 from tests.properties.test_values import RTOL
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CLASSES = 16
 
 
