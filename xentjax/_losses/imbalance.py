@@ -32,8 +32,8 @@ def logit_adjusted_cross_entropy(
     loss = −log softmax(z + τ·log π)_y, where π_k is the frequency of class k. At τ = 1, this loss is also called balanced softmax.
     Gradient: ∂loss/∂z_k = softmax(z + τ·log π)_k − [k = y].
 
-    At τ = 1, the expected loss is minimal if z are the correct logits for data in which all classes are equally frequent. Train with this
-    loss, and predict with the logits z without the shift.
+    At τ = 1, the expected loss on the training data is minimal if softmax(z) is the true class distribution for data in which all classes
+    are equally frequent. Train with this loss, and predict with the logits z without the shift.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.
@@ -227,7 +227,8 @@ def class_balanced_weights(class_counts: ArrayLike, beta: ArrayLike = 0.999) -> 
 
     w_k ∝ (1 − β)/(1 − β^(n_k)) for classes that have examples, and w_k = 0 for classes without examples. The sum Σ_k w_k is the number of
     classes that have examples, so the mean weight of these classes is 1.
-    Gradient: the derivative of this formula with respect to `beta`, and to `class_counts` if they have a floating dtype.
+    Gradient: the gradient with respect to `beta` is the derivative of the formula for w_k. If `class_counts` have a floating dtype, the
+    same is true of the gradient with respect to `class_counts`.
 
     Pass the weights as `class_weights` to a loss, or pass `weights[labels]` to `weighted_mean`.
 

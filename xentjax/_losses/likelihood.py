@@ -4,7 +4,7 @@ All functions here share these conventions:
 
 - The first argument has a floating dtype. Arithmetic and results are float32, or float64 if the first argument is float64. Each gradient
   has the dtype of its argument.
-- `targets` [...] hold one integer or floating number per result. They are not broadcast.
+- `targets` [...] have the shape of the result, and an integer or floating dtype. They are not broadcast.
 - Each loss includes all constant terms of the log-likelihood. So losses of different distributions can be compared.
 - `where` has the shape of the result, and is True for elements or examples that count. The loss and the gradient of every other element or
   example are exactly 0, whatever it contains.

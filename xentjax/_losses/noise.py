@@ -3,8 +3,8 @@
 All functions share the conventions of `xentjax.softmax_cross_entropy`. In the formulas, z are the logits, p = softmax(z), y is the observed
 label, and [k = y] is 1 for the label and 0 for other classes.
 
-`noise_matrix` T has one row and one column for each class of all devices, and is the same on every device. Its entry
-T_ij = P(label j | class i) is the probability that an example of true class i has the label j. Each row sums to 1.
+`noise_matrix` T has one row and one column per class. If the classes are sharded over devices, each device passes the whole matrix. The
+entry T_ij = P(label j | class i) is the probability that an example of true class i has the label j. Each row sums to 1.
 """
 
 import jax

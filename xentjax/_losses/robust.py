@@ -1,7 +1,7 @@
 """Losses for noisy labels.
 
-Cross-entropy is unbounded, so one wrong label with p_y near 0 can outweigh many correct labels. Some losses here are bounded. Others give
-different weights to labels that the model finds unlikely, or penalize confident predictions.
+Cross-entropy is unbounded, so one wrong label with p_y near 0 can outweigh many correct labels. Some losses here are bounded. Others change
+the weight of labels that the model finds unlikely, or penalize confident predictions.
 
 All functions share the conventions of `xentjax.softmax_cross_entropy`. In the formulas, z are the logits, p = softmax(z), y is the label,
 H(p) is the entropy of p, and [k = y] is 1 for the label and 0 for other classes. The loss of soft labels t is Σ_k t_k·loss(k), where

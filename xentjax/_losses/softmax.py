@@ -212,7 +212,7 @@ def softmax_cross_entropy_with_top_k_labels(
     class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy with sparse soft labels per example, shape [...].
+    """Cross-entropy per example with sparse soft labels, shape [...].
 
     loss = Σ_j label_probs_j (lse(z) − z_{label_ids_j}), where lse(z) = log Σ_i e^(z_i).
     Gradient: ∂loss/∂label_probs_j = −log p_{label_ids_j}, and ∂loss/∂z = s·p − t. Here t_i is the sum of the probabilities that

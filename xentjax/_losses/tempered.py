@@ -8,9 +8,10 @@ Normalizer. λ is the root of log_t2 Z(λ), where
 
     Z(λ) = Σ_k p_k = Σ_k (1 + (t2 − 1)(λ − z_k))^(−1/(t2 − 1))        log_t2 Z = (1 − Z^(1 − t2))/(t2 − 1)
 
-The function log_t2 Z(λ) decreases in λ. It is convex, because a power mean of negative exponent is concave. If all logits are equal, it is
-linear. Newton's method starts at the largest logit. It therefore approaches the root from the left and needs only a few steps. At t2 = 1,
-one step is exact, and λ is the log-sum-exp of the logits.
+The function log_t2 Z(λ) decreases in λ. Up to a constant factor, Z^(1 − t2) is a power mean of the numbers 1 + (t2 − 1)(λ − z_k). Its
+exponent is negative. Such a mean is concave, so log_t2 Z(λ) is convex. If all logits are equal, log_t2 Z(λ) is linear. Newton's method
+starts at the largest logit. It therefore approaches the root from the left and needs only a few steps. At t2 = 1, one step is exact, and λ
+is the log-sum-exp of the logits.
 
 Derivatives. The loop that finds λ is not differentiated. After the loop, two Newton steps are differentiated. Each step doubles the order
 of the error. So the first, second and third derivatives equal the derivatives of the root. The first derivative is
