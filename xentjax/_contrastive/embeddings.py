@@ -52,7 +52,7 @@ def check_negatives(function: str, x: ArrayLike | None, queries: Array) -> Array
 
 
 def check_labels(function: str, x: ArrayLike, name: str, embeddings: Array) -> Array:
-    """The checked labels [batch], which may be any integers. `name` is the argument that holds the embeddings."""
+    """The checked labels [batch], which may be any integers. `name` is the name of the argument that holds the embeddings."""
     return checks.same_shape(function, "labels", checks.identifiers(function, "labels", x), embeddings.shape[:1], f"one per row of {name}")
 
 

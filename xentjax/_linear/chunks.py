@@ -25,8 +25,8 @@ Devices: `xentjax._linear.devices` prepares the inputs before the loop over chun
 the loss itself sums over devices.
 
 Memory: Besides inputs and results, three things are in memory. The first is the float32 logits of one chunk, which are overwritten by their
-gradient. The second is G in the dtype of `hidden`, unless that dtype is float32. The third is the accumulators. The first chunk initializes
-the accumulators of kernel and bias, so these are never filled with zeros.
+gradient. The second is a copy of G in the dtype of `hidden`. If that dtype is float32, there is no copy. The third is the accumulators. The
+first chunk initializes the accumulators of kernel and bias, so these are never filled with zeros.
 """
 
 import functools

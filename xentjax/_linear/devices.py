@@ -1,4 +1,4 @@
-"""How the inputs of a fused loss vary over the devices of a mesh. All of this is decided before the loop over chunks.
+"""The mesh axes over which the inputs of a fused loss vary. How each input varies is decided before the loop over chunks.
 
 Inside `jax.shard_map`, several devices may compute one loss together. Each of these devices then holds a part of the classes. The type of a
 JAX value lists the mesh axes over which the value may vary. The two operands of an operation may vary over different axes. JAX then first
@@ -74,7 +74,7 @@ def check_chunk_axes(function: str, hidden: Array, kernel: Array, class_axis: in
 
 
 def check_collectives(program: ClosedJaxpr) -> None:
-    """Raise ValueError if a loss uses a mesh axis that types do not list, or over which its losses vary."""
+    """Raise ValueError if `loss_fn` uses a mesh axis that the types of arrays do not list, or over which the losses vary."""
     for axis in _axes_used(program.effects):
         if not mesh.typed(axis):
             raise ValueError(

@@ -64,8 +64,8 @@ def fuse_linear(
     Gradient: equal to the gradient of the dense computation. With G = ∂value/∂logits, the gradients are ∂/∂hidden = G·kernelᵀ,
     ∂/∂kernel = hiddenᵀ·G and ∂/∂bias = Σ G. `weights` and floating `args` are differentiated too. So are floating arrays that `loss_fn`
     closes over, such as a temperature, class weights or a teacher's kernel. With "mean" and "sum", the forward pass computes the gradients.
-    The value and the gradients then take three matrix products. With "none", the logits are computed twice. Inputs that are not
-    differentiated cost nothing.
+    The value and the gradients then take three matrix products. With "none", the logits are computed twice. The gradients of
+    inputs that are not differentiated are not computed.
 
     Compilation: the compiled programs of `loss_fn` are kept as long as `loss_fn` exists. So a loop may call `fuse_linear(loss_fn)` in every
     step without compiling again. The same holds for a `functools.partial` of `loss_fn` with the same numbers and strings. If a step creates

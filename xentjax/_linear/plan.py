@@ -37,7 +37,7 @@ class LinearPlan(NamedTuple):
 
 
 def plan_linear(hidden: Any, kernel: Any, *, chunk_size: int | None = None, classes_first: bool = False) -> LinearPlan:
-    """The chunks of `fuse_linear` for these shapes and dtypes, and the memory that they take. Each field is a scalar, shape [].
+    """The chunks of `fuse_linear` for these shapes and dtypes, and the memory that they take. Each field of the plan is a scalar, shape [].
 
     If all logits take at most 32 MiB, chunk_size = the number of examples. Otherwise chunk_size = max(⌈examples / 4⌉, 192). It is reduced
     further if the logits of one chunk would take more than 1 GiB.

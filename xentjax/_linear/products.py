@@ -24,8 +24,8 @@ def dot(x: Array, y: Array, x_axis: int, y_axis: int, like: Array | None = None)
 def product(hidden: Array, kernel: Array, accumulator: Array, features: int) -> Array:
     """The product H·K. `features` is the position of the feature axis in K.
 
-    `accumulator` is K in float32, or in float64 if `hidden` is float64. The derivative with respect to K is assigned to `accumulator`. So
-    the gradients of the chunks are added up in the dtype of `accumulator`.
+    `accumulator` is K in float32, or in float64 if `hidden` is float64. The derivative rule uses the tangent
+    of `accumulator`, not of `kernel`, as the tangent of K. So the gradients of the chunks are added up in the dtype of `accumulator`.
     """
     return dot(hidden, kernel, 1, features)
 

@@ -9,7 +9,7 @@ All losses share these conventions:
 - `labels` [...] are integer class indices. If a label is outside [0, classes), the loss of its example is NaN. The gradient with respect to
   `hidden` is then NaN for this example too.
 - `where` [...] is True for examples that count. The loss and the gradient of all other examples are exactly 0, whatever they contain.
-- The probabilities of all classes sum to 1. Each loss belongs to a model of its own. It does not approximate a full softmax.
+- The probabilities of all classes sum to 1. Each loss is the cross-entropy of its own model. It does not approximate a full softmax.
 - Results are float32, or float64 if `hidden` is float64. The gradient of each argument has the dtype of that argument.
 - A wrong dtype raises TypeError. A wrong shape, or a Python number out of range, raises ValueError.
 """
@@ -65,7 +65,8 @@ def init_adaptive_softmax(
 ) -> AdaptiveSoftmax:
     """Random initial parameters of an adaptive softmax, for `hidden` of shape [..., features].
 
-    The entries of each matrix are normal with variance 1/(number of its rows). width_j = max(1, ⌊features/div_value^(j + 1)⌋).
+    The entries of each matrix are normal with variance 1/(number of its rows). Cluster j has
+    width_j = max(1, ⌊features/div_value^(j + 1)⌋) features.
     Gradient: none.
 
     If the entries of `hidden` are of order 1, the logits are of order 1 too.
@@ -75,7 +76,7 @@ def init_adaptive_softmax(
         features: number of features of `hidden`.
         cutoffs: increasing integers. Classes [0, cutoffs[0]) are in the head, and classes [cutoffs[j], cutoffs[j + 1]) are in cluster j.
             The last cutoff is the number of classes.
-        div_value: ≥ 1, factor by which the width decreases from each cluster to the next.
+        div_value: ≥ 1, factor by which the number of features decreases from each cluster to the next.
         dtype: dtype of the parameters.
 
     Returns:

@@ -167,7 +167,7 @@ class Alias(NamedTuple):
     threshold: Array
     """[classes] uint32, the probability that a draw returns the class of the cell, in units of 2⁻³²."""
     alias: Array
-    """[classes] int32, the alias of each cell. A draw that does not return the class of the cell returns this class."""
+    """[classes] int32, the alias of each cell. A draw that does not return the class of the cell returns the alias."""
     log_probs: Array
     """[classes], log P(k); −∞ for weight 0."""
 
@@ -203,7 +203,7 @@ def alias(weights: ArrayLike) -> Alias:
     and no search.
 
     Args:
-        weights: [classes], ≥ 0, not all 0; counts are weights too. For `negative_sampling_loss`, use word counts to the power 3/4.
+        weights: [classes], ≥ 0, not all 0; counts can be used as weights. For `negative_sampling_loss`, use word counts to the power 3/4.
 
     Returns:
         `samplers.Alias`.
