@@ -12,13 +12,14 @@ G(x, y, t) = y − x − x·t for y = x·e^t (`kl_term`):
 
 Derivatives from the chain rule also have terms that cancel. A dot denotes a derivative. Let u = −log p. The derivative of Σ p·u is
 Σ u·ṗ + Σ p·u̇. For logits, the second sum is exactly 0, but its rounding errors would remain in the result. So `with_slope` gives each
-term only the part of the derivative that does not cancel. Higher derivatives are the derivatives of this part:
+term only the part of the derivative that does not cancel. Higher derivatives are the derivatives of this part.
+Each quantity has this part:
 
     entropy Σ p·u    u·ṗ
     KL               d·ṗ + (1 − p/q)·q̇ for probabilities, d·ṗ + (p − q)·v̇ with v = −log q for logits
     JS               [log(p/m)·ṗ + log(q/m)·q̇]/2
 
-Zeros. If p or q is 0, the log-ratio is set to FAR or −FAR. FAR is finite, and the log-ratio is then always multiplied by 0. A slope that
+Zeros. If p or q is 0, the log-ratio is set to FAR or −FAR. FAR is finite. A log-ratio of ±FAR is always multiplied by 0. A slope that
 would be infinite is set to 0. If a result is +∞, the code first computes a finite sum, and adds +∞ to it at the end.
 """
 
@@ -89,7 +90,7 @@ class Pair(NamedTuple):
 
 
 def distribution(x: Array, where: Array | None, axis: int, from_logits: bool) -> Distribution:
-    """A distribution from probabilities or logits, in the accumulation dtype. An example that does not count becomes ones."""
+    """A distribution from probabilities or logits, in the accumulation dtype. All entries of an example that does not count become 1."""
     x = jnp.moveaxis(x, axis, -1)
     x = x if where is None else jnp.where(where[..., None], x, jnp.ones_like(x))
     x = x.astype(numerics.accumulation_dtype(x.dtype))
@@ -117,7 +118,7 @@ def pair(p: Array, q: Array, where: Array | None, axis: int, from_logits: bool) 
 
 
 def log_quotient(x: Array, y: Array) -> Array:
-    """log(x/y) of positive numbers, accurate relative to itself; no derivative."""
+    """log(x/y) of positive numbers, with a small relative error. The result has no derivative."""
     x, y = lax.stop_gradient((x, y))
     near = jnp.abs(x - y) <= y / 2
     ratio = x / y

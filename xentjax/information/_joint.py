@@ -7,11 +7,11 @@ v = log(p(x, y)/(p(x) p(y))), which is called d below. A dot denotes a derivativ
 Σ v·ṗ.
 
 Mutual information is the KL divergence Σ G(p(x, y), p(x) p(y), −d), with G as in `_distributions.kl_term`. Among all products of a
-distribution of X and a distribution of Y, p(x) p(y) is the closest to p(x, y). So an error of d that depends only on x, or only on y,
-changes the result only to second order. For this reason, rounding errors of the marginals do little harm. An error of d that depends on
-both x and y changes the result to first order. The code avoids such errors:
+distribution of X and a distribution of Y, p(x) p(y) is the closest to p(x, y). At this minimum, an error of d that depends on x
+alone or on y alone has no first-order effect on the result, only a second-order effect. For this reason, rounding errors of the marginals
+do little harm. An error of d that depends on both x and y changes the result to first order. The code avoids such errors:
 
-    probabilities   p(x, y) − p(x) p(y) uses the product of the leading digits of p(x) and p(y), which is exact
+    probabilities   p(x, y) − p(x) p(y) uses the product of the leading digits of p(x) and p(y); this product is exact
     logits          z − (lse_x + lse_y − lse) rounds the terms in the bracket to a grid on which sums are exact
 """
 

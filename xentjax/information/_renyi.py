@@ -9,9 +9,9 @@ If p and q are nearly equal, S/w is near 1 and log(S/w) has few correct digits. 
 a sum of terms that are never negative, and let Y = (S/w − 1)/β = (E − Σ(q − p))/w. Then R = log1p(βY)/β and
 D = E − w(e^(βR) − 1 − βR)/β. Both formulas are smooth at β = 0.
 
-With G(x, y, t) = y − x − x·t (`_distributions.kl_term`), each term of E is G(x, y, t) − x(e^(at) − 1 − at)/a for x = p, y = q, t = −d and
-a = 1 − α. For α < 1/2, this difference cancels. The same term of E is then α/(1 − α) times the same expression for x = q, y = p, t = d and
-a = α.
+Let d = log(p/q), x = p, y = q, t = −d and a = 1 − α. Then each term of E is G(x, y, t) − x(e^(at) − 1 − at)/a, where G is
+`_distributions.kl_term`: G(x, y, t) = y − x − x·t. For α < 1/2, this difference cancels. In that case, the code sets x = q, y = p, t = d
+and a = α. Each term of E is then the expression above, multiplied by α/(1 − α).
 """
 
 import functools
@@ -36,8 +36,8 @@ def renyi_divergence(
     Gradient: let S = Σ p^α q^(1−α). Then ∂D/∂p_k = log(S/w)/(α − 1) + (α·w·(p_k/q_k)^(α−1)/S − 1)/(α − 1) − 1 and
     ∂D/∂q_k = 1 − w·(p_k/q_k)^α/S. An infinite derivative is replaced by 0.
 
-    The divergence is ≥ 0 and nondecreasing in α. At α = 1, it equals `kl_divergence` and is smooth in α. It is +∞ if p and q have no class
-    in common. For α ≥ 1, it is also +∞ if some class has p_k > 0 and q_k = 0.
+    The divergence is ≥ 0 and nondecreasing in α. At α = 1, it equals `kl_divergence` and is smooth in α. It is +∞ if no class has both
+    p_k > 0 and q_k > 0. For α ≥ 1, it is also +∞ if some class has p_k > 0 and q_k = 0.
 
     Args:
         p: [..., classes], probabilities, which need not sum to 1.

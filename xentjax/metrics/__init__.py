@@ -1,4 +1,4 @@
-"""Metrics of classifiers: accuracy, confusion, calibration and ranking, exact over batches and devices.
+"""Metrics of classifiers: accuracy, confusion, calibration and ranking, with exact results over batches and devices.
 
 All metrics work inside `jit` and `vmap`. There are three kinds:
 
@@ -20,7 +20,8 @@ Shared conventions:
 - An example is invalid if its label is out of range or one of its logits is NaN. A per-example metric of an invalid example is NaN. Sums
   count an invalid example only in the field `invalid`. If `invalid` is not 0, all metrics of the sums are NaN. An example of weight 0 is
   never invalid.
-- 0/0 is 0. Examples are the mean over no examples, the precision of a class that was never predicted, and the AUROC without positives.
+- 0/0 is 0. This rule applies, for instance, to the mean over no examples, the precision of a class that was never predicted, and the AUROC
+  without positives.
 - Ties are classes that share the largest logit. `accuracy` and `calibration` predict the first of these classes, as `jnp.argmax` does. So
   they agree with `confusion(logits.argmax(-1), labels)`. `top_k_accuracy` ranks the last of these classes first, as scikit-learn does.
   `RowStatistics.correct` is True if the label is any of these classes. It only compares the logit of the label with the largest logit, so
@@ -28,8 +29,8 @@ Shared conventions:
   finite logits.
 - Counts are int32. With `weights`, counts are sums of weights: float32, or float64 for float64 weights. Weights must be ≥ 0.
 - Sums do not drift. A plain float32 sum loses digits by rounding, and an int32 field stays at 2³¹ − 1 once it has reached this number. So
-  `+` and `psum` store the lost part in the attribute `rest`, which has two more arrays per field. Metrics use the fields and
-  `rest`, and stay correct after 2⁴⁰ batches.
+  `+` and `psum` store the lost part in the attribute `rest`. `rest` holds two arrays for each field. Metrics use the fields and `rest`,
+  and stay correct after 2⁴⁰ batches.
 - `brier_score`, `negative_log_likelihood` and `perplexity` are smooth and have derivatives of every order. All other metrics have
   derivative 0 with respect to logits and scores: decisions and ranks are step functions, and confidences and the temperature are behind
   `stop_gradient`. All metrics except the temperature are differentiable with respect to `weights`.

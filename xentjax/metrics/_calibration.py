@@ -1,4 +1,4 @@
-"""Calibration in bins of confidence. Shared conventions are documented in `xentjax.metrics`."""
+"""Calibration in confidence bins. Shared conventions are documented in `xentjax.metrics`."""
 
 import functools
 from typing import NamedTuple
@@ -25,7 +25,7 @@ class _Fields(NamedTuple):
 
 
 class Calibration(sums.RunningSum, _Fields):
-    """Sums for a reliability diagram, one number per bin of confidence, shape [..., bins].
+    """Sums for a reliability diagram, one number per confidence bin, shape [..., bins].
 
     There are B bins. Bin b holds the examples with a confidence in (b/B, (b + 1)/B]. A reliability diagram shows `confidence()`,
     `accuracy()` and `counts` of each bin. Use `+` to add `Calibration`s of different batches, and `psum` to add them over devices.

@@ -71,8 +71,8 @@ def must_be_valid(weights: Array | None, where: Array | None) -> Array | None:
 def amounts(weights: Array | None, where: Array | None, valid: Array) -> tuple[Array, Array]:
     """How much each example adds to a count [...], and the number of invalid examples [].
 
-    Without weights, each example adds 1 in int32, because a float32 count stops at 2²⁴. An example that is not valid adds nothing. It is
-    invalid only if it counts and its weight is not 0.
+    Without weights, each example adds 1 in int32, because a float32 count stops at 2²⁴. If `valid` is False for an example, the
+    example adds nothing. The number of invalid examples includes it only if it counts and its weight is not 0.
     """
     amount = jnp.ones(valid.shape, jnp.int32)
     if weights is not None:

@@ -68,8 +68,8 @@ def _hits(batch: rows.Examples, k: int, first: bool) -> Array:
 def hits(r: rows.Rows, k: int, first: bool) -> Array:
     """1 if fewer than k classes are ranked before the label, else 0, shape [...], in the accumulation dtype.
 
-    Among classes with equal logits, the first is ranked first if `first`, otherwise the last. The result is NaN if the label is out of
-    range or a logit is NaN. It is 0 if the example does not count or its label is impossible.
+    Classes with equal logits are ranked by their index, in ascending order if `first` is True, otherwise in descending order. The result is
+    NaN if the label is out of range or a logit is NaN. It is 0 if the example does not count or its label is impossible.
     """
     assert r.labels is not None
     z, label = rows.finite_values(r), rows.on_label(r)

@@ -86,8 +86,8 @@ def ranking(
 
     The grid points are low + g·(high − low)/(points − 1) for g = 0, …, points − 1. Each score is counted at the nearest grid point. A score
     outside [low, high] is counted at the nearer end. Results can be added over batches and devices. `Ranking` then computes the AUROC.
-    Gradient: 0 with respect to `scores`. The count at the grid point of an example has derivative 1 with respect to the weight of the
-    example.
+    Gradient: 0 with respect to `scores`. Let w be the weight of an example. The count at the grid point of this example
+    has derivative 1 with respect to w.
 
     Args:
         scores: [...], probabilities or other numbers that should be larger for positives. For logits, set `low` and `high` to their range.
