@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 from tests.drawing import examples
 from xentjax import metrics
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 EXAMPLES, CLASSES = 40, 4
 MESH = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 

@@ -1,4 +1,4 @@
-"""Second derivatives, transformations and masks of every public function that is not a loss on (logits, labels)."""
+"""Transformations and masks of every public function that is not a loss on (logits, labels)."""
 
 import functools
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import export
 
-from tests.properties.test_functions import RTOL, SMOOTH, close, each_row
+from tests.properties.test_functions import RTOL, close, each_row
 from tests.tables.functions import replaced, results
 from tests.tables.rows import ROWS
 
@@ -16,32 +16,6 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 INDEPENDENT = pytest.mark.parametrize("row", [r for r in ROWS if r.independent], ids=str)
 POISON = (jnp.nan, -100), (jnp.inf, 2**31 - 1), (-jnp.inf, -1), (1e30, 7)  # for numbers and for indices
 MASKED = pytest.mark.parametrize("row", [r for r in ROWS if r.masked], ids=str)
-
-
-@SMOOTH
-def test_hessian_products(row, rng, x64):
-    arguments = row.arguments(rng, (3,) if row.independent else (5,), dtype=jnp.float64)
-    smooth = tuple(arguments[i] for i in row.smooth)
-    direction = tuple(jnp.asarray(rng.normal(size=x.shape)) for x in smooth)
-
-    def slope(*x):
-        return jax.grad(row.total(arguments), tuple(range(len(x))))(*x)
-
-    def in_reverse(*x):
-        return sum(jnp.vdot(g, v) for g, v in zip(slope(*x), direction, strict=True))
-
-    positions = tuple(range(len(smooth)))
-    # one program, also for the gradients of the differences
-    everything = jax.jit(lambda *x: (*jax.jvp(slope, x, direction), jax.grad(in_reverse, positions)(*x)))
-
-    def along(step):
-        return everything(*(x + step * v for x, v in zip(smooth, direction, strict=True)))[0]
-
-    both = everything(*smooth)[1:]
-    numeric = [(a - b) / 2e-5 for a, b in zip(along(1e-5), along(-1e-5), strict=True)]  # gradients hold already
-    for products in both:
-        for product, expected in zip(products, numeric, strict=True):
-            close(product, expected, 1e-6)  # differences: error step²·f'''', and rounding 1e-16/step
 
 
 @INDEPENDENT
