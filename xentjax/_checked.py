@@ -29,8 +29,8 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
       (`jax.lax.scan`, `jax.lax.map`) if the derivative is taken outside the loop. JAX drops value checks from such loops, so a bad label
       appears only as a NaN in the result.
     - Infinity: an infinite result does not raise an error, because it may be correct. For example, the loss of a label of probability 0 is
-      +∞. A result of log(1/0) in `function` does not raise an error either. Logits that are +∞ or above 2⁸⁰ do raise an error, because they
-      are mistakes. Infinite hidden states, kernels and embeddings also raise an error.
+      +∞. If `function` itself computes log(1/0), the infinite result does not raise an error either. Logits that are +∞ or above 2⁸⁰ do
+      raise an error, because they are mistakes. Infinite hidden states, kernels and embeddings also raise an error.
     - Speed: write `checked(jax.jit(step))`. A function that is not jitted is traced and compiled again at every call.
     - Positions: the error gives a position in the array that the loss receives. Under `vmap`, `scan` or `shard_map`, this array is a slice
       of the whole array.
@@ -48,8 +48,8 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
             Tracing would break the model. Split the model, and wrap a jitted function of the model's state.
         ValueError: on a call, if a check fails, a result is NaN, or the call is itself traced, as in `jax.jit(checked(step))`. An error can
             only be raised outside a trace, so write `checked(jax.jit(step))`. A NumPy integer outside the range of
-            JAX's integers also raises a ValueError, because JAX would truncate it. The exception is a function of this library that is not
-            transformed, because it receives the integer itself.
+            JAX's integers also raises a ValueError, because JAX would truncate it. This rule does not apply to a function of this library
+            that is not transformed, because such a function receives the integer itself.
 
     Example:
         >>> import jax.numpy as jnp, xentjax

@@ -32,8 +32,8 @@ def logit_adjusted_cross_entropy(
     loss = −log softmax(z + τ·log π)_y, where π_k is the frequency of class k. At τ = 1, this loss is also called balanced softmax.
     Gradient: ∂loss/∂z_k = softmax(z + τ·log π)_k − [k = y].
 
-    At τ = 1, the expected loss on the training data is minimal if softmax(z) is the true class distribution for data in which all classes
-    are equally frequent. Train with this loss, and predict with the logits z without the shift.
+    Consider data in which all classes are equally frequent. If softmax(z) is the true class distribution for such data, the expected loss
+    at τ = 1 on the training data is minimal. Train with this loss, and predict with the logits z without the shift.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.

@@ -268,7 +268,7 @@ def in_batch_softmax_cross_entropy(
     temperature: ArrayLike = 1.0,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy of identifying each query's own candidate in the batch, shape [batch].
+    """Cross-entropy loss for identifying each query's own candidate in the batch, shape [batch].
 
     loss_i = −log p_ii, where p_ij is the softmax of s_ij over j, and s_ij = queries_i·candidates_j/τ − log P(j).
     Gradient: ∂loss_i/∂s_ij = p_ij − [i = j].
@@ -283,7 +283,7 @@ def in_batch_softmax_cross_entropy(
         candidate_ids: [batch], integers that identify the items. If another candidate has the same id as candidate i, it is not a negative
             of query i.
         temperature: τ > 0, divides the products. For unit vectors, use a small value, for example 0.05.
-        where: [batch], True for pairs that count. The candidates of all other pairs are not negatives.
+        where: [batch], True for pairs that count. The candidate of a pair that does not count is not a negative of any query.
 
     Returns:
         [batch], in nats, float32, or float64 if `queries` are float64.

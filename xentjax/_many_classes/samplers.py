@@ -284,8 +284,8 @@ def draw(key: Array, sampler: Sampler, count: int, *, shape: tuple[int, ...] = (
             `sample(key, shape)` and `log_prob(ids)`.
         count: n ≥ 1, number of draws.
         shape: () if all examples share the samples. If each example has its own samples, pass the leading axes [...] of the examples.
-        unique: whether a class counts only once, no matter how often it is drawn. Repeated draws of a class get a log expected count of +∞,
-            and every loss leaves them out.
+        unique: whether a class counts only once, no matter how often it is drawn. The second and later draws of a class get a log expected
+            count of +∞, and every loss leaves them out.
 
     Returns:
         `samplers.Samples`.

@@ -35,7 +35,8 @@ class Confusion(sums.RunningSum, _Fields):
     - `average="weighted"`: the mean over all classes, weighted by true_k.
 
     Each metric equals the metric of the same name in scikit-learn, with 0/0 = 0 (`zero_division=0`). Metrics are float32, or float64 for
-    float64 counts. Metrics have the leading axes that `jax.vmap` gave the counts. If an example was invalid, all metrics are NaN.
+    float64 counts. If the counts have leading axes from `jax.vmap`, the metrics have the same leading axes. If an example was invalid, all
+    metrics are NaN.
     Gradient: 0 with respect to the predictions.
 
     Example:

@@ -104,10 +104,10 @@ def top_k_accuracy(
     accuracy = 1 if #{j: z_j > z_y} + #{j > y: z_j = z_y} < k, else 0, where z are the logits and y is the label.
     Gradient: 0.
 
-    The value is 1 if the logit of the label is among the k largest logits. Among classes with equal logits, the last class is ranked first,
-    as in scikit-learn's `top_k_accuracy_score`. `accuracy` predicts the first of these classes, as `jnp.argmax` does. So with ties,
-    `top_k_accuracy` with `k=1` can differ from `accuracy`. If the label has probability 0, the value is 0. Such a label has a logit of −∞,
-    or `class_mask` is False for its class.
+    The value is 1 if the logit of the label is among the k largest logits. Among classes with equal logits, the class with the largest
+    index is ranked first, as in scikit-learn's `top_k_accuracy_score`. `accuracy` predicts the class with the smallest index among them,
+    as `jnp.argmax` does. So with ties, `top_k_accuracy` with `k=1` can differ from `accuracy`. If the label has probability 0, the value
+    is 0. Such a label has a logit of −∞, or `class_mask` is False for its class.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities.
