@@ -10,8 +10,8 @@
 # %% [markdown]
 # ## Install
 #
-# On Colab the next cell installs what the notebook uses. Anywhere else it does nothing; run
-# `pip install xentjax optax matplotlib scikit-learn` once yourself.
+# On Colab, the next cell installs the packages that this notebook uses. Elsewhere the cell does nothing. In that case, run
+# `pip install git+https://github.com/xentjax/xentjax optax matplotlib scikit-learn` once.
 
 # %%
 import sys
@@ -19,7 +19,7 @@ import sys
 if "google.colab" in sys.modules:
     from IPython import get_ipython
 
-    get_ipython().run_line_magic("pip", "install -q xentjax optax matplotlib scikit-learn")
+    get_ipython().run_line_magic("pip", "install -q git+https://github.com/xentjax/xentjax optax matplotlib scikit-learn")
 
 # %%
 from itertools import pairwise
