@@ -47,17 +47,17 @@ MUTATIONS: tuple[Mutation, ...] = (
         (V,),
     ),
     Mutation(
-        "a dead row keeps its gradient",
+        "a row of impossible classes keeps its gradient",
         "_core/statistics.py",
-        "numerics.where(stats.dead, lax.stop_gradient(loss), loss)",
+        "numerics.where(stats.all_impossible, lax.stop_gradient(loss), loss)",
         "loss",
         (M, f"{PROPERTIES}/test_hidden.py", f"{PROPERTIES}/test_accuracy.py", f"{PROPERTIES}/test_defects.py"),
     ),
     Mutation(
         "a tie is no hit",
         "_core/statistics.py",
-        "(stats.gap >= 0) & ~stats.dead",
-        "(stats.gap > 0) & ~stats.dead",
+        "(stats.gap >= 0) & ~stats.all_impossible",
+        "(stats.gap > 0) & ~stats.all_impossible",
         (V, f"{FAMILIES}/test_metrics.py"),
     ),
     Mutation(

@@ -173,10 +173,12 @@ def test_a_loop_of_chunks_sends_the_numbers_per_token_only(monkeypatch):
     monkeypatch.setattr("xentjax._linear.plan._FEW_EXAMPLES", 1)
     jax.clear_caches()  # programs of the same losses with other plans, from other tests, and after this one
     try:
-        rows = sharded.rows_of(SHAPE, [(2, 4)], ["fuse_linear_sharded", "jit-batch-no-blocks", "jit-length"])
+        monkeypatch.setattr("xentjax._linear.products._BLOCK_BYTES", 2**10)
+        rows = sharded.rows_of(SHAPE, [(2, 4)], ["fuse_linear_sharded", "jit-batch", "jit-batch-no-blocks", "jit-length"])
     finally:
         jax.clear_caches()
-    ours, batch, length = rows
+    ours, blocks, batch, length = rows
+    assert blocks["gathers"] > 0 and batch["gathers"] == 0
     assert ours["in loops"] == "6 loss" and ours["gathers"] == 0 and ours["loss B/token"] == pytest.approx(18, abs=0.2)  # and a few sums
     assert batch["kernel MB"] >= ours["kernel MB"] and "3 kernel" in batch["in loops"] and "3 hidden" in batch["in loops"]
     assert length["gathers"] > 0 and length["hidden B/token"] > ours["hidden B/token"]

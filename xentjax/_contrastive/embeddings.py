@@ -27,7 +27,7 @@ def check_embeddings(function: str, name: str, x: ArrayLike, where: ArrayLike | 
     array = checks.floating(function, name, x)
     if array.ndim != 2:
         raise ValueError(f"{function}: {name} must have shape (batch, features); got {array.shape}. Use jax.vmap for several batches.")
-    counts = checks.counted(function, where, array.shape[:1], f"one per row of {name}")
+    counts = checks.where_mask(function, where, array.shape[:1], f"one per row of {name}")
     return _check_finite(function, name, array, counts), counts
 
 

@@ -157,7 +157,7 @@ def same_shape(function: str, name: str, x: Array, expected: tuple[int, ...], me
     return shape(function, name, x, expected, meaning, remedy)
 
 
-def counted(function: str, where: ArrayLike | None, expected: tuple[int, ...], meaning: str) -> Array | None:
+def where_mask(function: str, where: ArrayLike | None, expected: tuple[int, ...], meaning: str) -> Array | None:
     """The mask `where` of examples or elements that count, as a Boolean array of the expected shape; None if all count."""
     return None if where is None else same_shape(function, "where", boolean(function, "where", where), expected, meaning)
 
@@ -177,7 +177,7 @@ def example_weights(
     Inside `xentjax.checked`, weights of examples that count are reported if they are negative or NaN, unless `signed` is True.
     """
     w = None if weights is None else same_shape(function, "weights", floating(function, "weights", weights), expected, meaning)
-    counts = counted(function, where, expected, meaning)
+    counts = where_mask(function, where, expected, meaning)
     if w is not None and not signed:
         values.weights(function, "weights", w, counts)
     return w, counts
@@ -288,7 +288,7 @@ def examples(
             f"{function}: class_mask must have shape {(z.shape[axis],)}, one per class, or {z.shape}, the shape of {inputs}; "
             f"got {mask.shape}. {_split_remedy('class_mask', mesh.names(axis_name), inputs)}".rstrip()
         )
-    counts = counted(function, where, leading, f"the shape of {inputs} without its class axis")
+    counts = where_mask(function, where, leading, f"the shape of {inputs} without its class axis")
     indices = None if y is None or y.ndim == z.ndim else y
     mesh.check_class_split(function, axis_name, {inputs: z}, {"labels": indices, "where": counts})
     mesh.check_class_axis(function, inputs, z, axis, indices)
@@ -331,7 +331,7 @@ def elements(function: str, logits: ArrayLike, labels: ArrayLike, where: ArrayLi
         raise TypeError(f"{function}: labels must have a boolean, integer or floating dtype; got {t.dtype}.")
     t = _with_infinities(function, "labels", t) if jnp.issubdtype(t.dtype, jnp.floating) else t
     shape(function, "labels", t, z.shape, "the shape of logits, one label per logit", _elements_remedy(t.shape, z.shape))
-    counts = counted(function, where, z.shape, "the shape of logits")
+    counts = where_mask(function, where, z.shape, "the shape of logits")
     values.logits(function, "logits", z, counts)
     values.bits(function, "labels", t, counts)
     return z, t, counts

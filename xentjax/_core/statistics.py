@@ -52,7 +52,7 @@ class WithoutLabel(NamedTuple):
 
     reference: Array  # m, the largest logit; it has no derivative
     log_sum: Array  # c = lse(z) − m
-    dead: Array  # whether all logits of the row are −∞
+    all_impossible: Array  # whether all logits of the row are −∞
 
 
 class WithLabel(NamedTuple):
@@ -63,7 +63,7 @@ class WithLabel(NamedTuple):
 
     reference: Array
     log_sum: Array
-    dead: Array
+    all_impossible: Array
     gap: Array  # d = z_y − m
     log_odds: Array  # a = log(p_y/(1 − p_y))
 
@@ -88,12 +88,12 @@ def of_label(r: rows.Rows) -> WithLabel:
     The labels must be class indices.
     """
     m, d, rest, _ = _log_sums(r.values, r.raw, r.given_labels, r.class_mask, r.where, r.axis_name)
-    dead = numerics.is_infinite(-d) & numerics.is_infinite(-rest)
-    rest = numerics.where(dead, jnp.zeros_like(rest), rest)
+    all_impossible = numerics.is_infinite(-d) & numerics.is_infinite(-rest)
+    rest = numerics.where(all_impossible, jnp.zeros_like(rest), rest)
     a = d - rest
     # log(e^d + e^ℓ), with the larger of d and ℓ taken out of the logarithm
     log_sum = numerics.where(a > 0, d + numerics.softplus(-a), rest + numerics.softplus(a))
-    return WithLabel(m, log_sum, dead, gap=d, log_odds=a)
+    return WithLabel(m, log_sum, all_impossible, gap=d, log_odds=a)
 
 
 def finish(r: rows.Rows, stats: Statistics, loss: Array) -> Array:
@@ -101,12 +101,12 @@ def finish(r: rows.Rows, stats: Statistics, loss: Array) -> Array:
 
     +∞ is restored. Rows whose logits are all −∞ get gradient 0. Examples that do not count get a loss of exactly 0.
     """
-    return rows.row_value(r, numerics.restore_infinity(numerics.where(stats.dead, lax.stop_gradient(loss), loss)))
+    return rows.row_value(r, numerics.restore_infinity(numerics.where(stats.all_impossible, lax.stop_gradient(loss), loss)))
 
 
 def log_normalizer(r: rows.Rows, stats: Statistics) -> Array:
     """lse(z) = log Σ_k e^(z_k) of every row, shape [...]; −∞ if all logits are −∞."""
-    return numerics.where(stats.dead, -jnp.inf, stats.reference + stats.log_sum)
+    return numerics.where(stats.all_impossible, -jnp.inf, stats.reference + stats.log_sum)
 
 
 def hits(r: rows.Rows, stats: Statistics) -> Array:
@@ -117,10 +117,11 @@ def hits(r: rows.Rows, stats: Statistics) -> Array:
     classes, and `metrics.top_k_accuracy` needs another pass to find the last of them.
     """
     if isinstance(stats, WithLabel):
-        return rows.row_value(r, (stats.gap >= 0) & ~stats.dead)
+        return rows.row_value(r, (stats.gap >= 0) & ~stats.all_impossible)
     best = rows.maximum(r.given_labels, r.class_mask, r.axis_name)[..., None] == r.given_labels
     top = rows.maximum(r.raw, r.class_mask, r.axis_name)[..., None] == r.raw
-    return rows.row_value(r, (rows.class_sum(r, rows.combined_mask(best & top, r.class_mask, None).astype(jnp.int32)) > 0) & ~stats.dead)
+    hits = rows.class_sum(r, rows.combined_mask(best & top, r.class_mask, None).astype(jnp.int32))
+    return rows.row_value(r, (hits > 0) & ~stats.all_impossible)
 
 
 # The rule with a label ---------------------------------------------------------------------------------------------------

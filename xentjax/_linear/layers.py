@@ -25,7 +25,7 @@ def arguments(
     width = classes(function, h.shape, k.shape, classes_first)
     b = None if bias is None else checks.floating(function, "bias", bias)
     meaning = "the shape of hidden without its feature axis"
-    counts = checks.counted(function, where, h.shape[:-1], meaning)
+    counts = checks.where_mask(function, where, h.shape[:-1], meaning)
     w = (
         None
         if weights is None

@@ -120,8 +120,8 @@ def _distillation(student: rows.Examples, teacher: rows.Examples, temperature: A
         loss = rows.class_sum(p.row, difference * jnp.sign(difference)) / 2  # |p − q|, with derivative 0 where p = q
     else:
         loss = _jensen_shannon(p.row, u, v, d, jnp.asarray(beta, dtype))
-    dead = p.stats.dead | q.stats.dead
-    return rows.row_value(p.row, numerics.where(dead, lax.stop_gradient(loss) + jnp.inf, loss))
+    impossible = p.stats.all_impossible | q.stats.all_impossible
+    return rows.row_value(p.row, numerics.where(impossible, lax.stop_gradient(loss) + jnp.inf, loss))
 
 
 def _relative_entropy(row: rows.Rows, u: Array, v: Array, d: Array) -> Array:

@@ -254,7 +254,7 @@ def mixture_of_logistics_nll(
         checks.same_shape(name, other, x, z.shape, "the shape of mixture_logits")
     leading = (z.shape[:-1], "the shape of mixture_logits without its component axis")
     x = checks.same_shape(name, "targets", _numbers(name, "targets", checks.asarray(name, "targets", targets)), *leading)
-    counts = checks.counted(name, where, *leading)
+    counts = checks.where_mask(name, where, *leading)
     if checks.count(name, "levels", levels) < 2 or not -math.inf < low < high < math.inf:
         raise ValueError(f"{name}: levels must be at least 2 and low below high; got levels={levels}, low={low}, high={high}.")
     for argument, y in (("mixture_logits", z), ("means", mu), ("log_scales", s)):
@@ -294,7 +294,7 @@ def _mixture(
     least = lax.stop_gradient(jnp.min(joint, axis=-1))
     loss = least - jnp.log(jnp.sum(jnp.exp(least[..., None] - joint), axis=-1))
     loss = numerics.where(missing < 0.5, -jnp.log1p(-jnp.minimum(missing, 0.5)), loss)
-    loss = numerics.where(stats.dead, lax.stop_gradient(loss) + jnp.inf, loss)
+    loss = numerics.where(stats.all_impossible, lax.stop_gradient(loss) + jnp.inf, loss)
     return numerics.nan_or_zero(loss, valid, r.where)
 
 
@@ -313,7 +313,7 @@ def _elements(
     """The checked prediction, targets and `where`, all of one shape; `bad` finds targets that are impossible."""
     x, t = checks.floating(function, name, prediction), _numbers(function, "targets", checks.quantities(function, "targets", targets))
     checks.same_shape(function, "targets", t, x.shape, f"the shape of {name}")
-    counts = checks.counted(function, where, x.shape, f"the shape of {name}")
+    counts = checks.where_mask(function, where, x.shape, f"the shape of {name}")
     values.not_nan(function, name, x, counts)
     values.check(function, "targets", t, bad, complaint, counts)
     return x, t, counts

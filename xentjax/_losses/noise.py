@@ -77,7 +77,7 @@ def _forward(batch: rows.Examples, noise_matrix: Array) -> Array:
         """Log of Σ_i w_yi e^(z_i), where y is the label; −INFINITE if the sum is 0. `log_weights` holds log w [labels, true classes]."""
         weighted = rows.adjusted(r, offset=rows.table_row(r, log_weights))
         stats = statistics.of_row(weighted)
-        return numerics.where(stats.dead, -numerics.INFINITE, stats.reference + stats.log_sum)
+        return numerics.where(stats.all_impossible, -numerics.INFINITE, stats.reference + stats.log_sum)
 
     def loss_of_index(r: rows.Rows) -> Array:
         loss = odds.surprise(log_sum(r, to_label) - log_sum(r, to_others))  # of the log-odds of the noisy label
@@ -85,7 +85,7 @@ def _forward(batch: rows.Examples, noise_matrix: Array) -> Array:
 
     stats = statistics.of_row(r)
     loss = odds.by_label(r, loss_of_index)
-    return statistics.finish(r, stats, numerics.where(stats.dead, numerics.INFINITE, loss))
+    return statistics.finish(r, stats, numerics.where(stats.all_impossible, numerics.INFINITE, loss))
 
 
 def backward_corrected_cross_entropy(

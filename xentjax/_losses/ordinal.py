@@ -132,6 +132,6 @@ def _labels(
 ) -> tuple[Array, Array | None]:
     """The checked labels and `where`."""
     y = checks.same_shape(function, "labels", checks.integers(function, "labels", labels), shape, meaning)
-    counts = checks.counted(function, where, shape, meaning)
+    counts = checks.where_mask(function, where, shape, meaning)
     values.indices(function, "labels", y, classes, counts)
     return y, counts

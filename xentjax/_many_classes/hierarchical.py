@@ -428,7 +428,7 @@ def _check_adaptive(
     head = matrix("head", parameters.head, features, f"shortlist + {clusters}" if clusters else "classes", clusters + 1)
     projections = tuple(matrix(f"projections[{j}]", x, features, "width", 1) for j, x in enumerate(parameters.projections))
     kernels = tuple(matrix(f"kernels[{j}]", x, projections[j].shape[1], "classes", 1) for j, x in enumerate(parameters.kernels))
-    counts = checks.counted(function, where, h.shape[:-1], "the shape of hidden without its feature axis")
+    counts = checks.where_mask(function, where, h.shape[:-1], "the shape of hidden without its feature axis")
     parts = _Parameters(head, projections, kernels)
     values.finite(function, "hidden", h, counts)
     for path, x in jax.tree_util.tree_leaves_with_path(parts):

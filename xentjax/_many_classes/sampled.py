@@ -308,7 +308,7 @@ def in_batch_softmax_cross_entropy(
     checks.same_shape(name, "candidates", c, q.shape, "the shape of queries")
     p = None if candidate_log_prob is None else checks.floating(name, "candidate_log_prob", candidate_log_prob)
     ids = None if candidate_ids is None else checks.identifiers(name, "candidate_ids", candidate_ids)
-    counts = checks.counted(name, where, q.shape[:1], "one per query")
+    counts = checks.where_mask(name, where, q.shape[:1], "one per query")
     for argument, x in (("candidate_log_prob", p), ("candidate_ids", ids)):
         if x is not None:
             checks.same_shape(name, argument, x, q.shape[:1], "one per query")

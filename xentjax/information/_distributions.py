@@ -62,7 +62,7 @@ def check_distributions(function: str, where: ArrayLike | None, axis: int | None
     else:
         axis = checks.class_axis(function, first, shape, axis)
         leading, without = shape[:axis] + shape[axis + 1 :], "without its class axis"
-    counts = checks.counted(function, where, leading, f"the shape of {first} {without}")
+    counts = checks.where_mask(function, where, leading, f"the shape of {first} {without}")
     for name, x in zip(given, arrays, strict=True):
         check = values.logits if name.endswith("logits") else values.probabilities
         check(function, name, x, counts, (-2, -1) if axis is None else axis)
@@ -101,8 +101,8 @@ def distribution(x: Array, where: Array | None, axis: int, from_logits: bool) ->
     u = prediction.surprise
     zero = numerics.is_infinite(u)
     log = lax.stop_gradient(numerics.where(zero, u, 0)) - u
-    dead = prediction.stats.dead[..., None]
-    return Distribution(jnp.exp(-u), jnp.where(dead, lax.stop_gradient(log), log), zero, prediction)
+    impossible = prediction.stats.all_impossible[..., None]
+    return Distribution(jnp.exp(-u), jnp.where(impossible, lax.stop_gradient(log), log), zero, prediction)
 
 
 def pair(p: Array, q: Array, where: Array | None, axis: int, from_logits: bool) -> Pair:

@@ -40,7 +40,7 @@ def self_information(p: ArrayLike, *, base: ArrayLike = math.e, where: ArrayLike
     """
     name = "self_information"
     x = checks.floating(name, "p", p)
-    counts = checks.counted(name, where, x.shape, "the shape of p")
+    counts = checks.where_mask(name, where, x.shape, "the shape of p")
     values.probabilities(name, "p", x, counts)
     return _self_information(x, _distributions.check_base(name, base), counts)
 
@@ -80,7 +80,7 @@ def self_information_from_logits(logits: ArrayLike, *, base: ArrayLike = math.e,
     """
     name = "self_information_from_logits"
     z, _, axis = _distributions.check_distributions(name, None, axis, logits=logits)
-    counts = checks.counted(name, where, z.shape, "the shape of logits")
+    counts = checks.where_mask(name, where, z.shape, "the shape of logits")
     return _self_information_from_logits(z, _distributions.check_base(name, base), counts, axis)
 
 

@@ -180,7 +180,7 @@ def _dependence_of_logits(z: Array, zero: Array) -> tuple[Array, Array]:
     total = (whole.reference - origin) + whole.log_sum
     a = (of_x.reference - origin[..., None]) + of_x.log_sum
     b = (of_y.reference - origin[..., None]) + of_y.log_sum - total[..., None]
-    px, py = numerics.where(of_x.dead, 0, jnp.exp(a - total[..., None])), numerics.where(of_y.dead, 0, jnp.exp(b))
+    px, py = numerics.where(of_x.all_impossible, 0, jnp.exp(a - total[..., None])), numerics.where(of_y.all_impossible, 0, jnp.exp(b))
     finite = numerics.where(zero, 0, z)
     grid = origin[..., None, None] + (_spread(_on_grid(a), -1, z) + _spread(_on_grid(b), -2, z))
     d = ((finite - grid) - _spread(a - _on_grid(a), -1, z)) - _spread(b - _on_grid(b), -2, z)

@@ -131,7 +131,7 @@ def _calibration(batch: rows.Examples, weights: Array | None, bins: int) -> Cali
     stats = statistics.of_row(r)
     confidence = rows.row_value(r, jnp.exp(-lax.stop_gradient(stats.log_sum)))
     hit = _examples.hits(r, 1, first=True)
-    valid = ~jnp.isnan(hit) & ~jnp.isnan(confidence) & ~stats.dead
+    valid = ~jnp.isnan(hit) & ~jnp.isnan(confidence) & ~stats.all_impossible
     amount, invalid = _counts.amounts(weights, rows.counted(r), valid)
     index = jnp.clip(jnp.ceil(confidence * bins) - 1, 0, bins - 1).astype(jnp.int32)
     share = numerics.where(amount != 0, confidence, 0) * amount.astype(confidence.dtype)
