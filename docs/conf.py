@@ -1,0 +1,174 @@
+"""The site: `sphinx-build -W -b html docs site`."""
+
+import inspect
+import pathlib
+import re
+import shutil
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "_ext")]
+
+import formulas  # noqa: E402
+
+import xentjax  # noqa: E402
+
+project, author, copyright = "xentjax", "the authors of xentjax", "2026, the authors of xentjax"
+REPOSITORY = "https://github.com/xentjax/xentjax"
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.linkcode",
+    "sphinx.ext.mathjax",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+exclude_patterns = ["_ext", "_build", "**/.ipynb_checkpoints"]
+nitpicky = True
+templates_path = ["_templates"]
+html_theme = "sphinx_book_theme"
+html_title = "xentjax"
+html_static_path = ["_static"]
+html_css_files = ["xentjax.css"]
+html_theme_options = {
+    "repository_url": REPOSITORY,
+    "repository_branch": "main",
+    "path_to_docs": "docs",
+    "use_repository_button": True,
+    "use_issues_button": True,
+    "show_toc_level": 2,
+    "home_page_in_toc": True,
+    "launch_buttons": {"colab_url": "https://colab.research.google.com"},
+}
+nb_execution_mode = "off"  # the notebooks are stored with their outputs
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 4
+autosummary_generate = True
+autosummary_ignore_module_all = False
+autodoc_typehints = "none"  # docstrings give shapes and dtypes, which types cannot
+autodoc_member_order = "bysource"
+napoleon_custom_sections = [("Reference", "notes_style"), ("Fields", "params_style")]
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+
+def public() -> set[str]:
+    """The public names as users write them behind `xentjax.`."""
+    rooms = {"": xentjax, "information.": xentjax.information, "metrics.": xentjax.metrics, "samplers.": xentjax.samplers}
+    return {f"{prefix}{name}" for prefix, room in rooms.items() for name in dir(room) if not name.startswith("_")}
+
+
+PUBLIC = public()
+
+
+def link(text: str, here: str = "") -> str:
+    """A link to a public name, or a literal."""
+    name = text.removeprefix("xentjax.")
+    if name in ("information", "metrics", "samplers"):  # a module has no page of its own
+        return f"``{text}``"
+    for candidate in (f"{here}{name}", name):
+        if candidate in PUBLIC:
+            return f":py:obj:`{text} <xentjax.{candidate}>`"
+    return f"``{text}``"
+
+
+def docstring(app, what, name, obj, options, lines):
+    room = name.split(".")[1] if name.count(".") > 1 else ""
+    here = f"{room}." if room in ("information", "metrics", "samplers") else ""
+    lines[:] = formulas.restructured(lines, lambda text: link(text, here))
+
+
+def pages(app, docname, source):
+    """Links from a page to other files of the repository: to the page that shows the file, or to the repository."""
+    if docname.startswith("notebooks/"):
+        return
+    shown = {"benchmarks/README.md": "benchmarks.md", "benchmarks/NOTES.md": "benchmark-notes.md", "CONTRIBUTING.md": "contributing.md"}
+    folder = {"benchmarks": "benchmarks/", "benchmark-notes": "benchmarks/", "contributing": ""}.get(docname, "docs/")
+
+    def target(match):
+        path, _, anchor = match[1].partition("#")
+        if not path or "://" in path:
+            return match[0]
+        parts = []
+        for part in (folder + path).split("/"):
+            parts = parts[:-1] if part == ".." else [*parts, part]
+        whole = "/".join(parts)
+        if whole.startswith("docs/"):
+            return f"]({whole.removeprefix('docs/')}{'#' + anchor if anchor else ''})"
+        if whole in shown:
+            return f"]({shown[whole]}{'#' + anchor if anchor else ''})"
+        return f"]({REPOSITORY}/blob/main/{whole}{'#' + anchor if anchor else ''})"
+
+    source[0] = re.sub(r"\]\(([^)\s]+)\)", target, source[0])
+
+
+def copied():
+    """Pages and notebooks that are stored elsewhere in the repository."""
+    docs = ROOT / "docs"
+    (docs / "notebooks").mkdir(exist_ok=True)
+    for path in sorted((ROOT / "examples" / "notebooks").glob("*.ipynb")):
+        shutil.copy(path, docs / "notebooks" / path.name)
+    for path, page in (("benchmarks/README.md", "benchmarks.md"), ("benchmarks/NOTES.md", "benchmark-notes.md"), ("CONTRIBUTING.md", "contributing.md"), ("CHANGELOG.md", "changelog.md")):
+        shutil.copy(ROOT / path, docs / page)
+
+
+ROOMS = {  # the file that defines a name, and the title of its group
+    "_losses.softmax": "Categorical cross-entropy",
+    "_losses.sigmoid": "Binary cross-entropy",
+    "_losses.robust": "Robust losses",
+    "_losses.tempered": "Robust losses",
+    "_losses.noise": "Noisy labels with a known noise matrix",
+    "_losses.imbalance": "Rare classes",
+    "_losses.margin": "Cosines with a margin",
+    "_losses.distillation": "Distillation",
+    "_losses.likelihood": "Real numbers, counts and levels",
+    "_losses.ordinal": "Ordered classes",
+    "_linear.fused": "Fused linear layers",
+    "_linear.sharded": "Fused linear layers",
+    "_linear.plan": "Fused linear layers",
+    "_contrastive.losses": "Embeddings",
+    "_many_classes.sampled": "Sampled softmax",
+    "_many_classes.hierarchical": "Adaptive and hierarchical softmax",
+    "samplers": "Samplers of classes: xentjax.samplers",
+    "_reduction": "Weighted sums and means",
+    "_checked": "Value checks",
+    "information": "Information theory: xentjax.information",
+    "metrics": "Metrics: xentjax.metrics",
+}
+
+
+def api():
+    """The list of all public functions, grouped; autosummary makes a page for each of them."""
+    groups = {title: [] for title in ROOMS.values()}
+    for name in sorted(PUBLIC - {"information", "metrics", "samplers"}):
+        room, _, last = name.rpartition(".")
+        found = getattr(getattr(xentjax, room) if room else xentjax, last)
+        groups[ROOMS[room or found.__module__.removeprefix("xentjax.")]].append(name)  # a new file needs a title
+    text = ["API", "===", "", "Every public function, with its formula, gradient, shapes, an example and a reference.", ""]
+    for title, names in groups.items():
+        text += [title, "-" * len(title), "", ".. autosummary::", "   :toctree: api", "   :nosignatures:", ""]
+        text += [f"   xentjax.{name}" for name in names] + [""]
+    (ROOT / "docs" / "api.rst").write_text("\n".join(text))
+
+
+def linkcode_resolve(domain, info):
+    """The lines of a function in the repository."""
+    found = sys.modules.get(info["module"])
+    for part in info["fullname"].split("."):
+        found = getattr(found, part, None)
+    try:
+        found = inspect.unwrap(found)
+        path = pathlib.Path(inspect.getsourcefile(found)).relative_to(ROOT)
+        code, start = inspect.getsourcelines(found)
+    except (TypeError, ValueError, OSError, AttributeError):
+        return None
+    return f"{REPOSITORY}/blob/main/{path}#L{start}-L{start + len(code) - 1}"
+
+
+def setup(app):
+    copied()  # before Sphinx looks for pages
+    api()
+    app.connect("source-read", pages)
+    app.connect("autodoc-process-docstring", docstring, priority=400)
