@@ -1,4 +1,4 @@
-"""The site: `sphinx-build -W -b html docs site`."""
+"""The site: `sphinx-build -W docs docs/_build/html`."""
 
 import inspect
 import pathlib
@@ -30,6 +30,7 @@ nitpicky = True
 templates_path = ["_templates"]
 html_theme = "sphinx_book_theme"
 html_title = "xentjax"
+html_sidebars = {"**": ["navbar-logo.html", "icon-links.html", "sbt-sidebar-nav.html"]}  # the search field is at the top
 html_static_path = ["_static"]
 html_css_files = ["xentjax.css"]
 html_theme_options = {
@@ -110,7 +111,12 @@ def copied():
     (docs / "notebooks").mkdir(exist_ok=True)
     for path in sorted((ROOT / "examples" / "notebooks").glob("*.ipynb")):
         shutil.copy(path, docs / "notebooks" / path.name)
-    for path, page in (("benchmarks/README.md", "benchmarks.md"), ("benchmarks/NOTES.md", "benchmark-notes.md"), ("CONTRIBUTING.md", "contributing.md"), ("CHANGELOG.md", "changelog.md")):
+    for path, page in (
+        ("benchmarks/README.md", "benchmarks.md"),
+        ("benchmarks/NOTES.md", "benchmark-notes.md"),
+        ("CONTRIBUTING.md", "contributing.md"),
+        ("CHANGELOG.md", "changelog.md"),
+    ):
         shutil.copy(ROOT / path, docs / page)
 
 

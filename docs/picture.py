@@ -28,7 +28,9 @@ def errors(margins):
 
 def memory(classes):
     """Temporary bytes of the compiled gradient with respect to hidden and kernel, fused and by optax."""
-    shapes = [jax.ShapeDtypeStruct(s, d) for s, d in (((TOKENS, FEATURES), "float32"), ((FEATURES, classes), "float32"), ((TOKENS,), "int32"))]
+    shapes = [
+        jax.ShapeDtypeStruct(s, d) for s, d in (((TOKENS, FEATURES), "float32"), ((FEATURES, classes), "float32"), ((TOKENS,), "int32"))
+    ]
 
     def dense(hidden, kernel, labels):
         return optax.losses.softmax_cross_entropy_with_integer_labels(hidden @ kernel, labels).mean()
@@ -38,19 +40,28 @@ def memory(classes):
 
 
 if __name__ == "__main__":
-    style = {"svg.fonttype": "path", "svg.hashsalt": "xentjax", "font.size": 12, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK}
+    style = {
+        "svg.fonttype": "path",
+        "svg.hashsalt": "xentjax",
+        "font.size": 12,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": INK,
+    }
     plt.rcParams.update(style | {"xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False})
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     margins = np.arange(0, 80.5, 0.5)
     for error, colour, name, height in zip(errors(margins), (OURS, OTHERS), ("xentjax", "optax, PyTorch, Keras"), (2e-7, 3), strict=True):
         left.semilogy(margins, np.maximum(error, 1e-9), color=colour, linewidth=2.5)
         left.text(80, height, name, color=colour, ha="right", va="bottom", fontweight="bold")
-    left.set(xlabel="margin of the label's logit (nats)", ylabel="relative error of the gradient", ylim=(1e-9, 40), title="Error in float32")
+    left.set(
+        xlabel="margin of the label's logit (nats)", ylabel="relative error of the gradient", ylim=(1e-9, 40), title="Error in float32"
+    )
     sizes = 2 ** np.arange(13, 19)
     fused, dense = np.array([memory(int(n)) for n in sizes]).T / 2**20
-    for values, colour, name in ((fused, OURS, "xentjax, fused"), (dense, OTHERS, "all logits in memory")):
+    for values, colour, name, shift in ((fused, OURS, "xentjax, fused", 0.35), (dense, OTHERS, "all logits in memory", 1.25)):
         right.loglog(sizes, values, "o-", color=colour, linewidth=2.5)
-        right.text(sizes[-1], values[-1] * 1.25, name, color=colour, ha="right", va="bottom", fontweight="bold")
+        right.text(sizes[-1], values[-1] * shift, name, color=colour, ha="right", va="bottom", fontweight="bold")
     right.set(xlabel="classes", ylabel="temporary memory (MiB)", title=f"Memory, {TOKENS:,} tokens", ylim=(20, 10000))
     right.set_xticks(sizes, [f"{n // 1000}k" for n in sizes], minor=False)
     right.minorticks_off()

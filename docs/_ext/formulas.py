@@ -1,7 +1,7 @@
 """Renders the formulas of docstrings as mathematics.
 
-Docstrings write formulas in Unicode, which is readable in `help()`: `loss = −Σ_k t_k log p_k`. This extension finds the formulas and translates
-them to TeX, and leaves the words around them as they are. It also makes a link of each public name in backticks.
+Docstrings write formulas in Unicode, which is readable in `help()`: `loss = −Σ_k t_k log p_k`. This extension finds the formulas,
+translates them to TeX, and leaves the words around them as they are. It also makes a link of each public name in backticks.
 """
 
 import re
@@ -11,13 +11,99 @@ FUNCTIONS = (
     *("log_t", "log_t1", "log_t2", "exp_t", "exp_t1", "exp_t2", "lse_y"),
 )
 WORDS = (  # names of several letters in formulas; every other word of several letters is prose
-    *("loss", "loss_i", "labels", "hidden", "kernel", "bias", "head", "projection", "order", "clip", "counts", "length", "features", "width"),
-    *("softcap", "confidence", "hit", "hits", "score", "accuracy", "mean", "total", "weight", "value", "result", "auroc", "shortlist", "cutoff"),
-    *("student", "teacher", "queries", "candidates", "signs", "nodes", "examples", "bins", "max_margin", "label_probs", "label_ids", "JS", "logits"),
-    *("predicted", "true", "div_value", "mixture_logits", "log_scales", "label_probs_j", "label_ids_j"),
+    *(
+        "loss",
+        "loss_i",
+        "labels",
+        "hidden",
+        "kernel",
+        "bias",
+        "head",
+        "projection",
+        "order",
+        "clip",
+        "counts",
+        "length",
+        "features",
+        "width",
+    ),
+    *(
+        "softcap",
+        "confidence",
+        "hit",
+        "hits",
+        "score",
+        "accuracy",
+        "mean",
+        "total",
+        "weight",
+        "value",
+        "result",
+        "auroc",
+        "shortlist",
+        "cutoff",
+    ),
+    *(
+        "student",
+        "teacher",
+        "queries",
+        "candidates",
+        "signs",
+        "nodes",
+        "examples",
+        "bins",
+        "max_margin",
+        "label_probs",
+        "label_ids",
+        "JS",
+        "logits",
+    ),
+    *(
+        "predicted",
+        "true",
+        "div_value",
+        "mixture_logits",
+        "log_scales",
+        "label_probs_j",
+        "label_ids_j",
+        "perplexity",
+        "margin",
+        "nll",
+        "nll_i",
+        "confidences",
+        "confidences_b",
+    ),
 )
 STANDARD = {"log", "exp", "max", "min", "cos", "sin", "arccos", "tanh"}  # TeX knows them
-PROSE = {"is", "of", "at", "if", "be", "or", "as", "in", "on", "to", "by", "so", "no", "an", "it", "we", "do", "up", "At", "If", "In", "On", "It", "So", "a", "A", "I"}
+PROSE = {
+    "is",
+    "of",
+    "at",
+    "if",
+    "be",
+    "or",
+    "as",
+    "in",
+    "on",
+    "to",
+    "by",
+    "so",
+    "no",
+    "an",
+    "it",
+    "we",
+    "do",
+    "up",
+    "At",
+    "If",
+    "In",
+    "On",
+    "It",
+    "So",
+    "a",
+    "A",
+    "I",
+}
 _NAME = r"[^\W\d_]+(?:_[^\W\d_]{2,})*\d?"  # letters, also Greek; words joined by underscores
 _TOKEN = re.compile(r"``.*?``|`[^`]*`|\s+|[^\s`]+")
 _OPERATORS = set("=Σ∂·^≤≥<>≠∝∈½√∞‖⌊⌈σΓ|_")
@@ -50,15 +136,49 @@ def tex(formula: str) -> str:
     for name in sorted({*FUNCTIONS, *WORDS}, key=len, reverse=True):
         if "_" in name:
             head, _, index = name.partition("_")
-            written = rf"\\mathrm{{{head}}}_{{{index}}}" if name in FUNCTIONS or name == "loss_i" else rf"\\mathrm{{{name.replace('_', '~')}}}"
+            written = (
+                rf"\\mathrm{{{head}}}_{{{index}}}" if name in FUNCTIONS or name == "loss_i" else rf"\\mathrm{{{name.replace('_', '~')}}}"
+            )
         else:
             written = (rf"\\{name} " if name in STANDARD else rf"\\operatorname{{{name}}}") if name in FUNCTIONS else rf"\\mathrm{{{name}}}"
         s = re.sub(rf"(?<![\w\\{{~]){re.escape(name)}(?![^\W_]|_[^\W\d_]{{2,}})", written, s)
     for sign, written in {
-        "Σ": r"\sum ", "·": r"\cdot ", "−": "-", "½": r"\tfrac12 ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∈": r"\in ",
-        "∝": r"\propto ", "‖": r"\,\|\,", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "∂": r"\partial ", "ℓ": r"\ell ",
-        "γ": r"\gamma ", "ε": r"\varepsilon ", "ζ": r"\zeta ", "λ": r"\lambda ", "μ": r"\mu ", "π": r"\pi ", "ρ": r"\rho ", "σ": r"\sigma ",
-        "τ": r"\tau ", "θ": r"\theta ", "ψ": r"\psi ", "ω": r"\omega ", "β": r"\beta ", "α": r"\alpha ", "Δ": r"\Delta ", "φ": r"\varphi ", "Γ": r"\Gamma ",
+        "Σ": r"\sum ",
+        "·": r"\cdot ",
+        "−": "-",
+        "½": r"\tfrac12 ",
+        "∞": r"\infty ",
+        "≤": r"\le ",
+        "≥": r"\ge ",
+        "≠": r"\ne ",
+        "∈": r"\in ",
+        "∝": r"\propto ",
+        "±": r"\pm ",
+        "…": r"\dots ",
+        "‖": r"\,\|\,",
+        "⌊": r"\lfloor ",
+        "⌋": r"\rfloor ",
+        "⌈": r"\lceil ",
+        "⌉": r"\rceil ",
+        "∂": r"\partial ",
+        "ℓ": r"\ell ",
+        "γ": r"\gamma ",
+        "ε": r"\varepsilon ",
+        "ζ": r"\zeta ",
+        "λ": r"\lambda ",
+        "μ": r"\mu ",
+        "π": r"\pi ",
+        "ρ": r"\rho ",
+        "σ": r"\sigma ",
+        "τ": r"\tau ",
+        "θ": r"\theta ",
+        "ψ": r"\psi ",
+        "ω": r"\omega ",
+        "β": r"\beta ",
+        "α": r"\alpha ",
+        "Δ": r"\Delta ",
+        "φ": r"\varphi ",
+        "Γ": r"\Gamma ",
     }.items():
         s = s.replace(sign, written)
     return re.sub(r"\s+", " ", s).strip()
@@ -105,9 +225,10 @@ def render(line: str, link) -> str:
             finish()
             joined = i + 1 < len(tokens) and tokens[i + 1][0].isalnum()  # `name`s
             out.append(link(token.strip("`")) + ("\\ " if joined else ""))
-        elif token.isspace() or is_formula(token) or token in ("a", "A", "I") and after in ("=", "<", "≤", "−", "+"):
+        elif token.isspace() or is_formula(token) or (token in ("a", "A", "I") and after in ("=", "<", "≤", "−", "+")):
             run.append(token)
-            if token[-1] in ".;" or token[-1] == ":" and "{" not in "".join(run):
+            text = "".join(run)
+            if token[-1] in ".;:" and all(text.count(a) == text.count(b) for a, b in ("()", "[]", "{}")):
                 finish()
         else:
             finish()
@@ -157,9 +278,12 @@ def restructured(lines: list[str], link) -> list[str]:
             in_list = in_list or line.startswith("-")
             out.append(render(line, link) if in_list else "| " + render(line.strip(), link))
         else:
-            if in_list or out and out[-1].startswith("|"):
+            if in_list or (out and out[-1].startswith("|")):
                 out.append("")
                 in_list = False
+            if line.startswith("Gradient") and paragraph:
+                finish()
+                out.append("")
             paragraph.append(line)
     finish()
     return out
