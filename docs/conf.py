@@ -85,8 +85,19 @@ def pages(app, docname, source):
     """Links from a page to other files of the repository: to the page that shows the file, or to the repository."""
     if docname.startswith("notebooks/"):
         return
-    shown = {"benchmarks/README.md": "benchmarks.md", "benchmarks/NOTES.md": "benchmark-notes.md", "CONTRIBUTING.md": "contributing.md"}
-    folder = {"benchmarks": "benchmarks/", "benchmark-notes": "benchmarks/", "contributing": ""}.get(docname, "docs/")
+    shown = {
+        "benchmarks/README.md": "benchmarks.md",
+        "benchmarks/NOTES.md": "benchmark-notes.md",
+        "CONTRIBUTING.md": "contributing.md",
+        "examples/README.md": "examples.md",
+    }
+    folder = {
+        "benchmarks": "benchmarks/",
+        "benchmark-notes": "benchmarks/",
+        "contributing": "",
+        "examples": "examples/",
+        "changelog": "",
+    }.get(docname, "docs/")
 
     def target(match):
         path, _, anchor = match[1].partition("#")
@@ -98,6 +109,8 @@ def pages(app, docname, source):
         whole = "/".join(parts)
         if whole.startswith("docs/"):
             return f"]({whole.removeprefix('docs/')}{'#' + anchor if anchor else ''})"
+        if whole.startswith("examples/notebooks/") and whole.endswith(".ipynb"):
+            return f"]({whole.removeprefix('examples/')})"
         if whole in shown:
             return f"]({shown[whole]}{'#' + anchor if anchor else ''})"
         return f"]({REPOSITORY}/blob/main/{whole}{'#' + anchor if anchor else ''})"
@@ -116,6 +129,7 @@ def copied():
         ("benchmarks/NOTES.md", "benchmark-notes.md"),
         ("CONTRIBUTING.md", "contributing.md"),
         ("CHANGELOG.md", "changelog.md"),
+        ("examples/README.md", "examples.md"),
     ):
         shutil.copy(ROOT / path, docs / page)
 
