@@ -7,7 +7,8 @@ import re
 import numpy as np
 
 ROOT = pathlib.Path(__file__).parents[2]
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+_GENERATED = (ROOT / "docs" / ".gitignore").read_text().split()  # copies that the site makes of pages elsewhere
+DOCS = sorted(page for page in (ROOT / "docs").glob("*.md") if f"/{page.name}" not in _GENERATED)
 _NUMBER = re.compile(r"-?\d+\.?\d*(?:e[-+]?\d+)?")
 
 

@@ -17,7 +17,8 @@ from xentjax._losses import robust
 
 DOCS = pages.ROOT / "docs"
 CONTRIBUTING = (pages.ROOT / "CONTRIBUTING.md").read_text()
-EVERY_PAGE = sorted(str(p.relative_to(pages.ROOT)) for folder in (".", "docs", "benchmarks") for p in (pages.ROOT / folder).glob("*.md"))
+OTHER_PAGES = [page for folder in (".", "benchmarks", "examples") for page in sorted((pages.ROOT / folder).glob("*.md"))]
+EVERY_PAGE = [str(page.relative_to(pages.ROOT)) for page in pages.DOCS + OTHER_PAGES]
 EPS = float(jnp.finfo(jnp.float32).eps)
 RNG = np.random.default_rng(7)
 GIVEN = {
@@ -109,13 +110,14 @@ def test_every_public_function_is_on_the_page():
 
 
 @pytest.mark.usefixtures("standard_promotion")
-def test_the_examples_of_the_conventions_run():
-    assert pages.names_of(DOCS / "conventions.md")
+@pytest.mark.parametrize("page", ["conventions.md", "index.md"])
+def test_the_examples_of_the_page_run(page):
+    assert pages.names_of(DOCS / page)
 
 
 def test_code_of_every_page_is_executed():
-    executed = {"choosing-a-loss.md", "conventions.md", "fused-linear.md", "devices.md"}  # the last two by test_recipes.py
-    assert {page.name for page in DOCS.glob("*.md") if pages.code(page)} == executed
+    executed = {"choosing-a-loss.md", "conventions.md", "index.md", "fused-linear.md", "devices.md"}  # the last two by test_recipes.py
+    assert {page.name for page in pages.DOCS if pages.code(page)} == executed
 
 
 def heading(text):
