@@ -59,7 +59,7 @@ if __name__ == "__main__":
     )
     sizes = 2 ** np.arange(13, 19)
     fused, dense = np.array([memory(int(n)) for n in sizes]).T / 2**20
-    for values, colour, name, shift in ((fused, OURS, "xentjax, fused", 0.35), (dense, OTHERS, "all logits in memory", 1.25)):
+    for values, colour, name, shift in ((fused, OURS, "xentjax, fused", 0.12), (dense, OTHERS, "all logits in memory", 1.25)):
         right.loglog(sizes, values, "o-", color=colour, linewidth=2.5)
         right.text(sizes[-1], values[-1] * shift, name, color=colour, ha="right", va="bottom", fontweight="bold")
     right.set(xlabel="classes", ylabel="temporary memory (MiB)", title=f"Memory, {TOKENS:,} tokens", ylim=(20, 10000))
