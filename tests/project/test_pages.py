@@ -110,13 +110,13 @@ def test_every_public_function_is_on_the_page():
 
 
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("page", ["conventions.md", "index.md"])
+@pytest.mark.parametrize("page", ["conventions.md", "index.md", "when-something-is-nan.md"])
 def test_the_examples_of_the_page_run(page):
     assert pages.names_of(DOCS / page)
 
 
 def test_code_of_every_page_is_executed():
-    executed = {"choosing-a-loss.md", "conventions.md", "index.md", "fused-linear.md", "devices.md"}  # the last two by test_recipes.py
+    executed = {"choosing-a-loss.md", "conventions.md", "index.md", "when-something-is-nan.md", "fused-linear.md", "devices.md"}  # the last two by test_recipes.py
     assert {page.name for page in pages.DOCS if pages.code(page)} == executed
 
 
