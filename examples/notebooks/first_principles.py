@@ -6,7 +6,7 @@
 # Cross-entropy is the loss of almost every classifier and every language model. This notebook builds it from one idea, surprise.
 # You will measure surprise, compress a text and count its bits, and pay the price of a wrong forecast. You will then see why
 # the minimum of cross-entropy is usually not 0, why no $\varepsilon$ is needed, and why the gradient is as simple as $p - y$. Each
-# formula stands beside code that checks it. Lines that start with **Often wrong** correct statements that many tutorials make.
+# formula comes with code that checks it. Lines that start with **Often wrong** correct statements that many tutorials make.
 # The notebook runs in seconds on a CPU.
 
 # %% [markdown]
@@ -57,12 +57,13 @@ Q = np.array([0.4, 0.4, 0.2])
 # %% [markdown]
 # ## Self-information: the surprise at one event
 #
-# A rare event is a surprise. A certain event is none. The surprise at an event of probability $p$ is its **self-information**
+# A rare event is a surprise. An event that is certain to occur is no surprise. The surprise at an event of probability $p$ is its
+# **self-information**
 #
 # $$I(p) = -\log p .$$
 #
 # The logarithm makes surprises add up. Two independent events have probability $p_1 p_2$, and $-\log(p_1 p_2) = I(p_1) + I(p_2)$.
-# The base of the logarithm is the unit. The natural logarithm gives *nats*, and base 2 gives *bits*. One bit is $\log 2 = 0.693$ nats.
+# The base of the logarithm sets the unit. The natural logarithm gives *nats*, and base 2 gives *bits*. One bit is $\log 2 = 0.693$ nats.
 
 # %%
 surprise = information.self_information(jnp.array(P))
@@ -141,7 +142,7 @@ def huffman_code(counts):
 
 
 # %% [markdown]
-# The text is the Zen of Python, which is a part of every Python. Only its letters and spaces are kept.
+# The text is the Zen of Python, which every Python installation includes. Only its letters and spaces are kept.
 
 # %%
 with contextlib.redirect_stdout(io.StringIO()):  # `import this` prints the text; the module holds it in rot13
@@ -234,8 +235,8 @@ plt.show()
 #
 # ## A wrong code costs the divergence
 #
-# Again, this can be counted. The code words 0, 10 and 11 have lengths 1, 2 and 2. They fit the probabilities ½, ¼, ¼ exactly, because
-# each length is $-\log_2 p$. If the last event is the common one instead, the same words are too long on average.
+# The cost of a wrong code can also be counted in bits. The code words 0, 10 and 11 have lengths 1, 2 and 2. They fit the probabilities
+# ½, ¼, ¼ exactly, because each length is $-\log_2 p$. If the last event is the common one instead, the same words are too long on average.
 
 # %%
 true, believed = jnp.array([0.25, 0.25, 0.5]), jnp.array([0.5, 0.25, 0.25])
@@ -248,8 +249,9 @@ print(f"price of the wrong code:            {true @ (lengths - needed):.2f} = D(
 assert float(true @ lengths) == 1.75 and abs(information.cross_entropy(true, believed, base=2) - 1.75) < 4 * EPS
 
 # %% [markdown]
-# The weather does not fit whole bits. A code for several days at once fits better. Below, each code word stands for a block of $n$ days,
-# so there are $3^n$ words. One code is made for $P$, and one for the forecast $Q$. Both are used on the true weather.
+# Not all probabilities of the weather are powers of ½, so words with a whole number of bits cannot fit them exactly. A code for
+# several days at once fits better. Below, each code word stands for a block of $n$ days, so there are $3^n$ words. One code is made for
+# $P$, and one for the forecast $Q$. Both are used on the true weather.
 
 
 # %%
@@ -291,7 +293,7 @@ plt.show()
 # the forecast $Q$ moves toward "always sunny". Then $D(P \,\|\, Q)$ has no bound, because $P$ contains days that $Q$ calls impossible.
 # The other direction stays finite.
 #
-# The **Jensen–Shannon divergence** is symmetric. It compares both with their mean $M = (P + Q)/2$, and is never above $\log 2$:
+# The **Jensen–Shannon divergence** is symmetric. It compares $P$ and $Q$ with their mean $M = (P + Q)/2$, and is never above $\log 2$:
 #
 # $$\mathrm{JS}(P, Q) = \tfrac12 D(P \,\|\, M) + \tfrac12 D(Q \,\|\, M).$$
 
@@ -331,7 +333,7 @@ assert last[0] == math.inf and abs(last[1] - math.log(2)) < 8 * EPS
 # $$\min_Q H(P, Q) = H(P), \quad \text{reached only at } Q = P .$$
 #
 # The first picture has only two kinds of weather, and $p$ is the true probability of the first. Each curve has its lowest point at
-# $q = p$. All lowest points lie on the edge of the grey area, which is the entropy.
+# $q = p$. All lowest points lie on the edge of the grey area. This edge is the entropy.
 
 # %%
 fig, ax = plt.subplots(figsize=(5.8, 3.4))
@@ -379,7 +381,7 @@ ax.set_title("The loss of every forecast for the weather P")
 plt.show()
 
 # %% [markdown]
-# No forecast has less than 1.0297 nats. A language model has the same kind of limit. Its mean loss on new text
+# No forecast has a loss below 1.0297 nats. A language model has the same kind of limit. Its mean loss on new text
 # cannot fall below the entropy of the language, however large the model.
 #
 # ## Probabilities of 0 need no ε
@@ -422,8 +424,8 @@ print(f"\nalmost certain and wrong, slope of the loss in q: clip {abs(slopes[0])
 assert slopes[0] == 0 and math.isclose(slopes[1], exact, rel_tol=4 * EPS)
 
 # %% [markdown]
-# The clipped loss has slope 0 at its worst mistake, so the model cannot learn from it. In training, pass logits to
-# `softmax_cross_entropy`, and the question of $\log 0$ does not arise.
+# The slope of the clipped loss is 0 at the model's worst mistake, so the model cannot learn from this mistake. In training, pass
+# logits to `softmax_cross_entropy`, and the question of $\log 0$ does not arise.
 #
 # ## Cross-entropy is maximum likelihood
 #
@@ -496,7 +498,7 @@ plt.show()
 #
 # $$\frac{\partial \ell}{\partial z} = \frac{p - y}{p(1 - p)} \cdot p(1 - p) = p - y .$$
 #
-# The dots are `jax.grad`, and the lines are the formulas.
+# In the next two plots, the dots are computed by `jax.grad`, and the lines are the formulas.
 
 
 # %%
@@ -532,8 +534,8 @@ plt.show()
 # The left gradient has no bound. The right one stays between −1 and 1. The label $y = 0.3$ is a soft label. Its gradient is 0 at
 # $p = 0.3$, where the loss is the entropy.
 #
-# **Often wrong:** code that computes the two factors one after the other. On paper they cancel. In float32, $\sigma(20)$ rounds to 1, and
-# the factors are $\infty$ and 0.
+# **Often wrong:** code that computes the two factors one after the other. On paper they cancel. In float32, $\sigma(20)$ rounds to 1.
+# The second factor is then 0. The first factor is $0/0$ for $y = 1$, and $\infty$ for $y = 0$.
 
 # %%
 z = jnp.array(20.0)
@@ -597,7 +599,7 @@ assert difference < 8 and eigenvalues.min() > -1e-15 and eigenvalues.max() <= 0.
 #
 # The soft label is now the true weather $P$, and every point of the triangle is a prediction. On the left is the negative gradient,
 # $t - p$. Each arrow points straight from the prediction to the label, and its length is proportional to the error. On the right,
-# gradient descent runs on the logits from 24 starts near the edge. From dot to dot, it takes 8 steps.
+# gradient descent runs on the logits from 24 starts near the edge. Consecutive dots are 8 steps apart.
 
 
 # %%

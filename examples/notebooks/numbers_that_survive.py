@@ -4,9 +4,10 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/xentjax/xentjax/blob/main/examples/notebooks/numbers_that_survive.ipynb)
 #
 # Cross-entropy is one line of mathematics. Computers round, so one line of mathematics can be ten different programs.
-# This notebook compares four of them: the naive formula, clipping by ε, log-sum-exp, and `xentjax`. You will see where
-# each of them loses the number, and why. At the end, small networks learn to add modulo 31. With two of the losses, their
-# margins stop growing at 17 nats. With the third, the margins go on growing, and the test accuracy rises with them.
+# This notebook compares four of them: the naive formula, clipping by ε, log-sum-exp, and `xentjax`. You will see at
+# which logits each of them loses accuracy, and why. At the end, small networks learn to add modulo 31. They train with three
+# losses. The margin is the label's logit minus the largest other logit. With two of the losses, the margins stop growing at 17 nats.
+# With the third, the margins go on growing, and the test accuracy rises with them.
 # The notebook takes about a minute on a CPU.
 
 # %% [markdown]
@@ -103,8 +104,8 @@ assert jnp.isnan(naive(logits, jnp.array(0))) and jnp.isinf(log_of_softmax(logit
 # ## Clipping by ε
 #
 # Many tutorials repair $\log 0$ by clipping: $\ell = -\log \operatorname{clip}(p_y, \varepsilon, 1 - \varepsilon)$.
-# Keras does so on JAX, with $\varepsilon = 10^{-7}$, if the loss gets probabilities. That is its default. With
-# `from_logits=True`, it uses log-softmax instead.
+# Keras does so on JAX, with $\varepsilon = 10^{-7}$, if the loss gets probabilities. Probabilities are the default.
+# With `from_logits=True`, Keras uses log-softmax instead.
 #
 # The clip bounds the value. It also cuts the gradient: outside the interval the clipped loss is constant, so **its gradient is
 # exactly 0**. The plot shows two classes with logits $(m, 0)$ and label 0.
@@ -169,9 +170,9 @@ for name, function in (("optax", optax.softmax_cross_entropy_with_integer_labels
         assert abs(value / np.log1p(rest) - 1) < 28 * EPS and np.allclose(gradient, exact, rtol=28 * EPS, atol=0)
 
 # %% [markdown]
-# Look at the entries of optax. The other classes still have the right gradient, because their probabilities are small numbers near 0.
+# Look at the gradient of optax. The other classes still have the right gradient, because their probabilities are small numbers near 0.
 # Only the label's entry is lost. So the gradient is not all zero: **it points in a wrong direction.** The entries of a softmax gradient
-# must add up to 0, and these do not. Training below shows what follows from this.
+# must add up to 0, and these do not. The training runs below show the consequences.
 #
 # Float64 moves the limit from 17 to 37 nats. It does not remove it.
 
@@ -215,8 +216,8 @@ assert 1 - jnp.exp(-loss) == 0 and abs(-jnp.expm1(-loss) * (1 + rest) / rest - 1
 # ## The error at every margin
 #
 # Now all methods at once. The label's logit is $m$ and the other logits are $0, -1, -2.5$. The exact values come from the formula
-# for $R$ in float64. Each dot is the relative error at one margin. An error of 1 means that the number is lost completely. Larger errors
-# are drawn at 10. Where several methods have the same error, their dots lie inside each other.
+# for $R$ in float64. Each dot is the relative error at one margin. An error of 1 means that the number is lost completely. Errors
+# above 10 are drawn at 10. Where several methods have the same error, their dots lie inside each other.
 
 # %%
 margins = np.linspace(0.5, 84, 335, dtype=np.float32)
@@ -259,8 +260,8 @@ assert all(np.all(e <= (8 + margins) * EPS) for e in errors["xentjax"])
 assert all(np.all(e[far] == 1) for name in ("log_softmax", "optax") for e in errors[name])
 
 # %% [markdown]
-# Below 17 nats, the standard formulas lose one digit after another. The value of optax 0.2.8 is lost a little earlier than that of
-# log-softmax, because optax adds the largest logit back before it subtracts the label's logit.
+# Below 17 nats, the standard formulas lose one digit after another. Optax 0.2.8 loses the value at a slightly
+# smaller margin than log-softmax does. The reason is that optax adds the largest logit back before it subtracts the label's logit.
 #
 # `xentjax` stays below its documented bound, $(8 + m)$ eps. That bound is close to what any program can reach. The margin itself is
 # rounded to float32, and a rounding error $\delta$ of the margin changes the loss by the factor $e^{-\delta}$.
@@ -270,9 +271,9 @@ assert all(np.all(e[far] == 1) for name in ("log_softmax", "optax") for e in err
 # %% [markdown]
 # ## bfloat16
 #
-# In bfloat16, eps is $2^{-7}$. A loss that is computed in bfloat16 loses everything by 5.5 nats. Every trained model has margins
-# that large. The logits are not the problem: float32 holds every bfloat16 number exactly. `xentjax` reads bfloat16
-# logits, computes in float32, and returns float32. The exact values in the table use the same bfloat16 logits.
+# In bfloat16, eps is $2^{-7}$. A loss that is computed in bfloat16 loses all its digits at a margin of 5.5 nats at the latest.
+# Every trained model has margins that large. The logits are not the problem: float32 holds every bfloat16 number exactly. `xentjax` reads
+# bfloat16 logits, computes in float32, and returns float32. The exact values in the table use the same bfloat16 logits.
 
 # %%
 for margin in (2, 4, 5, 6, 8, 17, 40):
@@ -284,7 +285,7 @@ for margin in (2, 4, 5, 6, 8, 17, 40):
     assert abs(float(ours) / exact - 1) < (8 + margin) * EPS and (margin < 7 or theirs == 0)
 
 # %% [markdown]
-# The loss of optax 0.2.8 is 0 at 5 nats already, and it is 13 % off at 4 nats. Convert the logits with `logits.astype(jnp.float32)` before
+# The loss of optax 0.2.8 is already 0 at 5 nats, and it is 13 % off at 4 nats. Convert the logits with `logits.astype(jnp.float32)` before
 # you call such a loss. Then the limit is 17 nats.
 
 # %% [markdown]
@@ -308,8 +309,9 @@ print(f"impossible label: loss {value}, gradient {gradient}")
 assert value == jnp.inf and jnp.all(jnp.isfinite(gradient))
 
 # %% [markdown]
-# An impossible label costs $+\infty$, which is the truth, and its gradient stays finite. You can also pass the impossible classes as
-# `class_mask`. Then the logits may hold anything, even NaN. The argument `where` does the same for whole examples.
+# The loss of an impossible label is $+\infty$. This is the correct value. The gradient stays finite. You can also mask the impossible
+# classes: `class_mask` is True for the possible classes, and False for the others. Then the logits of the masked classes may hold
+# anything, even NaN. The argument `where` does the same for whole examples.
 
 # %%
 logits = jnp.array([[2.0, jnp.nan, 0.0], [jnp.nan, jnp.inf, 0.0]])
@@ -355,12 +357,12 @@ assert jnp.all(jnp.abs(xentjax.softmax_cross_entropy(logits, labels) / np.log(10
 # ## Does any of this matter for training?
 #
 # Usually not. In a linear model, gradient descent raises the margin like the logarithm of the number of steps
-# ([Soudry et al. 2018](https://arxiv.org/abs/1710.10345)). So 17 nats take very long. With weight decay, label smoothing or early
-# stopping, a model never gets there.
+# ([Soudry et al. 2018](https://arxiv.org/abs/1710.10345)). So it takes very many steps to reach 17 nats. With weight decay, label
+# smoothing or early stopping, a model never gets there.
 #
-# But some tasks need it. A network that learns to add modulo a prime first memorises its examples, and finds the rule much
-# later. Prieto et al. ([2025](https://arxiv.org/abs/2501.04697)) showed that without weight decay it often never finds the rule,
-# because float32 gives out first. They call it *softmax collapse*. Let us look at it.
+# But some tasks need an accurate loss at large margins. A network that learns to add modulo a prime first memorises its examples, and
+# finds the rule much later. Prieto et al. ([2025](https://arxiv.org/abs/2501.04697)) showed that without weight decay it often never
+# finds the rule, because rounding in float32 stops the learning first. They call it *softmax collapse*. Let us look at it.
 #
 # The task is $a + b \bmod 31$. Of all $31^2 = 961$ pairs, 768 are for training. The network has one hidden layer, and is started with
 # small weights.
@@ -490,12 +492,12 @@ for name in ("clipped", "optax"):
 # - **optax** (log-sum-exp): the gradient does *not* become 0. The entries at the other classes remain, and the entries at the labels
 #   are lost or rounded. The network keeps moving, but in a wrong direction. Its margin and loss stay where they are, its weights
 #   grow, and its test accuracy rises a little and then falls.
-# - **xentjax:** the loss goes on falling, from $10^{-7}$ to $10^{-35}$. It ends where float32 ends. At a margin of 80 nats, the mean
-#   over 768 examples has terms near $e^{-80} / 768 \approx 2 \cdot 10^{-38}$.
+# - **xentjax:** the loss goes on falling, from $10^{-7}$ to $10^{-35}$. It stops falling at the smallest numbers of float32. At a margin
+#   of 80 nats, the mean over 768 examples has terms near $e^{-80} / 768 \approx 2 \cdot 10^{-38}$.
 #
 # Why does the test accuracy rise with a loss that is already $10^{-10}$? Nobody needs that loss. But its gradient still has a
 # *direction*. Gradient descent on this loss moves towards weights with a larger margin *relative to their norm*
-# ([Lyu and Li 2020](https://arxiv.org/abs/1906.05890)). The next plot shows that our runs do so as well. In this task, those weights
+# ([Lyu and Li 2020](https://arxiv.org/abs/1906.05890)). The next plot shows the same for training with xentjax. In this task, those weights
 # are the ones that know the rule.
 
 # %%
@@ -521,17 +523,18 @@ for name in ("optax", "xentjax"):
     assert np.all(margin < 10) and np.all(accuracy > 85)
 
 # %% [markdown]
-# Weight decay also finds the rule much sooner. So this notebook is no argument against regularisation. It says that a
-# loss should not decide, by its rounding, when training ends.
+# Weight decay also finds the rule much sooner. So this notebook is no argument against regularisation. It says that
+# rounding in the loss should not decide when training ends.
 #
 # ## What to remember
 #
 # - Float32 is poor near 1 and good near 0. Compute with the small number: $1 - p_y$, not $p_y$.
 # - Clipping by ε sets the gradient of the most wrong examples to 0. Pass logits to the loss, not probabilities.
-# - Log-sum-exp never overflows. But above 17 nats (5.5 nats in bfloat16) it loses the loss and the label's entry of the gradient. The
+# - Log-sum-exp never overflows. But above 17 nats (5.5 nats in bfloat16), the loss and the label's entry of the gradient are lost. The
 #   other entries remain, so the gradient points in a wrong direction.
-# - The sum over the *other* classes, `log1p` and `expm1` keep the number up to 87 nats. `xentjax` computes its losses this way.
-# - It matters for training without regularisation and for bfloat16. With weight decay, margins stay small.
+# - Three things keep the loss accurate up to 87 nats: the sum over only the *other* classes, `log1p`, and `expm1`. `xentjax` computes
+#   its losses this way.
+# - The accuracy of the loss matters for training without regularisation and for bfloat16. With weight decay, margins stay small.
 #
 # More: [quickstart](https://github.com/xentjax/xentjax/blob/main/examples/notebooks/quickstart.ipynb),
 # [choosing a loss](https://github.com/xentjax/xentjax/blob/main/docs/choosing-a-loss.md),
