@@ -286,7 +286,8 @@ assert np.nanmin(one_mistake) < 0.02 * BEST and np.nanmax(one_mistake) > 0.98 * 
 # $$\mathcal{L}(z) = \sum_{s, a} w(s, a)\, (-\log \pi_z(a \mid s)), \qquad -\nabla_z \mathcal{L} = \nabla_z J.$$
 #
 # Some weights are negative: an action that is worse than expected must become less likely. `weighted_mean` needs weights ≥ 0, because it
-# divides by their sum. So multiply the losses yourself, and take a plain sum or mean. (`weighted_sum(loss, weights).total` is such a sum.)
+# divides by their sum. So multiply each loss by its weight yourself, and take a plain sum or mean. (`weighted_sum(loss, weights).total` is
+# such a sum.)
 #
 # The next cell compares three gradients: finite differences of $J$, the formula of the theorem, and `jax.grad` of the weighted
 # cross-entropy.
@@ -320,7 +321,7 @@ assert np.abs(differences - theorem).max() < 1e-7 * largest and np.abs(gradient 
 # ## REINFORCE: the same loss from samples
 #
 # The agent knows neither $d$ nor $q$. But its own episodes are samples of both. REINFORCE replaces the sum over all cells and actions by a
-# mean over $n$ episodes, and $q(s_t, a_t)$ by the return from that step on, $G_t = r_t + \gamma r_{t+1} + \gamma^2 r_{t+2} + \dots$:
+# mean over $n$ episodes. It replaces $q(s_t, a_t)$ by the return from step $t$ on, $G_t = r_t + \gamma r_{t+1} + \gamma^2 r_{t+2} + \dots$:
 #
 # $$\mathcal{L} = \frac{1}{n} \sum_{\text{episodes}} \sum_t \gamma^t \, \bigl(G_t - b(s_t)\bigr) \, (-\log \pi(a_t \mid s_t)).$$
 #
@@ -430,8 +431,8 @@ assert curves[2, :, -1].max() < 0.8 * BEST
 assert losses[0, 0, 0] < -2 and abs(losses[0, 0, -50:].mean()) < 0.2
 
 # %% [markdown]
-# On the left, a constant bonus costs return. It rewards the agent for random moves, so its optimum is another policy. A bonus that decays
-# to 0 gives most of the return back. This grid is easy to explore and needs no bonus.
+# On the left, a constant bonus lowers the return. It rewards the agent for random moves, so its optimum is another policy. If the bonus
+# decays to 0, the agent regains most of the lost return. This grid is easy to explore and needs no bonus.
 #
 # On the right, the loss starts near −4 and ends near 0: it rises while the return rises. The gradient of this loss has a meaning, but its
 # value does not measure progress. Watch the return instead.
@@ -474,8 +475,8 @@ assert jnp.abs(slope).max() < 1e-5
 # %% [markdown]
 # This is the form of CEM in many courses. It has a flaw: in a random world, the best episodes are also the luckiest. So the second form
 # draws whole policies. Each logit has a normal distribution with its own mean and standard deviation. A policy is scored by its mean
-# return over 16 episodes. Luck averages out. The fit to the elite is again maximum likelihood, the minimum of the mean `gaussian_nll`:
-# the mean and the standard deviation of the elite. Some extra noise (0.3) keeps the search from narrowing too early.
+# return over 16 episodes. Luck averages out. The fit to the elite is again maximum likelihood, so it minimizes the mean `gaussian_nll`.
+# The minimum is at the mean and the standard deviation of the elite. Some extra noise (0.3) keeps the search from narrowing too early.
 
 
 # %%
@@ -537,8 +538,8 @@ assert played["elite episodes"][:1000].mean() > played["elite policies"][:1000].
 assert policy_curve[-1] > 0.95 * BEST and episode_curve[0] + 0.3 < episode_curve[-1] < 0.8 * BEST
 
 # %% [markdown]
-# Elite episodes prefer the short way along the pits. When it goes well, it gives the larger return, and the elite does not contain the
-# falls. Elite policies find the safe way.
+# Elite episodes prefer the short way along the pits. If an episode on this way goes well, its return is larger. Episodes that fall into
+# a pit are not in the elite. Elite policies find the safe way.
 
 # %% [markdown]
 # ## All policies, before and after
@@ -582,8 +583,8 @@ assert all(final[name] > 0.95 * BEST for name in ("behaviour cloning, 128 episod
 # - Cloning, policy gradient and the cross-entropy method minimize the same weighted cross-entropy. They differ in actions and weights.
 # - Only cloning uses the optimal action as the label. The accuracy of a clone does not determine its return. It matters where the
 #   mistakes are.
-# - `jax.grad` of cross-entropy times the advantage is the policy gradient. Weights may be negative, so multiply the losses yourself. The
-#   value of this loss does not measure progress.
+# - `jax.grad` of cross-entropy times the advantage is the policy gradient. Weights may be negative, so multiply each loss by its weight
+#   yourself. The value of this loss does not measure progress.
 # - Without the factor $\gamma^t$, the sampled gradient converges to a direction that is not the gradient of the discounted return.
 # - An elite of single episodes rewards luck. Score policies by their mean return.
 #

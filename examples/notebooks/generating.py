@@ -62,12 +62,13 @@ def network(params, x, activation=jax.nn.leaky_relu):
 # ## Squared error is a cross-entropy
 #
 # A regression model can predict a distribution instead of a number. Let the distribution be Gaussian with mean $\mu$ and
-# variance $v$. The cross-entropy with respect to the data is the mean of the negative log-density of the targets $x$:
+# variance $v$. The negative log-density of a target $x$ is
 #
 # $$\ell = -\log q(x) = \frac{1}{2} \left( \frac{(x - \mu)^2}{v} + \log v + \log 2\pi \right).$$
 #
-# `xentjax.gaussian_nll` computes this loss. If $v$ is fixed, minimizing $\ell$ is the same as minimizing the squared error. If $v$ is
-# one learned number, the best $v$ is the mean squared error $s^2$, and the loss is then $\frac{1}{2} (1 + \log 2\pi s^2)$.
+# The mean of $\ell$ over the data is the cross-entropy with respect to the data. `xentjax.gaussian_nll` computes $\ell$. If $v$ is fixed,
+# minimizing $\ell$ is the same as minimizing the squared error. If $v$ is one learned number, the best $v$ is the mean squared error
+# $s^2$, and the loss is then $\frac{1}{2} (1 + \log 2\pi s^2)$.
 
 # %%
 residuals = 3 * jax.random.normal(jax.random.key(0), (1000,))
@@ -104,8 +105,8 @@ for unit, factor in (("metres", 1.0), ("millimetres", 1000.0), ("kilometres", 0.
 # - **Learned variance:** both outputs depend on the patient.
 # - **Constant variance:** $\log v$ is one learned number, the same for all patients.
 #
-# 442 patients are few, so the split into training and test patients matters. We train on 32 random splits with 32 random
-# initialisations. Weight decay keeps the networks from memorizing the data. We try four strengths. `jax.vmap` trains all
+# With only 442 patients, the split into training, validation and test patients matters. We train on 32 random splits, each with its own
+# random initialisation. Weight decay keeps the networks from memorizing the data. We try four strengths. `jax.vmap` trains all
 # 2 × 4 × 32 = 256 networks at once.
 
 # %%
@@ -153,7 +154,7 @@ results = jax.jit(jax.vmap(over_decays, in_axes=(0, None, None)))(learned, decay
 # %% [markdown]
 # ## The gain is small, but real
 #
-# The validation patients select the weight decay of each model. The test patients measure the loss.
+# We select the weight decay of each model by the mean loss on the validation patients. We then compare the losses on the test patients.
 
 # %%
 best = results["validation"].mean(-1).argmin(-1)  # [model]
@@ -181,7 +182,8 @@ assert gain.mean() > 2 * error
 #
 # ## Prediction intervals
 #
-# If the model is right, 90 % of all targets lie in the interval $\mu \pm 1.645 \sqrt{v}$. This share is the coverage.
+# If the model is right, 90 % of all targets lie in the interval $\mu \pm 1.645 \sqrt{v}$. The share of the targets that really lie in
+# the interval is the coverage.
 # The picture shows the test patients of the first split, in the original unit of the score.
 
 # %%
@@ -365,9 +367,10 @@ assert norm[-1] > 30 * minimax_norm[-1]
 # %% [markdown]
 # ## Training both networks
 #
-# The discriminator and the generator take turns, one step each. The equilibrium of theory is $D = \frac{1}{2}$: the discriminator's
-# loss is $\log 4$, and the generator's loss is $\log 2$. After every 50 steps, we also record three other things: the loss of the
-# discriminator with test digits as real images, some samples, and the mean distance of 100 samples from their nearest training digits.
+# The discriminator and the generator take turns, one step each. In theory, the equilibrium is $D = \frac{1}{2}$. There, the
+# discriminator's loss is $\log 4$, and the generator's loss is $\log 2$. After every 50 steps, we also record three other things: the loss
+# of the discriminator with test digits as real images, some samples, and the mean distance of 100 samples from their nearest training
+# digits.
 
 
 # %%
@@ -445,11 +448,11 @@ show_rows(rows, "Real digits, and samples from the same 14 random inputs at four
 # %% [markdown]
 # ## Do the samples look like digits?
 #
-# We train a classifier on the real training digits with `softmax_cross_entropy` and show it three sets of images: test digits, samples,
-# and pixels from random test digits put together at random. We measure three numbers.
+# We train a classifier on the real training digits with `softmax_cross_entropy`. We then apply it to three sets of images: test digits,
+# samples, and images of scrambled pixels. Each scrambled pixel is taken from a random test digit. We measure three numbers.
 #
 # - **Distance:** the mean distance from the nearest training digit.
-# - **Confidence:** the classifier's mean largest probability.
+# - **Confidence:** the classifier's largest probability, averaged over the images.
 # - **Diversity:** $e^I$, where $I$ is the mutual information of image and class. It lies between 1 and 10. It is near 10 if the
 #   classifier is certain about each image and all ten classes occur equally often. If the classifier is the network Inception, this
 #   number is called the inception score.
@@ -494,7 +497,8 @@ assert accuracy > 0.95 and np.all(position > 0.3)
 # ## How much does the vanishing gradient matter?
 #
 # It matters when the discriminator is ahead. We start from the untrained generator and the discriminator that trained alone for 300
-# steps. We train with both losses of the generator, once with SGD and once with Adam. `jax.vmap` trains with both losses at once.
+# steps. We train once with each of the two losses of the generator. We do this with SGD and then with Adam. `jax.vmap` runs the
+# trainings with the two losses in parallel.
 
 
 # %%
@@ -530,8 +534,8 @@ assert runs["SGD"][0, 4] > 1.2 * runs["SGD"][1, 4]
 # ## The smallest loss is the entropy, not 0
 #
 # Each digit was scanned with 32 × 32 black or white dots. Each pixel of the 8 × 8 image counts the black dots among 16. So a pixel
-# value $t = k / 16$ is the share of black dots. A model predicts the probability $\sigma(z)$ of a black dot. The mean surprise
-# per dot is the cross-entropy with the soft label $t$:
+# value $t = k / 16$ is the share of black dots. A model predicts the probability $\sigma(z)$ of a black dot. The mean negative
+# log-probability per dot is the cross-entropy with the soft label $t$:
 #
 # $$\ell = -t \log \sigma(z) - (1 - t) \log (1 - \sigma(z)) = H(t) + \mathrm{KL}(t \,\|\, \sigma(z)).$$
 #
@@ -652,9 +656,9 @@ assert final["squared error", "cross-entropy"] - final["cross-entropy", "cross-e
 assert abs(final["squared error", "squared error"] / final["cross-entropy", "squared error"] - 1) < 0.15
 
 # %% [markdown]
-# Without the dotted line, the loss looks poor. In fact, most of it is entropy, which no model can remove. The two models reach nearly the
-# same squared error. The model trained with squared error costs slightly more nats. So on these digits, cross-entropy is the better
-# loss, but the gain is small.
+# Compared with 0, the loss looks poor. In fact, most of it is entropy (the dotted line), which no model can remove. The two models reach
+# nearly the same squared error. The model trained with squared error has a slightly larger cross-entropy. So on these digits,
+# cross-entropy is the better loss, but the gain is small.
 #
 # ## Reconstructions
 #
@@ -672,10 +676,11 @@ show_rows(rows, "Test digits, and their reconstructions")
 #
 # - Cross-entropy works for any model that predicts a distribution. Squared error is the special case of a Gaussian with fixed variance.
 # - Predict `log_variance` with a second output, and regularise it. The intervals then widen where the targets are harder to predict.
-# - The best discriminator's loss is $\log 4 - 2\,\mathrm{JS}$. A GAN at equilibrium has $\log 4$ and $\log 2$, not 0. Its losses do not
-#   measure the quality of the samples.
-# - Train the generator with $-\log D$. The gradient of $\log(1 - D)$ vanishes when the discriminator is ahead. Adam hides most of this.
-# - With soft labels, the smallest cross-entropy is the entropy of the labels. Draw it into the plot of the loss.
+# - The best discriminator's loss is $\log 4 - 2\,\mathrm{JS}$. At equilibrium, the losses of a GAN are $\log 4$ and
+#   $\log 2$, not 0. Its losses do not measure the quality of the samples.
+# - Train the generator with $-\log D$. The gradient of $\log(1 - D)$ vanishes when the discriminator is ahead. With
+#   Adam, the generator learns even from this tiny gradient.
+# - With soft labels, the smallest cross-entropy is the entropy of the labels. Draw this entropy as a line in the plot of the loss.
 #
 # More: [quickstart](https://colab.research.google.com/github/xentjax/xentjax/blob/main/examples/notebooks/quickstart.ipynb) ·
 # [all losses by data and task](https://github.com/xentjax/xentjax/blob/main/docs/choosing-a-loss.md) ·

@@ -5,7 +5,7 @@
 #
 # `xentjax` computes cross-entropy losses in JAX. This notebook goes through what you need to train a classifier with it:
 # the loss and its gradient, accuracy, a training loop, label smoothing, class weights, focal loss, masks, value checks,
-# and means that stay right when a batch is split. All of it runs on a CPU in well under a minute.
+# and mean losses that stay correct when a batch is split. All of it runs on a CPU in well under a minute.
 
 # %% [markdown]
 # ## Install
@@ -41,7 +41,7 @@ EPS = float(jnp.finfo(jnp.float32).eps)  # 2^-23, the spacing of float32 numbers
 # ## The loss
 #
 # A classifier gives one number per class, the logits $z \in \mathbb{R}^K$. They stand for the probabilities
-# $p_k = e^{z_k} / \sum_j e^{z_j}$, and the loss is the surprise at the label $y$, in nats:
+# $p_k = e^{z_k} / \sum_j e^{z_j}$. The loss is the negative log-probability of the label $y$, in nats:
 #
 # $$\ell(z, y) = -\log p_y = \log \sum_k e^{z_k} - z_y.$$
 #
@@ -58,8 +58,8 @@ print("loss in nats:", loss)
 print("all logits equal:", xentjax.softmax_cross_entropy(jnp.zeros(10), jnp.array(3)), "= log 10 =", jnp.log(10.0))
 
 # %% [markdown]
-# Integer labels are class indices. Floating labels are distributions over the classes, with the shape of the logits, and then
-# $\ell(z, t) = -\sum_k t_k \log p_k$. A one-hot distribution gives the loss of the index.
+# Integer labels are class indices. Floating-point labels are distributions over the classes and have the shape of the logits. Their
+# loss is $\ell(z, t) = -\sum_k t_k \log p_k$. A one-hot distribution gives the loss of the index.
 
 # %%
 one_hot = jax.nn.one_hot(labels, 10)
@@ -73,8 +73,8 @@ print("distributions:", xentjax.softmax_cross_entropy(logits, one_hot))
 #
 # $$\frac{\partial \ell}{\partial z} = p - e_y .$$
 #
-# `jax.grad` works as for any function. Here it stands beside the closed form in float64; the largest difference is given in
-# units of float32's eps, $2^{-23} \approx 1.2 \cdot 10^{-7}$.
+# `jax.grad` works as for any function. The next cell compares its result with the closed form in float64. It prints the largest
+# difference in units of float32's eps, $2^{-23} \approx 1.2 \cdot 10^{-7}$.
 
 
 # %%
@@ -95,12 +95,14 @@ assert difference < 4
 # %% [markdown]
 # ## Accuracy at large margins
 #
-# Let the label's logit be $m$ above nine others that are equal. The exact loss is $\log(1 + 9 e^{-m})$. The usual way,
-# `-log_softmax(z)[y]`, adds the small terms $e^{-m}$ to 1 in float32, so past a margin of about 17 nats they are lost and the loss
-# is exactly 0. `xentjax` never adds them to 1 and keeps the loss until $e^{-m}$ itself leaves float32's normal range, at 87 nats.
+# Suppose that nine logits are equal, and that the label's logit exceeds them by the margin $m$. The exact loss is $\log(1 + 9 e^{-m})$.
+# The usual way, `-log_softmax(z)[y]`, adds the small terms $e^{-m}$ to 1 in float32, so past a margin of about 17 nats they are lost and
+# the loss is exactly 0. `xentjax` never adds these terms to 1. So its loss stays accurate until $e^{-m}$ itself leaves float32's normal
+# range, at a margin of 87 nats.
 #
-# A change $\delta$ of the margin changes a small loss by the factor $e^{-\delta}$, so no float32 computation on general logits can
-# be trusted beyond $\delta =$ the spacing of float32 numbers at $m$. That is the dotted line, and `xentjax` stays below it.
+# If the margin changes by $\delta$, a small loss changes by the factor $e^{-\delta}$. In float32, the margin of general logits is known
+# only up to the spacing of float32 numbers at $m$. So no float32 computation on general logits can be trusted to have a smaller relative
+# error than this spacing. The dotted line in the right plot shows the spacing. The error of `xentjax` stays below this line.
 
 # %%
 margins = np.linspace(0, 85, 341, dtype=np.float32)
@@ -133,9 +135,9 @@ assert np.all(our_error <= last_digit)
 # %% [markdown]
 # ## Training with optax
 #
-# Handwritten digits of 8 × 8 pixels from scikit-learn, a network with one hidden layer in plain JAX, Adam from optax. The
-# objective is the mean of the per-example losses, `xentjax.weighted_mean(loss)`, which without weights is
-# $\frac{1}{n} \sum_i \ell_i$. Everything goes through `jax.jit` and `jax.value_and_grad` as usual.
+# The data are handwritten digits of 8 × 8 pixels from scikit-learn. The network has one hidden layer and is written in plain JAX. The
+# optimizer is Adam from optax. The objective is the mean of the per-example losses, `xentjax.weighted_mean(loss)`, which without weights
+# is $\frac{1}{n} \sum_i \ell_i$. Everything goes through `jax.jit` and `jax.value_and_grad` as usual.
 
 # %%
 digits = load_digits()
@@ -196,9 +198,9 @@ plt.show()
 # %% [markdown]
 # ## One gradient per example with `jax.vmap`
 #
-# $\lVert \nabla_\theta\, \ell_i \rVert$ tells how hard example $i$ pulls on the parameters $\theta$; it is what gradient
-# clipping per example and data selection look at. Write the loss of one example, with logits `[classes]` and a scalar label,
-# then `jax.vmap(jax.grad(...))` gives the gradients of all of them. A few digits pull far harder than the rest.
+# The norm $\lVert \nabla_\theta\, \ell_i \rVert$ measures how strongly example $i$ influences the parameters $\theta$. Gradient
+# clipping per example and data selection use this norm. Write the loss of one example, with logits `[classes]` and a scalar label.
+# Then `jax.vmap(jax.grad(...))` gives the gradients of all examples. For a few digits, the norm is far larger than for the rest.
 
 
 # %%
@@ -229,8 +231,8 @@ plt.show()
 # `label_smoothing` $= \varepsilon$ moves a share of each label evenly to all classes:
 # $t_k = (1 - \varepsilon)\,[k = y] + \varepsilon / K$. The loss is then smallest at a finite margin, so the model is not pushed to
 # ever larger confidence. Here networks learn from 128 digits only and become too sure of themselves: their mean confidence
-# $\max_k p_k$ is above their accuracy. Where the two lines cross, confidence means what it says; more smoothing than that makes
-# the networks less sure than they have reason to be.
+# $\max_k p_k$ is above their accuracy. Where the two lines cross, the mean confidence equals the accuracy. With more smoothing, the
+# networks are less confident than they are accurate.
 #
 # $\varepsilon$ may be an array, so `jax.vmap` trains all networks at once: 7 values of $\varepsilon$ times 4 initialisations.
 
@@ -323,12 +325,12 @@ for i in (0, 8):
 # %% [markdown]
 # ## Focal loss
 #
-# Focal loss turns down the examples that are already right, so that the hard ones lead:
+# Focal loss gives less weight to examples whose label already has a high probability, so that the hard examples dominate:
 #
 # $$\ell_\gamma = (1 - p_y)^\gamma \, (-\log p_y), \qquad \gamma = 0 \text{ is cross-entropy.}$$
 #
-# On the right is the pull on the label's logit, $|\partial \ell_\gamma / \partial z_y|$, from `jax.grad`: for larger $\gamma$ it
-# vanishes faster as $p_y \to 1$. For yes-or-no decisions there is `xentjax.sigmoid_focal_loss`.
+# The right plot shows the size of the gradient with respect to the label's logit, $|\partial \ell_\gamma / \partial z_y|$, from
+# `jax.grad`. For larger $\gamma$, it vanishes faster as $p_y \to 1$. For yes-or-no decisions there is `xentjax.sigmoid_focal_loss`.
 
 # %%
 p = jnp.linspace(0.005, 0.995, 199)
@@ -355,7 +357,7 @@ plt.show()
 #
 # Sentences differ in length, so batches hold padding, and what the model computes there may be anything, even NaN. Multiplying
 # by a mask does not help, since $0 \cdot \text{NaN} = \text{NaN}$; `jnp.where` on the loss repairs the value but not the
-# gradient. Pass the mask as `where`: the other positions cost exactly 0, with gradient exactly 0, whatever they hold.
+# gradient. Pass the mask as `where`. Where the mask is False, the loss and its gradient are exactly 0, whatever the position holds.
 # `weighted_mean` takes the same `where` and divides by the number of positions that count.
 
 # %%
@@ -402,13 +404,13 @@ except ValueError as error:
 # ## Gradient accumulation
 #
 # A batch too large for memory is split into parts whose gradients are added. If the parts hold different numbers of real tokens,
-# the mean of their means is not the mean:
+# the mean of the parts' means is not the mean over the batch:
 #
 # $$\frac{\sum_j S_j}{\sum_j W_j} \neq \frac{1}{J} \sum_j \frac{S_j}{W_j}, \qquad
 # S_j = \sum_{i \in j} w_i \ell_i, \quad W_j = \sum_{i \in j} w_i .$$
 #
-# `xentjax.weighted_sum` returns the pair $(S, W)$ as a `WeightedSum`. Pairs add, and `.mean()` divides once at the end. For gradients
-# it is the same: add $\nabla S_j$ over the parts and divide by $\sum_j W_j$.
+# `xentjax.weighted_sum` returns the pair $(S, W)$ as a `WeightedSum`. You can add such pairs with `+`, and `.mean()` divides once at the
+# end. For gradients it is the same: add $\nabla S_j$ over the parts and divide by $\sum_j W_j$.
 
 # %%
 n, length = 32, 20
@@ -447,8 +449,8 @@ for name, (value, found) in (("WeightedSum", (sums.mean(), gradient)), ("mean of
 assert jnp.max(jnp.abs(gradient - full_gradient)) < 8 * EPS
 
 # %% [markdown]
-# Across devices it is the same once more: inside `jax.shard_map`, `sums.psum("batch").mean()`, or
-# `weighted_mean(..., axis_name="batch")`, takes both sums over the mesh before dividing.
+# The same rule holds across devices. Inside `jax.shard_map`, use `sums.psum("batch").mean()` or
+# `weighted_mean(..., axis_name="batch")`. Both add up $S$ and $W$ over the mesh before they divide.
 #
-# That is the whole of it. The docstrings hold the formula, gradient, shapes, dtypes and an example for every function:
+# That is all you need to train a classifier. The docstrings hold the formula, gradient, shapes, dtypes and an example for every function:
 # `help(xentjax.softmax_cross_entropy)`.
