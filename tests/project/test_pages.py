@@ -116,7 +116,14 @@ def test_the_examples_of_the_page_run(page):
 
 
 def test_code_of_every_page_is_executed():
-    executed = {"choosing-a-loss.md", "conventions.md", "index.md", "when-something-is-nan.md", "fused-linear.md", "devices.md"}  # the last two by test_recipes.py
+    executed = {
+        "choosing-a-loss.md",
+        "conventions.md",
+        "index.md",
+        "when-something-is-nan.md",
+        "fused-linear.md",
+        "devices.md",
+    }  # the last two by test_recipes.py
     assert {page.name for page in pages.DOCS if pages.code(page)} == executed
 
 
