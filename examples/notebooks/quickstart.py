@@ -96,13 +96,13 @@ assert difference < 4
 # ## Accuracy at large margins
 #
 # Suppose that nine logits are equal, and that the label's logit exceeds them by the margin $m$. The exact loss is $\log(1 + 9 e^{-m})$.
-# The usual way, `-log_softmax(z)[y]`, adds the small terms $e^{-m}$ to 1 in float32, so past a margin of about 17 nats they are lost and
-# the loss is exactly 0. `xentjax` never adds these terms to 1. So its loss stays accurate until $e^{-m}$ itself leaves float32's normal
-# range, at a margin of 87 nats.
+# The usual way, `-log_softmax(z)[y]`, adds the small terms $e^{-m}$ to 1 in float32. Past a margin of about 17 nats, rounding removes
+# these terms. The loss is then exactly 0. `xentjax` never adds these terms to 1. So its loss stays accurate until $e^{-m}$ itself leaves
+# float32's normal range, at a margin of 87 nats.
 #
-# If the margin changes by $\delta$, a small loss changes by the factor $e^{-\delta}$. In float32, the margin of general logits is known
-# only up to the spacing of float32 numbers at $m$. So no float32 computation on general logits can be trusted to have a smaller relative
-# error than this spacing. The dotted line in the right plot shows the spacing. The error of `xentjax` stays below this line.
+# If the margin changes by $\delta$, a small loss changes by the factor $e^{-\delta}$. In general, float32 logits are rounded. Their margin
+# is then known only up to the spacing of float32 numbers at $m$. So for such logits, the relative error of any float32 computation may be
+# as large as this spacing. The dotted line in the right plot shows the spacing. The error of `xentjax` stays below this line.
 
 # %%
 margins = np.linspace(0, 85, 341, dtype=np.float32)
@@ -136,8 +136,8 @@ assert np.all(our_error <= last_digit)
 # ## Training with optax
 #
 # The data are handwritten digits of 8 × 8 pixels from scikit-learn. The network has one hidden layer and is written in plain JAX. The
-# optimizer is Adam from optax. The objective is the mean of the per-example losses, `xentjax.weighted_mean(loss)`, which without weights
-# is $\frac{1}{n} \sum_i \ell_i$. Everything goes through `jax.jit` and `jax.value_and_grad` as usual.
+# optimizer is Adam from optax. The objective is the mean of the per-example losses, `xentjax.weighted_mean(loss)`. Without weights, this
+# mean is $\frac{1}{n} \sum_i \ell_i$. Everything goes through `jax.jit` and `jax.value_and_grad` as usual.
 
 # %%
 digits = load_digits()
@@ -230,9 +230,10 @@ plt.show()
 #
 # `label_smoothing` $= \varepsilon$ moves a share of each label evenly to all classes:
 # $t_k = (1 - \varepsilon)\,[k = y] + \varepsilon / K$. The loss is then smallest at a finite margin, so the model is not pushed to
-# ever larger confidence. Here networks learn from 128 digits only and become too sure of themselves: their mean confidence
-# $\max_k p_k$ is above their accuracy. Where the two lines cross, the mean confidence equals the accuracy. With more smoothing, the
-# networks are less confident than they are accurate.
+# ever larger confidence. In the next cell, the networks learn from only 128 digits. Without smoothing, they become overconfident: the
+# mean of their confidence $\max_k p_k$ is above their accuracy. The plot has one line for the mean confidence and one for the accuracy.
+# Mean confidence and accuracy are equal where these lines cross. With more smoothing, the networks are less confident than they are
+# accurate.
 #
 # $\varepsilon$ may be an array, so `jax.vmap` trains all networks at once: 7 values of $\varepsilon$ times 4 initialisations.
 
@@ -278,9 +279,9 @@ for i in (0, 2, 5):
 # ## Class weights
 #
 # With 950 examples of one class and 50 of the other, a model does well by ignoring the rare one. `class_weights` $= w$
-# multiplies each class's term, $\ell = -w_y \log p_y$: an example of weight 19 counts like 19 copies of it, and the boundary moves
-# towards the common class. For the mean that divides by $\sum_i w_{y_i}$ instead of $n$, leave `class_weights` out and write
-# `weighted_mean(loss, weights=w[y])`.
+# multiplies each class's term, $\ell = -w_y \log p_y$. An example of weight 19 counts like 19 copies of this example. A larger weight
+# of the rare class moves the decision boundary towards the common class. To divide by $\sum_i w_{y_i}$ instead of $n$ in the mean,
+# leave out `class_weights` and write `weighted_mean(loss, weights=w[y])`.
 
 # %%
 rng = np.random.default_rng(1)
@@ -355,10 +356,10 @@ plt.show()
 # %% [markdown]
 # ## Masks
 #
-# Sentences differ in length, so batches hold padding, and what the model computes there may be anything, even NaN. Multiplying
+# Sentences differ in length, so batches contain padding. The model's outputs at padding may have any value, even NaN. Multiplying
 # by a mask does not help, since $0 \cdot \text{NaN} = \text{NaN}$; `jnp.where` on the loss repairs the value but not the
 # gradient. Pass the mask as `where`. Where the mask is False, the loss and its gradient are exactly 0, whatever the position holds.
-# `weighted_mean` takes the same `where` and divides by the number of positions that count.
+# `weighted_mean` takes the same `where` and divides by the number of positions where it is True.
 
 # %%
 lengths = jnp.array([6, 3, 1])
@@ -388,8 +389,8 @@ assert jnp.all(jnp.where(real[..., None], gradient != 0, gradient == 0))
 # ## Checks on values
 #
 # Inside `jax.jit` no error can be raised for a bad label, so an index out of range gives NaN rather than a plausible number.
-# To find it, wrap the function in `xentjax.checked`: the first bad value is then named in a `ValueError`. It works on a whole
-# jitted training step, `checked(jax.jit(step))`, and costs nothing where it is not used.
+# To find it, wrap the function in `xentjax.checked`: the first bad value is then named in a `ValueError`. `checked` also
+# works on a whole jitted training step: `checked(jax.jit(step))`. Without `checked`, the checks cost nothing.
 
 # %%
 logits = jnp.zeros((3, 10))
@@ -410,7 +411,7 @@ except ValueError as error:
 # S_j = \sum_{i \in j} w_i \ell_i, \quad W_j = \sum_{i \in j} w_i .$$
 #
 # `xentjax.weighted_sum` returns the pair $(S, W)$ as a `WeightedSum`. You can add such pairs with `+`, and `.mean()` divides once at the
-# end. For gradients it is the same: add $\nabla S_j$ over the parts and divide by $\sum_j W_j$.
+# end. Gradients follow the same rule: add $\nabla S_j$ over the parts and divide by $\sum_j W_j$.
 
 # %%
 n, length = 32, 20
