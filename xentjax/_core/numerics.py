@@ -282,6 +282,8 @@ def _lookup(x: Array, index: Array) -> Array:
 
     The partitioner recognizes row numbers only if they are not clipped afterwards. So the index is clipped first.
     """
+    if 0 in index.shape:  # the oldest supported JAX refuses a gather from an empty array
+        return jnp.take_along_axis(x, index, axis=-1, mode="fill")
     shape, index = (*index.shape, 1), jnp.clip(index, 0, x.shape[-1] - 1)
     places = lax.concatenate([*(lax.broadcasted_iota(index.dtype, shape, i) for i in range(x.ndim - 1)), index[..., None]], x.ndim)
     axes = tuple(range(x.ndim))
