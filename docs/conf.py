@@ -2,6 +2,7 @@
 
 import inspect
 import pathlib
+import posixpath
 import re
 import shutil
 import sys
@@ -47,18 +48,28 @@ nb_execution_mode = "off"  # the notebooks are stored with their outputs
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 4
 autosummary_generate = True
-autosummary_ignore_module_all = False
 autodoc_typehints = "none"  # docstrings give shapes and dtypes, which types cannot
 autodoc_member_order = "bysource"
-napoleon_custom_sections = [("Reference", "notes_style"), ("Fields", "params_style")]
+napoleon_custom_sections = [("Reference", "notes_style")]
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 
+MODULES = ("information", "metrics", "samplers")
+COPIES = {  # pages that are stored elsewhere in the repository, and their names on the site
+    "benchmarks/README.md": "benchmarks",
+    "benchmarks/NOTES.md": "benchmark-notes",
+    "CONTRIBUTING.md": "contributing",
+    "CHANGELOG.md": "changelog",
+    "examples/README.md": "examples",
+}
+
+
 def public() -> set[str]:
     """The public names as users write them behind `xentjax.`."""
-    rooms = {"": xentjax, "information.": xentjax.information, "metrics.": xentjax.metrics, "samplers.": xentjax.samplers}
-    return {f"{prefix}{name}" for prefix, room in rooms.items() for name in dir(room) if not name.startswith("_")}
+    rooms = {"": xentjax, **{f"{name}.": getattr(xentjax, name) for name in MODULES}}
+    names = {f"{prefix}{name}" for prefix, room in rooms.items() for name in dir(room) if not name.startswith("_")}
+    return names - set(MODULES)  # a module has no page of its own
 
 
 PUBLIC = public()
@@ -67,8 +78,6 @@ PUBLIC = public()
 def link(text: str, here: str = "") -> str:
     """A link to a public name, or a literal."""
     name = text.removeprefix("xentjax.")
-    if name in ("information", "metrics", "samplers"):  # a module has no page of its own
-        return f"``{text}``"
     for candidate in (f"{here}{name}", name):
         if candidate in PUBLIC:
             return f":py:obj:`{text} <xentjax.{candidate}>`"
@@ -77,7 +86,7 @@ def link(text: str, here: str = "") -> str:
 
 def docstring(app, what, name, obj, options, lines):
     room = name.split(".")[1] if name.count(".") > 1 else ""
-    here = f"{room}." if room in ("information", "metrics", "samplers") else ""
+    here = f"{room}." if room in MODULES else ""
     lines[:] = formulas.restructured(lines, lambda text: link(text, here))
 
 
@@ -85,35 +94,21 @@ def pages(app, docname, source):
     """Links from a page to other files of the repository: to the page that shows the file, or to the repository."""
     if docname.startswith("notebooks/"):
         return
-    shown = {
-        "benchmarks/README.md": "benchmarks.md",
-        "benchmarks/NOTES.md": "benchmark-notes.md",
-        "CONTRIBUTING.md": "contributing.md",
-        "examples/README.md": "examples.md",
-    }
-    folder = {
-        "benchmarks": "benchmarks/",
-        "benchmark-notes": "benchmarks/",
-        "contributing": "",
-        "examples": "examples/",
-        "changelog": "",
-    }.get(docname, "docs/")
+    stored = {page: path for path, page in COPIES.items()}.get(docname, f"docs/{docname}.md")
 
     def target(match):
         path, _, anchor = match[1].partition("#")
         if not path or "://" in path:
             return match[0]
-        parts = []
-        for part in (folder + path).split("/"):
-            parts = parts[:-1] if part == ".." else [*parts, part]
-        whole = "/".join(parts)
+        anchor = f"#{anchor}" if anchor else ""
+        whole = posixpath.normpath(posixpath.join(posixpath.dirname(stored), path))
+        if whole in COPIES:
+            return f"]({COPIES[whole]}.md{anchor})"
         if whole.startswith("docs/"):
-            return f"]({whole.removeprefix('docs/')}{'#' + anchor if anchor else ''})"
+            return f"]({whole.removeprefix('docs/')}{anchor})"
         if whole.startswith("examples/notebooks/") and whole.endswith(".ipynb"):
             return f"]({whole.removeprefix('examples/')})"
-        if whole in shown:
-            return f"]({shown[whole]}{'#' + anchor if anchor else ''})"
-        return f"]({REPOSITORY}/blob/main/{whole}{'#' + anchor if anchor else ''})"
+        return f"]({REPOSITORY}/blob/main/{whole}{anchor})"
 
     source[0] = re.sub(r"\]\(([^)\s]+)\)", target, source[0])
 
@@ -124,14 +119,8 @@ def copied():
     (docs / "notebooks").mkdir(exist_ok=True)
     for path in sorted((ROOT / "examples" / "notebooks").glob("*.ipynb")):
         shutil.copy(path, docs / "notebooks" / path.name)
-    for path, page in (
-        ("benchmarks/README.md", "benchmarks.md"),
-        ("benchmarks/NOTES.md", "benchmark-notes.md"),
-        ("CONTRIBUTING.md", "contributing.md"),
-        ("CHANGELOG.md", "changelog.md"),
-        ("examples/README.md", "examples.md"),
-    ):
-        shutil.copy(ROOT / path, docs / page)
+    for path, page in COPIES.items():
+        shutil.copy(ROOT / path, docs / f"{page}.md")
 
 
 ROOMS = {  # the file that defines a name, and the title of its group
@@ -162,7 +151,7 @@ ROOMS = {  # the file that defines a name, and the title of its group
 def api():
     """The list of all public functions, grouped; autosummary makes a page for each of them."""
     groups = {title: [] for title in ROOMS.values()}
-    for name in sorted(PUBLIC - {"information", "metrics", "samplers"}):
+    for name in sorted(PUBLIC):
         room, _, last = name.rpartition(".")
         found = getattr(getattr(xentjax, room) if room else xentjax, last)
         groups[ROOMS[room or found.__module__.removeprefix("xentjax.")]].append(name)  # a new file needs a title

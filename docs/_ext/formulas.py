@@ -10,101 +10,58 @@ FUNCTIONS = (
     *("log", "exp", "max", "min", "cos", "sin", "arccos", "tanh", "sign", "argmax", "softmax", "softplus", "digamma", "lse"),
     *("log_t", "log_t1", "log_t2", "exp_t", "exp_t1", "exp_t2", "lse_y"),
 )
-WORDS = (  # names of several letters in formulas; every other word of several letters is prose
-    *(
-        "loss",
-        "loss_i",
-        "labels",
-        "hidden",
-        "kernel",
-        "bias",
-        "head",
-        "projection",
-        "order",
-        "clip",
-        "counts",
-        "length",
-        "features",
-        "width",
-    ),
-    *(
-        "softcap",
-        "confidence",
-        "hit",
-        "hits",
-        "score",
-        "accuracy",
-        "mean",
-        "total",
-        "weight",
-        "value",
-        "result",
-        "auroc",
-        "shortlist",
-        "cutoff",
-    ),
-    *(
-        "student",
-        "teacher",
-        "queries",
-        "candidates",
-        "signs",
-        "nodes",
-        "examples",
-        "bins",
-        "max_margin",
-        "label_probs",
-        "label_ids",
-        "JS",
-        "logits",
-    ),
-    *(
-        "predicted",
-        "true",
-        "div_value",
-        "mixture_logits",
-        "log_scales",
-        "label_probs_j",
-        "label_ids_j",
-        "perplexity",
-        "margin",
-        "nll",
-        "nll_i",
-        "confidences",
-        "confidences_b",
-    ),
+WORDS = set(  # names of several letters in formulas; every other word of several letters is prose
+    """
+    loss loss_i labels hidden kernel bias head projection order clip counts length features width softcap confidence hit
+    hits score accuracy mean total weight value result auroc shortlist cutoff student teacher queries candidates signs nodes
+    examples bins max_margin label_probs label_ids JS logits predicted true div_value mixture_logits log_scales
+    label_probs_j label_ids_j perplexity margin nll nll_i confidences confidences_b
+    """.split()
 )
 STANDARD = {"log", "exp", "max", "min", "cos", "sin", "arccos", "tanh"}  # TeX knows them
-PROSE = {
-    "is",
-    "of",
-    "at",
-    "if",
-    "be",
-    "or",
-    "as",
-    "in",
-    "on",
-    "to",
-    "by",
-    "so",
-    "no",
-    "an",
-    "it",
-    "we",
-    "do",
-    "up",
-    "At",
-    "If",
-    "In",
-    "On",
-    "It",
-    "So",
-    "a",
-    "A",
-    "I",
+PROSE = set(  # words of one or two letters that are not names
+    """
+    is of at if be or as in on to by so no an it we do up At If In On It So a A I
+    """.split()
+)
+SIGNS = {
+    "Σ": r"\sum ",
+    "·": r"\cdot ",
+    "−": "-",
+    "½": r"\tfrac12 ",
+    "∞": r"\infty ",
+    "≤": r"\le ",
+    "≥": r"\ge ",
+    "≠": r"\ne ",
+    "∈": r"\in ",
+    "∝": r"\propto ",
+    "±": r"\pm ",
+    "…": r"\dots ",
+    "‖": r"\,\|\,",
+    "⌊": r"\lfloor ",
+    "⌋": r"\rfloor ",
+    "⌈": r"\lceil ",
+    "⌉": r"\rceil ",
+    "∂": r"\partial ",
+    "ℓ": r"\ell ",
+    "γ": r"\gamma ",
+    "ε": r"\varepsilon ",
+    "ζ": r"\zeta ",
+    "λ": r"\lambda ",
+    "μ": r"\mu ",
+    "π": r"\pi ",
+    "ρ": r"\rho ",
+    "σ": r"\sigma ",
+    "τ": r"\tau ",
+    "θ": r"\theta ",
+    "ψ": r"\psi ",
+    "ω": r"\omega ",
+    "β": r"\beta ",
+    "α": r"\alpha ",
+    "Δ": r"\Delta ",
+    "φ": r"\varphi ",
+    "Γ": r"\Gamma ",
 }
-_NAME = r"[^\W\d_]+(?:_[^\W\d_]{2,})*\d?"  # letters, also Greek; words joined by underscores
 _TOKEN = re.compile(r"``.*?``|`[^`]*`|\s+|[^\s`]+")
 _OPERATORS = set("=Σ∂·^≤≥<>≠∝∈½√∞‖⌊⌈σΓ|_")
 _SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴", "-01234")
@@ -142,44 +99,7 @@ def tex(formula: str) -> str:
         else:
             written = (rf"\\{name} " if name in STANDARD else rf"\\operatorname{{{name}}}") if name in FUNCTIONS else rf"\\mathrm{{{name}}}"
         s = re.sub(rf"(?<![\w\\{{~]){re.escape(name)}(?![^\W_]|_[^\W\d_]{{2,}})", written, s)
-    for sign, written in {
-        "Σ": r"\sum ",
-        "·": r"\cdot ",
-        "−": "-",
-        "½": r"\tfrac12 ",
-        "∞": r"\infty ",
-        "≤": r"\le ",
-        "≥": r"\ge ",
-        "≠": r"\ne ",
-        "∈": r"\in ",
-        "∝": r"\propto ",
-        "±": r"\pm ",
-        "…": r"\dots ",
-        "‖": r"\,\|\,",
-        "⌊": r"\lfloor ",
-        "⌋": r"\rfloor ",
-        "⌈": r"\lceil ",
-        "⌉": r"\rceil ",
-        "∂": r"\partial ",
-        "ℓ": r"\ell ",
-        "γ": r"\gamma ",
-        "ε": r"\varepsilon ",
-        "ζ": r"\zeta ",
-        "λ": r"\lambda ",
-        "μ": r"\mu ",
-        "π": r"\pi ",
-        "ρ": r"\rho ",
-        "σ": r"\sigma ",
-        "τ": r"\tau ",
-        "θ": r"\theta ",
-        "ψ": r"\psi ",
-        "ω": r"\omega ",
-        "β": r"\beta ",
-        "α": r"\alpha ",
-        "Δ": r"\Delta ",
-        "φ": r"\varphi ",
-        "Γ": r"\Gamma ",
-    }.items():
+    for sign, written in SIGNS.items():
         s = s.replace(sign, written)
     return re.sub(r"\s+", " ", s).strip()
 
@@ -245,7 +165,7 @@ def _escaped(text: str) -> str:
     return re.sub(r"([*|\\]|_(?=\W|$))", r"\\\1", text)
 
 
-SECTION = re.compile(r"(Args|Returns|Raises|Example|Examples|Reference|References|Attributes|Fields):$")
+SECTION = re.compile(r"(Args|Returns|Raises|Example|Reference):$")
 
 
 def restructured(lines: list[str], link) -> list[str]:
@@ -262,12 +182,12 @@ def restructured(lines: list[str], link) -> list[str]:
         header = SECTION.match(line)
         if header:
             section = header[1]
-        if section in ("Example", "Examples") or header:
+        if section == "Example" or header:
             finish()
             out.append(line)
         elif section:
             name, text = re.match(r"(\s+[\w*]+(?:, [\w*]+)*:)?(.*)", line).groups()
-            out.append((name or "") + (_backticks(text, link) if section in ("Reference", "References") else render(text, link)))
+            out.append((name or "") + (_backticks(text, link) if section == "Reference" else render(text, link)))
         elif not line.strip():
             finish()
             out.append("")
