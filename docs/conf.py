@@ -11,6 +11,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "_ext")]
 
 import formulas  # noqa: E402
+from docutils import nodes  # noqa: E402
+from sphinx import addnodes  # noqa: E402
 
 import xentjax  # noqa: E402
 
@@ -90,6 +92,28 @@ def docstring(app, what, name, obj, options, lines):
     lines[:] = formulas.restructured(lines, lambda text: link(text, here))
 
 
+def see_also(app, what, name, obj, options, lines):
+    """Below a docstring: the other functions of its group, and the pages and notebooks that use the function."""
+    name = name.removeprefix("xentjax.")
+    if name not in PUBLIC:
+        return
+    (others,) = (names for names in GROUPS.values() if name in names)
+    found = [f":doc:`/{page}`" for page, text in MENTIONS.items() if re.search(rf"(?<![\w.]){re.escape(name)}\b(?!_)", text)]
+    rows = [[f":py:obj:`~xentjax.{other}`" for other in others if other != name], found]
+    lines += ["", ".. seealso::", ""] * any(rows) + [line for row in rows if row for line in ("   " + ", ".join(row), "")]
+
+
+def links_in_page(app, doctree):
+    """A link to its API page behind each public name, and each call of one, that a guide or a notebook prints as code."""
+    if app.env.docname.startswith(("api", "changelog", "contributing", "design", "benchmark")):
+        return
+    for node in list(doctree.findall(nodes.literal)):
+        found = re.fullmatch(r"(?:xentjax\.)?([\w.]+)(\(.*)?", node.astext(), re.DOTALL)
+        if found and found[1] in PUBLIC and not isinstance(node.parent, nodes.reference | nodes.title):
+            target = {"refdomain": "py", "reftype": "obj", "reftarget": f"xentjax.{found[1]}", "refwarn": True}
+            node.replace_self(addnodes.pending_xref("", node.deepcopy(), **target))
+
+
 def pages(app, docname, source):
     """Links from a page to other files of the repository: to the page that shows the file, or to the repository."""
     if docname.startswith("notebooks/"):
@@ -130,7 +154,7 @@ ROOMS = {  # the file that defines a name, and the title of its group
     "_losses.tempered": "Robust losses",
     "_losses.noise": "Noisy labels with a known noise matrix",
     "_losses.imbalance": "Rare classes",
-    "_losses.margin": "Cosines with a margin",
+    "_losses.margin": "Embeddings",
     "_losses.distillation": "Distillation",
     "_losses.likelihood": "Real numbers, counts and levels",
     "_losses.ordinal": "Ordered classes",
@@ -148,15 +172,35 @@ ROOMS = {  # the file that defines a name, and the title of its group
 }
 
 
-def api():
-    """The list of all public functions, grouped; autosummary makes a page for each of them."""
-    groups = {title: [] for title in ROOMS.values()}
+def groups() -> dict[str, list[str]]:
+    """The public names under the title of their group."""
+    found = {title: [] for title in ROOMS.values()}
     for name in sorted(PUBLIC):
         room, _, last = name.rpartition(".")
-        found = getattr(getattr(xentjax, room) if room else xentjax, last)
-        groups[ROOMS[room or found.__module__.removeprefix("xentjax.")]].append(name)  # a new file needs a title
+        thing = getattr(getattr(xentjax, room) if room else xentjax, last)
+        found[ROOMS[room or thing.__module__.removeprefix("xentjax.")]].append(name)  # a new file needs a title
+    return found
+
+
+GROUPS = groups()
+
+
+def mentions() -> dict[str, str]:
+    """The pages and notebooks that explain functions, with what they say. Pages that list every function are left out."""
+    docs = ROOT / "docs"
+    guides = ("fused-linear", "devices", "metrics", "migration", "conventions", "when-something-is-nan", "how-it-works")
+    paths = {page: docs / f"{page}.md" for page in guides}
+    paths |= {f"notebooks/{path.stem}": path.with_suffix(".py") for path in sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))}
+    return {page: path.read_text().replace("xentjax.", "") for page, path in paths.items()}
+
+
+MENTIONS = mentions()
+
+
+def api():
+    """The list of all public functions, grouped; autosummary makes a page for each of them."""
     text = ["API", "===", "", "Every public function, with its formula, gradient, shapes, an example and a reference.", ""]
-    for title, names in groups.items():
+    for title, names in GROUPS.items():
         text += [title, "-" * len(title), "", ".. autosummary::", "   :toctree: api", "   :nosignatures:", ""]
         text += [f"   xentjax.{name}" for name in names] + [""]
     (ROOT / "docs" / "api.rst").write_text("\n".join(text))
@@ -180,4 +224,6 @@ def setup(app):
     copied()  # before Sphinx looks for pages
     api()
     app.connect("source-read", pages)
-    app.connect("autodoc-process-docstring", docstring, priority=400)
+    app.connect("autodoc-process-docstring", docstring, priority=400)  # before Napoleon, at 500
+    app.connect("autodoc-process-docstring", see_also, priority=600)
+    app.connect("doctree-read", links_in_page)

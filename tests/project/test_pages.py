@@ -110,7 +110,7 @@ def test_every_public_function_is_on_the_page():
 
 
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("page", ["conventions.md", "index.md", "when-something-is-nan.md"])
+@pytest.mark.parametrize("page", ["conventions.md", "how-it-works.md", "index.md", "metrics.md", "when-something-is-nan.md"])
 def test_the_examples_of_the_page_run(page):
     assert pages.names_of(DOCS / page)
 
@@ -119,7 +119,9 @@ def test_code_of_every_page_is_executed():
     executed = {
         "choosing-a-loss.md",
         "conventions.md",
+        "how-it-works.md",
         "index.md",
+        "metrics.md",
         "when-something-is-nan.md",
         "fused-linear.md",
         "devices.md",
