@@ -16,6 +16,8 @@ from xentjax._core import checks, values
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_ADVICE = "Causes and remedies: https://github.com/xentjax/xentjax/blob/main/docs/when-something-is-nan.md"
+
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:
     """Make `function` check for bad labels, NaN logits, and negative probabilities or weights.
@@ -57,6 +59,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
         Traceback (most recent call last):
             ...
         ValueError: softmax_cross_entropy: labels[1] = 7 is outside [0, 3).
+        Causes and remedies: https://github.com/xentjax/xentjax/blob/main/docs/when-something-is-nan.md
 
     Reference:
         The module `jax.experimental.checkify`. It carries the error out of the compiled program.
@@ -77,7 +80,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
                 f"Put checked outside: checked(jax.jit({name}))."
             )
         if message := error.get():
-            raise ValueError(message.replace(" (`check` failed)", ""))
+            raise ValueError(f"{message.replace(' (`check` failed)', '')}\n{_ADVICE}")
         if (place := _first_nan({"result": result})) is not None:
             given = _first_nan(arguments)
             reason = (
@@ -85,7 +88,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
                 if given is None
                 else f"The argument {given} is NaN too."
             )
-            raise ValueError(f"{name}: {place} is NaN. {reason}")
+            raise ValueError(f"{name}: {place} is NaN. {reason}\n{_ADVICE}")
         return result
 
     return with_checks

@@ -59,6 +59,7 @@ MEANING = {
     "label_smoothing=eps": ref.cross_entropy(ref.Double, Z, np.where(np.eye(5)[Y] == 1, 0.9, 0.1 / 4)),
 }
 LIBRARIES = ("PyTorch", "Keras", "optax", "Megatron")
+PAGE = re.compile(r"https://github.com/xentjax/xentjax/blob/main/([\w/.-]+)#?([\w-]*)")
 CODE = re.compile(r"`([^`]+)`")
 
 
@@ -145,6 +146,13 @@ def test_every_file_and_test_that_is_named_exists(name):
             assert anchor in {heading(x) for x in re.findall(r"^#+ (.*)$", target.read_text(), re.M)}, link
     for file, test in re.findall(r"`(?:tests/)?(\w+/test_\w+\.py)(?:::(\w+))?`", page.read_text()):
         assert f"def {test}(" in (pages.ROOT / "tests" / file).read_text() if test else (pages.ROOT / "tests" / file).exists(), (file, test)
+
+
+def test_every_page_that_an_error_names_exists():
+    found = {link for path in sorted((pages.ROOT / "xentjax").rglob("*.py")) for link in PAGE.findall(path.read_text())}
+    assert found == {("docs/conventions.md", "labels"), ("docs/when-something-is-nan.md", "")}
+    for page, anchor in found:
+        assert not anchor or anchor in {heading(x) for x in re.findall(r"^#+ (.*)$", (pages.ROOT / page).read_text(), re.M)}
 
 
 def test_the_comparison_names_a_test_for_every_defect():

@@ -45,6 +45,8 @@ every_loss = pytest.mark.parametrize(
 INDICES = "labels must have shape (2,), the shape of logits without its class axis; got"
 ROWS = "labels must have shape (2, 3), the shape of logits, because floating labels are soft labels; got"
 KINDS = "labels must have an integer dtype (class indices) or a floating dtype (soft labels); got"
+RULES = "Rules for labels: https://github.com/xentjax/xentjax/blob/main/docs/conventions.md#labels"
+INT = f"For class indices, use labels.astype(jnp.int32). {RULES}"
 ONE_HOT = "For one-hot integers, use labels.argmax(1), or labels.astype(float) for soft labels."
 
 
@@ -56,10 +58,10 @@ ONE_HOT = "For one-hot integers, use labels.argmax(1), or labels.astype(float) f
         (jnp.array(0), ValueError, f"{INDICES} ()."),
         (jnp.zeros(3, jnp.int32), ValueError, f"{INDICES} (3,)."),
         (jnp.zeros((2, 3), jnp.int32), ValueError, f"{INDICES} (2, 3). {ONE_HOT}"),
-        (Y.astype(jnp.float32), ValueError, f"{ROWS} (2,). For class indices, use labels.astype(jnp.int32)."),
-        (jnp.ones((2, 4)), ValueError, f"{ROWS} (2, 4)."),
-        (Y == 0, TypeError, f"{KINDS} bool. For class indices, use labels.astype(jnp.int32)."),
-        (Y.astype(jnp.complex64), TypeError, f"{KINDS} complex64. For class indices, use labels.astype(jnp.int32)."),
+        (Y.astype(jnp.float32), ValueError, f"{ROWS} (2,). {INT}"),
+        (jnp.ones((2, 4)), ValueError, f"{ROWS} (2, 4). {RULES}"),
+        (Y == 0, TypeError, f"{KINDS} bool. {INT}"),
+        (Y.astype(jnp.complex64), TypeError, f"{KINDS} complex64. {INT}"),
         ({}, TypeError, "labels must be an array or convertible to one; got dict."),
         ("cat", TypeError, "labels must be an array or convertible to one; got str."),
     ],

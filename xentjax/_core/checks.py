@@ -22,6 +22,8 @@ from jax.typing import ArrayLike
 
 from xentjax._core import mesh, numerics, rows, values
 
+_LABELS = "Rules for labels: https://github.com/xentjax/xentjax/blob/main/docs/conventions.md#labels"
+
 
 def asarray(function: str, name: str, x: Any) -> Array:
     """`x` as an array of any dtype. Integers that are too large for JAX are replaced.
@@ -353,11 +355,12 @@ def labels_like(function: str, labels: ArrayLike | None, full: tuple[int, ...], 
     if not jnp.issubdtype(y.dtype, jnp.floating):
         raise TypeError(
             f"{function}: labels must have an integer dtype (class indices) or a floating dtype (soft labels); "
-            f"got {y.dtype}. For class indices, use labels.astype(jnp.int32)."
+            f"got {y.dtype}. For class indices, use labels.astype(jnp.int32). {_LABELS}"
         )
     y = _with_infinities(function, "labels", y)
     of = "logits" if like == "hidden" else like
     remedy = "For class indices, use labels.astype(jnp.int32)." if y.shape == leading else _split_remedy("labels", split, of)
+    remedy = f"{remedy} {_LABELS}".lstrip()
     return shape(function, "labels", y, full, f"the shape of {of}, because floating labels are soft labels", remedy)
 
 
