@@ -453,6 +453,7 @@ for ax, (label, values, form) in zip(axes, measures, strict=True):
     ax.bar_label(bars, fmt=f"{{:{form}}}", padding=3)
     ax.set(xlabel=label, xlim=(0, 1.22 * max(values.values())))
     ax.grid(axis="y", visible=False)
+    ax.locator_params(axis="x", nbins=5)
 axes[0].axvline(word_unigram, color="black", linestyle=":", linewidth=1.5)
 axes[0].text(word_unigram + 8, 0.5, "word\nfrequencies", va="center", fontsize=9)
 axes[0].invert_yaxis()
