@@ -58,8 +58,8 @@ print("loss in nats:", loss)
 print("all logits equal:", xentjax.softmax_cross_entropy(jnp.zeros(10), jnp.array(3)), "= log 10 =", jnp.log(10.0))
 
 # %% [markdown]
-# Integer labels are class indices. Floating-point labels are distributions over the classes and have the shape of the logits. Their
-# loss is $\ell(z, t) = -\sum_k t_k \log p_k$. A one-hot distribution gives the loss of the index.
+# Integer labels are class indices. Floating-point labels are distributions over the classes and have the shape of the logits. Their loss is
+# $\ell(z, t) = -\sum_k t_k \log p_k$. A one-hot distribution gives the same loss as the index of its class.
 
 # %%
 one_hot = jax.nn.one_hot(labels, 10)
@@ -69,7 +69,7 @@ print("distributions:", xentjax.softmax_cross_entropy(logits, one_hot))
 # %% [markdown]
 # ## The gradient
 #
-# The gradient of cross-entropy is what the model predicts minus what was true:
+# The gradient of cross-entropy is the predicted distribution $p$ minus the one-hot label $e_y$:
 #
 # $$\frac{\partial \ell}{\partial z} = p - e_y .$$
 #
@@ -137,7 +137,7 @@ assert np.all(our_error <= last_digit)
 #
 # The data are handwritten digits of 8 × 8 pixels from scikit-learn. The network has one hidden layer and is written in plain JAX. The
 # optimizer is Adam from optax. The objective is the mean of the per-example losses, `xentjax.weighted_mean(loss)`. Without weights, this
-# mean is $\frac{1}{n} \sum_i \ell_i$. Everything goes through `jax.jit` and `jax.value_and_grad` as usual.
+# mean is $\frac{1}{n} \sum_i \ell_i$. `jax.jit` and `jax.value_and_grad` work as usual.
 
 # %%
 digits = load_digits()

@@ -3,9 +3,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/xentjax/xentjax/blob/main/examples/notebooks/training.ipynb)
 #
-# A small network learns handwritten digits, more than a thousand times. You will see when cross-entropy is better than squared error. You
-# will see what momentum, AdaGrad, RMSProp and Adam change, and what L1, L2 and label smoothing do to accuracy and calibration. At the end,
-# cross-validation chooses three hyperparameters in one compiled run. All of it runs on a CPU in about a minute.
+# This notebook trains more than a thousand small networks on handwritten digits. You will see when cross-entropy is better than squared
+# error. You will see what momentum, AdaGrad, RMSProp and Adam change, and what L1, L2 and label smoothing do to accuracy and calibration.
+# At the end, cross-validation chooses three hyperparameters in one compiled run. All of it runs on a CPU in about a minute.
 
 # %% [markdown]
 # ## Install
@@ -42,8 +42,9 @@ BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "
 # %% [markdown]
 # ## The data and the network
 #
-# The data are 1,797 digits of 8 × 8 pixels from scikit-learn. The network trains on 1,000 of them. Another 300 are for validation: they
-# decide about learning rates. The remaining 497 are for testing. They decide nothing. One test digit is 0.2 %.
+# The data are 1,797 digits of 8 × 8 pixels from scikit-learn. The network trains on 1,000 of them. Another 300 are for validation: they are
+# used to choose learning rates. The remaining 497 are for testing. No choice depends on them. One test digit changes the test accuracy by
+# 0.2 percentage points.
 #
 # The network is a perceptron with one hidden layer of 64 units. It returns logits. There is no softmax layer at its end.
 
@@ -148,8 +149,8 @@ print("test accuracy in %:", median_and_range(accuracy))
 assert np.median(accuracy) > 95.5 and np.ptp(accuracy) > 1
 
 # %% [markdown]
-# The seeds differ by about two percentage points, although the data, the network and the optimizer are the same. Remember this range when
-# a tutorial compares two losses by one run each. So this notebook trains with several seeds throughout.
+# The test accuracies of the seeds differ by about two percentage points, although the data, the network and the optimizer are the same.
+# Remember this range when a tutorial compares two losses with only one run each. So this notebook trains with several seeds throughout.
 #
 # The script [digits_cnn.py](https://github.com/xentjax/xentjax/blob/main/examples/digits_cnn.py) trains a convolutional network on the
 # same digits. Its median accuracy is above 99 %.
@@ -183,11 +184,12 @@ assert shape == (1, 64, 5, 5)
 #
 # $$\nabla_z \,\text{CE} = p - e_y, \qquad \nabla_z \,\text{SE} = 2\, J\, (p - e_y), \qquad J = \operatorname{diag}(p) - p\,p^\top .$$
 #
-# $J$ is the derivative of the softmax. It is near 0 if the softmax is *saturated*: one probability is near 1, and all others are near 0.
-# This is good for an example that is right. It is bad for an example that is wrong.
+# $J$ is the derivative of the softmax. It is near 0 if the softmax is *saturated*: one probability is near 1, and all others are near 0. A
+# small $J$ is good for an example that the network gets right. It is bad for an example that the network gets wrong.
 #
-# There is a third case. PyTorch's `CrossEntropyLoss`, and Keras's loss with `from_logits=True`, apply the softmax themselves. Many networks
-# in tutorials end in a softmax layer as well. Then the softmax is applied twice. The loss takes the probabilities $p$ for logits:
+# There is a third loss: cross-entropy with two softmaxes. PyTorch's `CrossEntropyLoss`, and Keras's loss with `from_logits=True`, apply the
+# softmax themselves. But many networks in tutorials already end in a softmax layer. Then the softmax is applied twice. The loss treats the
+# probabilities $p$ as logits:
 #
 # $$\nabla_z \,\text{twice} = J\,\bigl(\operatorname{softmax}(p) - e_y\bigr).$$
 #
@@ -239,8 +241,8 @@ ax.legend(loc="lower left")
 plt.show()
 
 # %% [markdown]
-# The more wrong the example is, the closer the gradient of cross-entropy comes to $\sqrt 2$. The gradient of the squared error grows at
-# first. Then it shrinks like $e^{-m}$. At a margin of 20 nats, it is seven orders of magnitude smaller than that of cross-entropy.
+# As the margin of the wrong class grows, the norm of the gradient of cross-entropy approaches $\sqrt 2$. The norm for the squared error
+# grows at first. Then it shrinks like $e^{-m}$. At a margin of 20 nats, it is seven orders of magnitude smaller than that of cross-entropy.
 #
 # ## Training from a good and from a bad start
 #
@@ -248,9 +250,9 @@ plt.show()
 # or 20 nats. Then the network is certain that every image shows a zero. Real networks can reach such a state when weights or learning
 # rates are too large, or when a trained network gets new labels.
 #
-# The comparison must be fair. So each loss gets its own learning rate for each optimizer and start: the one with the highest validation
-# accuracy, averaged over the training. Each run has 400 steps, and there are 4 seeds. The index `which` selects the loss. So all losses,
-# starts, rates and seeds train in one compiled program for each optimizer.
+# The comparison must be fair. So each loss gets its own learning rate for each optimizer and start. For each rate, the validation accuracy
+# is averaged over the course of training. The rate with the highest average is chosen. Each run has 400 steps, and there are 4 seeds. The
+# index `which` selects the loss. So all losses, starts, rates and seeds train in one compiled program for each optimizer.
 
 
 # %%
@@ -299,12 +301,12 @@ assert at_end["squared error", "SGD"][0] > 93 and at_end["squared error", "SGD"]
 # %% [markdown]
 # - **Good start:** squared error learns these digits nearly as well as cross-entropy. "Squared error cannot train a classifier" is wrong.
 # - **10 nats:** under SGD, squared error waits on a plateau before it starts to learn. Cross-entropy hardly notices the bad start.
-# - **20 nats:** under SGD, squared error does not move at any of the rates. Adam divides the gradient by its own size. So Adam
-#   rescues squared error from gradients near $10^{-8}$. It needs more steps than with cross-entropy.
+# - **20 nats:** under SGD, squared error does not move at any of the rates. Adam divides the gradient by the gradient's own size. So Adam
+#   rescues squared error from gradients near $10^{-8}$. But with squared error, Adam needs more steps than with cross-entropy.
 # - **Softmax twice** is the slowest under SGD, because $J$ shrinks its gradient and the "logits" $p$ cannot leave $[0, 1]$. Adam makes up
 #   for much of this, but not for a bad start of 20 nats.
 #
-# So "cross-entropy is more sensitive and learns faster" is true of examples that are confident and wrong.
+# So "cross-entropy is more sensitive and learns faster" is true of examples on which the network is confident and wrong.
 #
 # A softmax that is applied twice can be recognized by its loss. Even for $p = e_y$, the loss is not 0:
 #
@@ -388,10 +390,11 @@ plt.show()
 # ## L2: penalty or weight decay?
 #
 # L2 regularisation adds $\tfrac{\lambda}{2} \lVert w \rVert^2$ to the objective. Its gradient is $\lambda w$.
-# `optax.add_decayed_weights(λ)` adds $\lambda w$ to the *update*. For SGD, both are the same. For Adam, the place in the chain matters:
+# `optax.add_decayed_weights(λ)` adds $\lambda w$ to the *update*. For SGD, the L2 penalty and `add_decayed_weights` give the same update.
+# For Adam, the place in the chain matters:
 #
-# - before Adam, $\lambda w$ is a part of the gradient. Adam divides it by $\sqrt v$. This is the L2 penalty.
-# - after Adam, $\lambda w$ is not divided. This is decoupled weight decay, and the chain is AdamW.
+# - If `add_decayed_weights` comes before Adam, $\lambda w$ is a part of the gradient. Adam divides it by $\sqrt v$. This is the L2 penalty.
+# - If `add_decayed_weights` comes after Adam, $\lambda w$ is not divided. This is decoupled weight decay, and the chain is AdamW.
 #
 # A weight that gets no gradient from the loss shows the difference. Every pixel that is 0 in all training images has such weights. Only the
 # regularisation acts on them. Under AdamW, such a weight is $w_0 (1 - \eta\lambda)^t$ after $t$ steps.
@@ -424,12 +427,12 @@ before = [paths["before Adam (penalty)", strength] for strength in (0.1, 1.0)]
 assert np.abs(before[0] - before[1]).max() < 1e-3 and before[0][60] < 0.1
 
 # %% [markdown]
-# Before Adam, the weight falls to 0 at almost the full learning rate, whatever $\lambda$ is. The reason: Adam's step does not depend on
-# the size of a gradient. For SGD, the place in the chain makes no difference.
+# If `add_decayed_weights` comes before Adam, the weight falls towards 0. The first steps are almost as large as the learning rate, whatever
+# $\lambda$ is. The reason: Adam's step does not depend on the size of a gradient. For SGD, the place in the chain makes no difference.
 #
 # ## L1, L2 and label smoothing
 #
-# Three regularisers train the same network:
+# The same network is trained with each of three regularisers:
 #
 # - L1 adds $\lambda \sum |w|$ to the objective,
 # - L2 adds $\tfrac{\lambda}{2} \sum w^2$,
@@ -568,7 +571,7 @@ assert train_loss[0] < 0.3 * np.median(figures["loss, raw"][0])
 # - **L1 and L2** change the accuracy by about as much as the seeds do. Strong penalties cost accuracy.
 # - **Label smoothing** with $\varepsilon = 0.2$ improves the accuracy from 98.2 to 99.0 %. But now the networks are much less
 #   confident than they are accurate. The ECE rises from 1 to 23 %, and the raw test loss becomes five times larger.
-# - **One temperature repairs this.** After scaling, the loss of the smoothed networks is *lower* than that without smoothing.
+# - **One temperature repairs this.** After scaling, the smoothed networks have a *lower* loss than the networks without smoothing.
 #
 # So "label smoothing improves calibration" is not true in general. Smoothing lowers the confidence. This helps a network that is
 # overconfident. These networks are not.
@@ -589,10 +592,10 @@ plt.show()
 assert small["none"] < 0.03 and small["L1"] > 0.6 and small["L1"] > 2 * small["L2"]
 
 # %% [markdown]
-# Most weights are near 0 under L1. L2 makes the large weights smaller, and fewer of them vanish.
+# Most weights are near 0 under L1. L2 makes the large weights smaller. Under L2, fewer weights are near 0 than under L1.
 #
-# The next plot is a *reliability diagram*. Perfect calibration is the dotted line. The points are bins with at least 20 test digits, over 5
-# seeds.
+# The next plot is a *reliability diagram*. The dotted line shows perfect calibration. Each point is one bin. The plot shows the bins that
+# contain at least 20 test digits, counted over 5 seeds.
 
 # %%
 fig, ax = plt.subplots(figsize=(5.2, 3.6))
@@ -616,8 +619,8 @@ plt.show()
 #
 # ## Cross-validation in one compiled run
 #
-# $\varepsilon$, the focal exponent $\gamma$ and the learning rate $\eta$ are to be chosen together. The focal loss multiplies each term of
-# cross-entropy by $(1 - p_k)^\gamma$. At $\gamma = 0$, it is cross-entropy. `softmax_focal_loss` also takes `label_smoothing`.
+# This section chooses $\varepsilon$, the focal exponent $\gamma$ and the learning rate $\eta$ together. The focal loss multiplies each term
+# of cross-entropy by $(1 - p_k)^\gamma$. At $\gamma = 0$, it is cross-entropy. `softmax_focal_loss` also takes `label_smoothing`.
 #
 # Five-fold cross-validation splits the 1,000 training digits into 5 folds. It trains on 4 folds and evaluates on the other one, for each
 # fold in turn. With 5 × 3 × 4 = 60 settings, 5 folds and 2 seeds, this makes 600 networks. Three `vmap`s train all of them in one
@@ -671,13 +674,13 @@ for ax in axes[1]:
 plt.show()
 
 # %% [markdown]
-# Accuracy and loss choose different settings. The accuracy prefers smoothing. The raw loss punishes it: the smoothed networks are less
-# confident than they are accurate, as in the last section. Decide what you need before you search.
+# Accuracy and loss choose different settings. The setting with the highest accuracy uses smoothing. The raw loss punishes smoothing: the
+# smoothed networks are less confident than they are accurate, as in the last section. Decide what you need before you search.
 #
 # ### How much of this is noise?
 #
-# The best of 60 noisy numbers is too good on average. So look at the spread between the folds before you believe a difference. Compare
-# settings on the same folds. Then the difficulty of a fold cancels out.
+# Each result is noisy. On average, the best of 60 results is better than the true value of its setting. So look at the spread between the
+# folds before you believe a difference. Compare settings on the same folds. Then the difficulty of a fold cancels out.
 
 # %%
 plain = [i for i in range(len(grid)) if grid[i, 0] == grid[i, 1] == 0]
@@ -700,13 +703,14 @@ assert gain.mean() > 0.3 and effects["ε ≥ 0.05 instead of 0"].mean() > 0.3
 assert grid[by_accuracy, 0] > 0 and grid[by_loss, 0] == 0
 
 # %% [markdown]
-# - The folds of one setting differ by about one or two points. This is as much as the whole gain.
+# - The standard deviation between the folds of one setting is about one or two points. This is as much as the whole gain of the chosen
+#   setting over the best plain setting.
 # - The gain of the chosen setting is positive on every fold. The standard error after ± is only a rough guide, because the folds share most
 #   of their training digits.
 # - The gain comes from $\varepsilon$. A $\gamma$ of 2 makes no measurable difference on average. Several cells are nearly as good as the
 #   chosen cell, so its exact place means little.
 #
-# The final test uses the 497 test digits, which have decided nothing so far. Each chosen setting trains 20 new networks on all
+# The final test uses the 497 test digits. No choice so far depends on them. With each chosen setting, 20 new networks are trained on all
 # 1,000 training digits.
 
 # %%
@@ -733,7 +737,7 @@ assert np.median(final["loss, scaled"][1]) < np.median(final["loss, scaled"][0])
 # - Give logits to the loss. A second softmax slows training down, and the loss cannot fall below $\log(1 + (K - 1)/e)$.
 # - Tune the learning rate of each optimizer before you compare optimizers. For Adam, an L2 penalty and weight decay are different methods.
 # - Label smoothing made these networks more accurate and less calibrated. Temperature scaling repaired the calibration.
-# - Compare settings over several seeds and folds, and keep test data that choose nothing.
+# - Compare settings over several seeds and folds. Keep test data that you never use for a choice.
 #
 # More:
 #
