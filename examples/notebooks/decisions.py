@@ -3,7 +3,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/xentjax/xentjax/blob/main/examples/notebooks/decisions.ipynb)
 #
-# An agent crosses a slippery grid to reach a goal. Three methods teach it the way, and all three minimize cross-entropy:
+# An agent crosses a slippery grid to reach a goal. Three methods train the agent, and all three minimize cross-entropy:
 # $\sum_i w_i \, (-\log \pi(a_i \mid s_i))$. They differ only in the actions $a_i$ and in the weights $w_i$.
 #
 # | method | actions $a_i$ | weights $w_i$ |
@@ -48,8 +48,8 @@ BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "
 # The agent starts at S. Entering the goal G gives a reward of 1. Entering a pit P gives −1. Both end the episode. All other rewards
 # are 0. Cells marked # are walls; they are grey in the pictures.
 #
-# The agent chooses up, right, down or left. It moves as intended with probability 0.8. It slips to either side with probability 0.1
-# each. A move into a wall or over the edge leaves it where it is.
+# The agent chooses up, right, down or left. It moves as intended with probability 0.8. It slips to the left of the intended direction
+# with probability 0.1, and to the right with probability 0.1. A move into a wall or over the edge leaves it where it is.
 #
 # The return of an episode is $\sum_t \gamma^t r_t$ with the discount $\gamma = 0.95$. So a short way to the goal is worth more than a long
 # way. But the shortest way here passes the pits.
@@ -150,8 +150,8 @@ assert abs(played - exact) < 5 * error
 #
 # $$q(s, a) = r(s, a) + \gamma \sum_{s'} P(s' \mid s, a)\, v(s'), \qquad v(s) \leftarrow \max_a q(s, a).$$
 #
-# Each update shrinks the largest error at least by the factor $\gamma$, so the loop converges. The optimal action in $s$ is the one with
-# the largest $q(s, a)$.
+# Each update multiplies the largest error by $\gamma$ or less, so the loop converges. The optimal action in $s$ is the one with the
+# largest $q(s, a)$.
 
 # %%
 value, changes = np.zeros(STATES), [1.0]
@@ -194,8 +194,9 @@ ax.set_xlabel("number in a cell: expected return from there")
 plt.show()
 
 # %% [markdown]
-# The optimal policy takes the long way over the top. Next to the pits, one slip costs more than the detour. Look at the cell to the left
-# of the pits. There, the agent pushes against the wall and waits until a slip takes it up. That way it cannot fall.
+# The optimal policy takes the long way along the top row. Next to the pits, one slip costs more than the detour. Look at the cell to the
+# left of the pits. There, the agent chooses to move into the wall again and again, until a slip moves it up one cell. That way it cannot
+# fall into a pit.
 
 # %% [markdown]
 # ## Behaviour cloning: labels from an expert
@@ -320,8 +321,9 @@ assert np.abs(differences - theorem).max() < 1e-7 * largest and np.abs(gradient 
 # %% [markdown]
 # ## REINFORCE: the same loss from samples
 #
-# The agent knows neither $d$ nor $q$. But its own episodes are samples of both. REINFORCE replaces the sum over all cells and actions by a
-# mean over $n$ episodes. It replaces $q(s_t, a_t)$ by the return from step $t$ on, $G_t = r_t + \gamma r_{t+1} + \gamma^2 r_{t+2} + \dots$:
+# The agent knows neither $d$ nor $q$. But its own episodes contain samples: visited cells for $d$, and returns for $q$. REINFORCE
+# replaces the sum over all cells and actions by a mean over $n$ episodes. It replaces $q(s_t, a_t)$ by the return from step $t$ on,
+# $G_t = r_t + \gamma r_{t+1} + \gamma^2 r_{t+2} + \dots$:
 #
 # $$\mathcal{L} = \frac{1}{n} \sum_{\text{episodes}} \sum_t \gamma^t \, \bigl(G_t - b(s_t)\bigr) \, (-\log \pi(a_t \mid s_t)).$$
 #
@@ -364,8 +366,8 @@ print(f"the baseline divides the standard deviation of the estimate by {spread[0
 assert angle[-1, 0] < 6 and angle[-1, 1] < 4 and angle[-1, 2] > 15 and spread[1] < 0.8 * spread[0]
 
 # %% [markdown]
-# With $\gamma^t$, the estimates approach the exact gradient. Without it, the estimate converges to a different direction. More episodes do
-# not help. Such a program may still learn well, but it does not follow the gradient of $J$.
+# With $\gamma^t$, the estimates approach the exact gradient. Without it, the estimate converges to a different direction. More episodes
+# do not help. A program without $\gamma^t$ may still learn well, but it does not follow the gradient of $J$.
 
 # %% [markdown]
 # ## Training, and what an entropy bonus does
@@ -373,9 +375,9 @@ assert angle[-1, 0] < 6 and angle[-1, 1] < 4 and angle[-1, 2] > 15 and spread[1]
 # The baseline is learned too. It is a table that is fitted to the returns with `gaussian_nll`. At variance 1, this is half the squared
 # error plus a constant.
 #
-# Often the loss also gets the term $-\beta H(\pi(\cdot \mid s))$, a bonus for entropy, so that the policy does not become certain too
-# early. One call of `row_statistics` returns both $\log \pi(a \mid s)$ and $H$. (`confidence_penalized_cross_entropy` has the same bonus
-# inside each loss. It is not right here, because the advantage would then multiply the entropy as well.)
+# Often the loss has one more term, $-\beta H(\pi(\cdot \mid s))$. This term is a bonus for entropy. It keeps the policy from becoming
+# certain too early. One call of `row_statistics` returns both $\log \pi(a \mid s)$ and $H$. (`confidence_penalized_cross_entropy`
+# includes this bonus in the loss of each example. Do not use it here: the advantage would multiply the bonus too.)
 
 
 # %%
@@ -431,8 +433,9 @@ assert curves[2, :, -1].max() < 0.8 * BEST
 assert losses[0, 0, 0] < -2 and abs(losses[0, 0, -50:].mean()) < 0.2
 
 # %% [markdown]
-# On the left, a constant bonus lowers the return. It rewards the agent for random moves, so its optimum is another policy. If the bonus
-# decays to 0, the agent regains most of the lost return. This grid is easy to explore and needs no bonus.
+# On the left, a constant bonus lowers the return. It rewards the agent for random moves. So the policy that is best with the bonus is not
+# the policy with the best return. If the bonus decays to 0, the agent regains most of the lost return. This grid is easy to explore and
+# needs no bonus.
 #
 # On the right, the loss starts near −4 and ends near 0: it rises while the return rises. The gradient of this loss has a meaning, but its
 # value does not measure progress. Watch the return instead.
@@ -445,8 +448,9 @@ assert losses[0, 0, 0] < -2 and abs(losses[0, 0, -50:].mean()) < 0.2
 #
 # $$\min_\pi \; \frac{1}{n} \sum_{i \in \text{elite}} -\log \pi(a_i \mid s_i).$$
 #
-# For a table, the minimum is known: $\pi(a \mid s)$ is the share of action $a$ among the elite's actions in $s$. The code adds 20 imaginary
-# visits per cell with the old policy, so a cell that the elite did not visit keeps its policy.
+# For a table, the minimum is known: $\pi(a \mid s)$ is the share of action $a$ among the elite's actions in $s$. The code adds 20
+# imaginary visits to each cell. The actions of these visits are distributed as in the old policy. So the policy does not change in a cell
+# that the elite did not visit.
 
 # %%
 POPULATION, ELITE = 3200, 320
@@ -473,10 +477,11 @@ print(f"largest gradient of cross-entropy at the shares: {jnp.abs(slope).max():.
 assert jnp.abs(slope).max() < 1e-5
 
 # %% [markdown]
-# This is the form of CEM in many courses. It has a flaw: in a random world, the best episodes are also the luckiest. So the second form
-# draws whole policies. Each logit has a normal distribution with its own mean and standard deviation. A policy is scored by its mean
-# return over 16 episodes. Luck averages out. The fit to the elite is again maximum likelihood, so it minimizes the mean `gaussian_nll`.
-# The minimum is at the mean and the standard deviation of the elite. Some extra noise (0.3) keeps the search from narrowing too early.
+# This is the form of CEM in many courses. It has a flaw: in a random world, the best episodes are also the luckiest. So we also use a
+# second form of CEM, which draws whole policies. Each logit has a normal distribution with its own mean and standard deviation. A policy
+# is scored by its mean return over 16 episodes. Luck averages out. The fit to the elite is again maximum likelihood, so it minimizes the
+# mean `gaussian_nll`. The minimum is at the mean and the standard deviation of the elite. Some extra noise (0.3) keeps the search from
+# narrowing too early.
 
 
 # %%
@@ -538,8 +543,8 @@ assert played["elite episodes"][:1000].mean() > played["elite policies"][:1000].
 assert policy_curve[-1] > 0.95 * BEST and episode_curve[0] + 0.3 < episode_curve[-1] < 0.8 * BEST
 
 # %% [markdown]
-# Elite episodes prefer the short way along the pits. If an episode on this way goes well, its return is larger. Episodes that fall into
-# a pit are not in the elite. Elite policies find the safe way.
+# The policy that is fitted to elite episodes prefers the short way along the pits. An episode that reaches the goal on the short way has
+# a larger return than one on the long way. Episodes that fall into a pit are not in the elite. Elite policies find the safe way.
 
 # %% [markdown]
 # ## All policies, before and after

@@ -3,7 +3,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/xentjax/xentjax/blob/main/examples/notebooks/generating.ipynb)
 #
-# Cross-entropy is not only for classifiers. In this notebook it trains three models that produce numbers and images. A regression
+# Cross-entropy is not only for classifiers. This notebook uses it to train three models that produce numbers and images. A regression
 # model predicts how uncertain it is. A GAN draws digits. An autoencoder compresses digits to 8 numbers. In all three, the loss of a
 # perfect model is not 0. You will see how large it is, and why. The notebook takes less than a minute on a CPU.
 
@@ -66,9 +66,9 @@ def network(params, x, activation=jax.nn.leaky_relu):
 #
 # $$\ell = -\log q(x) = \frac{1}{2} \left( \frac{(x - \mu)^2}{v} + \log v + \log 2\pi \right).$$
 #
-# The mean of $\ell$ over the data is the cross-entropy with respect to the data. `xentjax.gaussian_nll` computes $\ell$. If $v$ is fixed,
-# minimizing $\ell$ is the same as minimizing the squared error. If $v$ is one learned number, the best $v$ is the mean squared error
-# $s^2$, and the loss is then $\frac{1}{2} (1 + \log 2\pi s^2)$.
+# The mean of $\ell$ over the data is the cross-entropy between the distribution of the data and $q$. `xentjax.gaussian_nll` computes
+# $\ell$. If $v$ is fixed, minimizing $\ell$ is the same as minimizing the squared error. If $v$ is one learned number, the best $v$ is
+# the mean squared error $s^2$, and the loss is then $\frac{1}{2} (1 + \log 2\pi s^2)$.
 
 # %%
 residuals = 3 * jax.random.normal(jax.random.key(0), (1000,))
@@ -97,10 +97,10 @@ for unit, factor in (("metres", 1.0), ("millimetres", 1000.0), ("kilometres", 0.
 # %% [markdown]
 # ## Two models of diabetes data
 #
-# scikit-learn's diabetes data describe 442 patients by 10 numbers, such as age, blood pressure and body mass index. The target is a
-# score of how far the disease progressed within one year. All columns are scaled to mean 0 and variance 1.
+# The diabetes data set of scikit-learn has 10 numbers for each of 442 patients, such as age, blood pressure and body mass index. The
+# target is a score of how far the disease progressed within one year. All columns are scaled to mean 0 and variance 1.
 #
-# Both models are the same network with 16 hidden units. It has two outputs, $\mu$ and $\log v$.
+# Both models use the same type of network. It has 16 hidden units and two outputs, $\mu$ and $\log v$. The models differ in $\log v$.
 #
 # - **Learned variance:** both outputs depend on the patient.
 # - **Constant variance:** $\log v$ is one learned number, the same for all patients.
@@ -182,9 +182,8 @@ assert gain.mean() > 2 * error
 #
 # ## Prediction intervals
 #
-# If the model is right, 90 % of all targets lie in the interval $\mu \pm 1.645 \sqrt{v}$. The share of the targets that really lie in
-# the interval is the coverage.
-# The picture shows the test patients of the first split, in the original unit of the score.
+# If the model is right, 90 % of all targets lie in the interval $\mu \pm 1.645 \sqrt{v}$. The coverage is the share of the targets that
+# actually lie in the interval. The picture shows the test patients of the first split, in the original unit of the score.
 
 # %%
 z90 = float(jax.scipy.stats.norm.ppf(0.95))  # 1.645
@@ -209,10 +208,10 @@ axes[0].legend(loc="upper left", fontsize=9)
 plt.show()
 
 # %% [markdown]
-# Over all splits, both models cover slightly less than 90 % of the test patients. The difference is where they miss. We sort the test
-# patients of each split by the learned $\sqrt{v}$ into three groups. The constant variance covers too many patients of the first group
-# and too few of the last. The learned variance comes close to 90 % in both groups. In the middle group, both models
-# cover about the same share.
+# Over all splits, both models cover slightly less than 90 % of the test patients. But they differ in the patients that they miss. We sort
+# the test patients of each split by the learned $\sqrt{v}$ into three groups. The intervals of the model with constant variance contain
+# too many targets of the first group and too few of the last. The model with learned variance comes close to 90 % in both groups. In the
+# middle group, both models cover about the same share.
 
 # %%
 order = np.argsort(variable["sigma"], axis=1)
@@ -280,9 +279,9 @@ plt.show()
 #
 # $$\frac{\partial}{\partial z} \log(1 - D) = -D, \qquad \frac{\partial}{\partial z} (-\log D) = -(1 - D).$$
 #
-# At first, the generator draws noise, and the discriminator sees that: $D \approx 0$. Then the first gradient vanishes, and the second
-# does not. The left plot shows both gradients. For the right plot, a discriminator trains alone against an untrained generator. At each
-# step, we compute the gradients of both losses with respect to the parameters of the generator.
+# At first, the generated images look like noise. The discriminator recognizes them easily, so $D \approx 0$ on them. Then the first
+# gradient vanishes, and the second does not. The left plot shows both gradients. For the right plot, a discriminator trains alone against
+# an untrained generator. At each step, we compute the gradients of both losses with respect to the parameters of the generator.
 
 # %%
 digits = load_digits()
@@ -425,9 +424,9 @@ assert between_real < history["distance"][-1] < 0.75 * history["distance"][0]
 
 # %% [markdown]
 # The losses do not show that the samples improve. From step 1,000 on, the distance on the right falls, but the losses move slowly away
-# from the equilibrium. One reason is that the discriminator learns its 1,400 training digits by heart: with test digits, its loss is
-# higher. So do not judge a GAN by its losses. Look at the samples, and measure them in another way. The samples are not copies of
-# training digits: their mean distance stays above that of real test digits.
+# from the equilibrium. One reason is that the discriminator memorizes its 1,400 training digits. This is visible in its loss with test
+# digits, which is higher. So do not judge a GAN by its losses. Look at the samples, and measure them in another way. The samples are not
+# copies of training digits: their mean distance stays above that of real test digits.
 
 
 # %%
@@ -449,7 +448,8 @@ show_rows(rows, "Real digits, and samples from the same 14 random inputs at four
 # ## Do the samples look like digits?
 #
 # We train a classifier on the real training digits with `softmax_cross_entropy`. We then apply it to three sets of images: test digits,
-# samples, and images of scrambled pixels. Each scrambled pixel is taken from a random test digit. We measure three numbers.
+# samples, and images of scrambled pixels. Each pixel of a scrambled image is the pixel at the same position of a random test digit. We
+# measure three numbers.
 #
 # - **Distance:** the mean distance from the nearest training digit.
 # - **Confidence:** the classifier's largest probability, averaged over the images.
@@ -496,9 +496,9 @@ assert accuracy > 0.95 and np.all(position > 0.3)
 # %% [markdown]
 # ## How much does the vanishing gradient matter?
 #
-# It matters when the discriminator is ahead. We start from the untrained generator and the discriminator that trained alone for 300
-# steps. We train once with each of the two losses of the generator. We do this with SGD and then with Adam. `jax.vmap` runs the
-# trainings with the two losses in parallel.
+# The vanishing gradient matters when the discriminator is ahead. We start from the untrained generator and the discriminator that trained
+# alone for 300 steps. We train once with each of the two losses of the generator. We do this with SGD and then with Adam. `jax.vmap`
+# trains with both losses in parallel.
 
 
 # %%
@@ -524,18 +524,19 @@ plt.show()
 assert runs["SGD"][0, 4] > 1.2 * runs["SGD"][1, 4]
 
 # %% [markdown]
-# With SGD, the generator that minimizes $\log(1 - D)$ stands still for all 800 steps. The generator that minimizes $-\log D$ learns
-# at once. With Adam, both generators learn. Adam divides each gradient by its recent size, so even tiny gradients move the
-# parameters. With other random keys, the two curves of Adam can change places.
+# With SGD, the generator that minimizes $\log(1 - D)$ does not improve during the 800 steps. The generator that minimizes $-\log D$
+# learns at once. With Adam, both generators learn. Adam divides each gradient by its recent size, so even tiny gradients move the
+# parameters. Which of the two Adam curves is lower depends on the random keys.
 
 # %% [markdown]
 # # 3. An autoencoder: cross-entropy of grey pixels
 #
 # ## The smallest loss is the entropy, not 0
 #
-# Each digit was scanned with 32 × 32 black or white dots. Each pixel of the 8 × 8 image counts the black dots among 16. So a pixel
-# value $t = k / 16$ is the share of black dots. A model predicts the probability $\sigma(z)$ of a black dot. The mean negative
-# log-probability per dot is the cross-entropy with the soft label $t$:
+# Each digit was scanned as an image of 32 × 32 black or white dots. Each pixel of the 8 × 8 image stands for a block of 16 dots. Its
+# original value is the number $k$ of black dots in the block. So the scaled pixel value $t = k / 16$ is the share of black dots. A model
+# predicts the probability $\sigma(z)$ of a black dot. The mean negative log-probability per dot is the cross-entropy with the soft label
+# $t$:
 #
 # $$\ell = -t \log \sigma(z) - (1 - t) \log (1 - \sigma(z)) = H(t) + \mathrm{KL}(t \,\|\, \sigma(z)).$$
 #
@@ -597,7 +598,8 @@ plt.show()
 # ## Training with both losses
 #
 # The autoencoder squeezes each digit into 8 numbers and rebuilds the 64 pixels from them. We train it with cross-entropy and with squared
-# error, from the same 4 initialisations each. After every 50 steps, we measure both losses of both models on the test digits.
+# error. Both losses start from the same 4 initialisations. After every 50 steps, we measure both losses of both models on the test
+# digits.
 
 
 # %%
@@ -656,7 +658,7 @@ assert final["squared error", "cross-entropy"] - final["cross-entropy", "cross-e
 assert abs(final["squared error", "squared error"] / final["cross-entropy", "squared error"] - 1) < 0.15
 
 # %% [markdown]
-# Compared with 0, the loss looks poor. In fact, most of it is entropy (the dotted line), which no model can remove. The two models reach
+# Compared with 0, the loss looks large. But most of it is entropy (the dotted line), which no model can remove. The two models reach
 # nearly the same squared error. The model trained with squared error has a slightly larger cross-entropy. So on these digits,
 # cross-entropy is the better loss, but the gain is small.
 #
