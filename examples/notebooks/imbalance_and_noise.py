@@ -50,7 +50,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "
 # $$\ell(z, y) = -y \log \sigma(z) - (1 - y) \log \sigma(-z).$$
 #
 # Five networks are trained, each on four fifths of the tumors. So each tumor is held out once. The whole procedure is repeated with five
-# random splits. The features are scaled with the mean and the deviation of the training part alone.
+# random splits. The features are scaled with the mean and the standard deviation of the training part alone.
 
 # %%
 tumors = load_breast_cancer()
@@ -66,8 +66,7 @@ features = jnp.float32((tumors.data - mean) / deviation)  # [networks, tumors, 3
 
 # %% [markdown]
 # The mask `where=seen` selects the training examples. All networks then have arrays of one shape, and one `jax.vmap` trains all of them.
-# The decayed weights are L2 regularisation. The decay was chosen on other splits of the same tumors, so the results are slightly
-# optimistic.
+# The weight decay is L2 regularisation. The decay was chosen on other splits of the same tumors, so the results are slightly optimistic.
 
 
 # %%
@@ -127,12 +126,12 @@ np.testing.assert_allclose(table, expected, rtol=1e-6)  # float32 against scikit
 assert table[:, 0].min() > 0.96 and table.min() > 0.9
 
 # %% [markdown]
-# Recall is lower than precision: the network misses more tumors than it gives false alarms.
+# Recall is lower than precision: there are more missed tumors than false alarms.
 
 # %% [markdown]
 # ## What a threshold costs
 #
-# Tutorials stop at the threshold ½. It is right only if both mistakes cost the same. Suppose that a missed malignant tumor costs $c$ times
+# Tutorials use only the threshold ½. It is right only if both mistakes cost the same. Suppose that a missed malignant tumor costs $c$ times
 # as much as a false alarm. Calling a tumor benign then costs $c\,p$ on average, and calling it malignant costs $1 - p$. So call it
 # malignant if
 #
@@ -185,8 +184,8 @@ assert np.interp(-np.log(99), cuts, cost[99]) < 0.5 * np.interp(0, cuts, cost[99
 assert all(np.interp(-np.log(c), cuts, values) < 1.25 * values.min() for c, values in cost.items())
 
 # %% [markdown]
-# The rule lands near the bottom of each curve, without a search. At $c = 99$, the threshold ½ costs several times as much. A threshold
-# moves along one curve: more recall for less precision.
+# The rule lands near the bottom of each curve, without a search. At $c = 99$, the threshold ½ costs several times as much. In the right
+# plot, all thresholds are points of one curve. A lower threshold gives more recall and less precision.
 
 # %% [markdown]
 # ## `pos_weight` moves the threshold
@@ -230,8 +229,9 @@ assert 0.3 < shift < np.log(9)
 # %% [markdown]
 # ## The shape mistake
 #
-# A tutorial passes logits (64, 10) and labels (64, 1) to its loss. Plain arithmetic broadcasts them. Each label is compared with
-# ten logits, and nothing fails. The opposite mistake is worse: logits (64, 1) and labels (64,) give 64 × 64 losses. `xentjax` stops.
+# A tutorial passes logits (64, 10) and labels (64, 1) to its loss. Plain arithmetic broadcasts them. Each label is compared with ten
+# logits, and nothing fails. The opposite mistake is worse: logits (64, 1) and labels (64,) give 64 × 64 losses. `xentjax` raises an error
+# in both cases.
 
 
 # %%
@@ -343,10 +343,11 @@ LOSSES = {
 COSINES = np.array(["cosines" in name for name in LOSSES])
 
 # %% [markdown]
-# The network has one hidden layer of 128. For LDAM, its outputs are cosines between the hidden values and the columns of the last matrix.
-# All losses and all seeds train together, in one compiled program. No two of them share a parameter, so the gradient of the sum of all
-# losses holds the gradient of each. The optimizer is AdamW with a weight decay of 0.1. Its learning rate falls from 0.01 to 0. These
-# settings were chosen on other seeds, so that cross-entropy learns the wrong labels and the differences are visible.
+# The network has one hidden layer of 128 units. For LDAM, its outputs are cosines between the hidden values and the columns of the last
+# matrix. All losses and all seeds train together, in one compiled program. No two networks share a parameter. So the gradient of the sum of
+# all losses consists of the gradients of the single losses. The optimizer is AdamW with a weight decay of 0.1. Its learning rate falls from
+# 0.01 to 0. With these settings, cross-entropy learns the wrong labels, and the differences are visible. That is why they were chosen. The
+# choice was made on other seeds.
 
 
 # %%
@@ -439,7 +440,7 @@ np.testing.assert_allclose(100 * check, rare_accuracy[-1, 0, 0], rtol=1e-6)
 # the training data, and $z$ alone is right for balanced classes.
 #
 # Take two classes in one dimension, with normal densities around ±1.5 and frequencies 100:1. The exact balanced log-odds are $3x$. The next
-# cell fits a line to the whole distribution, so there is no sampling error.
+# cell fits log-odds that are linear in $x$. It uses the whole distribution instead of samples, so there is no sampling error.
 
 # %%
 x = np.linspace(-7, 7, 1401)
@@ -504,7 +505,7 @@ plt.show()
 # | focal | $-(1 - p_y)^\gamma \log p_y$ with $\gamma = 2$ |
 # | LDAM | cross-entropy of $30\,(z - \Delta_y e_y)$ with $\Delta_k = 0.5\,(n_{\min} / n_k)^{1/4}$ and cosines $z$ |
 # | logit-adjusted | $-\log \operatorname{softmax}(z + \log \pi)_y$ |
-# | seesaw | cross-entropy in which the logit of a class that is rarer than the label pulls less |
+# | seesaw | cross-entropy in which a class that is rarer than the label gets a smaller gradient |
 #
 # The gain is the median difference from plain cross-entropy with the same seed. "Better" is the number of seeds with a gain.
 
@@ -554,7 +555,8 @@ assert gain[at("focal")] < 0.5 and gain[at("Taylor")] < -3
 # Logit adjustment gains most. Weights, seesaw, LDAM and label smoothing gain a few points. Focal loss does not
 # help: it is often recommended for imbalance, but it changes the weight of easy examples, not of rare classes.
 #
-# The shift can also be made after the training. Subtract $\log \pi$ from the logits of the network that plain cross-entropy has trained.
+# The shift can also be made after the training. Subtract $\log \pi$ from the logits of the network that was trained with plain
+# cross-entropy.
 
 # %%
 z = jax.vmap(predict, (0, None, None))([leaf[0, :SEEDS] for leaf in params], images, False)  # [seeds, images, classes]
@@ -566,14 +568,15 @@ for name, values in (("cross-entropy", rare_accuracy[-1, 0]), ("adjusted in the 
 assert np.median(afterwards - rare_accuracy[-1, 0]) > 3
 
 # %% [markdown]
-# It costs one line, needs no new training, and gains about as much. Here the weight decay keeps the logits small. A network with very
-# large logits would hardly notice the shift.
+# The shift after the training costs one line of code and needs no new training. It gains about as much as the shift in the loss. Here the
+# weight decay keeps the logits small. A network with very large logits would hardly notice the shift.
 
 # %% [markdown]
 # ## Wrong labels: how hard does a loss pull?
 #
-# A network learns easy patterns first. At that time, a wrong label has a small probability $p_y$. What happens next depends on how hard the
-# loss pulls on such labels. For many losses, the gradient is the one of cross-entropy times a weight:
+# A network learns easy patterns first. At that time, a wrong label has a small probability $p_y$. What happens next depends on the size of
+# the gradient for such labels: how hard the loss pulls on them. For many losses, the gradient is the gradient of cross-entropy times a
+# weight:
 #
 # $$\frac{\partial \ell}{\partial z} = w(p_y)\,(p - e_y).$$
 #
@@ -585,9 +588,10 @@ assert np.median(afterwards - rare_accuracy[-1, 0]) > 3
 # | generalized, $q = 0.7$ | $(1 - p_y^q) / q$ | $p_y^q$ |
 # | Taylor, order 2 | $(1 - p_y) + (1 - p_y)^2 / 2$ | $p_y\,(2 - p_y)$ |
 #
-# Others do not have this form. Forward correction takes the noise matrix $T$ into the prediction, $-\log \sum_i p_i T_{iy}$. Backward
-# correction inverts it, $-\sum_j (T^{-1})_{yj} \log p_j$. Bootstrapping mixes the label with the network's own prediction. The bi-tempered
-# loss replaces $\log$ by a bounded function and $\exp$ by one with heavier tails.
+# Others do not have this form. Forward correction multiplies the predicted probabilities by the noise matrix $T$: the loss is
+# $-\log \sum_i p_i T_{iy}$. Backward correction uses the inverse of $T$: the loss is $-\sum_j (T^{-1})_{yj} \log p_j$. Bootstrapping mixes
+# the label with the network's own prediction. The bi-tempered loss replaces $\log$ by a bounded function and $\exp$ by one with heavier
+# tails.
 #
 # The next cell measures $w$ with `jax.grad`. The nine other classes share the remaining probability. Each curve is divided by its maximum,
 # because Adam does not depend on the scale of a loss.
@@ -625,9 +629,9 @@ ax.legend(loc="center left", fontsize=9, bbox_to_anchor=(1, 0.5))
 plt.show()
 
 # %% [markdown]
-# Cross-entropy pulls on every label with the same weight. Focal loss pulls most on unlikely labels, right or wrong. The weights of
-# the other four fall with $p_y$: these losses pull less on labels that the network finds unlikely. The weight of the symmetric loss
-# has a floor, so this loss still learns more of them than the generalized and Taylor losses.
+# Cross-entropy pulls on every label with the same weight. Focal loss pulls most on unlikely labels, right or wrong. For the other four
+# losses, a smaller $p_y$ gives a smaller weight: these losses pull less on labels that the network finds unlikely. The weight of the
+# symmetric loss has a floor, so this loss still learns more of the unlikely labels than the generalized and Taylor losses.
 #
 # This has a price. The label of a rare class is also unlikely at first. A loss that ignores unlikely labels also ignores rare classes.
 # This is why Taylor's loss was last in the table of rare classes.
@@ -681,10 +685,10 @@ assert peak.max() > peak[-1] + 8 and times[peak.argmax()] <= 300
 # All three losses first learn the digits, then wrong labels. Lines are medians, and bands show all six seeds.
 #
 # When should the training stop? A validation set with wrong labels is enough. If a share $a$ of the answers is right, then an expected
-# share of $0.6\,a + 0.4\,(1 - a) / 9$ agrees with the wrong labels. This grows with $a$, so the two peak at about the same time. The next
-# cell uses 500 validation images whose labels are as wrong as those of the training.
+# share of $0.6\,a + 0.4\,(1 - a) / 9$ agrees with the validation labels. This share grows with $a$. So both shares peak at about the same
+# time. The next cell uses 500 validation images. Their labels are wrong as often as the training labels.
 #
-# If the number of steps is known in advance, the learning rate can fall to 0 within them. The second training has only 150 steps.
+# If the number of steps is known in advance, the learning rate can fall to 0 by the last step. The second training has only 150 steps.
 
 # %%
 validation = percent(wrong_answers == wrong.labels, wrong.validation)
@@ -706,13 +710,13 @@ assert np.median(short_wrong[0]) > best_at_end
 assert np.median(short_wrong[at("symmetric")]) > np.median(short_wrong[0])
 
 # %% [markdown]
-# Plain cross-entropy with 150 steps is better than every loss with 1500 steps. Stopping by validation labels comes close to the best of
-# them. Early stopping and a robust loss together are best, by a small margin.
+# Plain cross-entropy with 150 steps is better than every loss with 1500 steps. If cross-entropy is stopped by validation labels, it comes
+# close to the best loss with 1500 steps. Early stopping and a robust loss together are best, by a small margin.
 
 # %% [markdown]
 # ## What does not help
 #
-# The last picture has all losses in both settings. A ring is the median after 150 steps, and a dot the median after 1500 steps.
+# The last picture shows all losses in both settings. A ring is the median after 150 steps, and a dot the median after 1500 steps.
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(9.4, 5.2), sharey=True)
@@ -755,9 +759,9 @@ assert np.all(np.median(wrong_accuracy[-1], axis=1) < np.median(short_wrong, axi
 # - **Longer training.** With wrong labels, every loss is worse after 1500 steps than after 150. With rare classes, plain cross-entropy
 #   gains from the longer training.
 #
-# These are medians of six seeds, of one small network on one small data set. A difference of one point is noise. Other settings matter
-# too. In a separate measurement with 600 images and 1000 batches of 64, weight decays of 0, 0.1 and 0.3 gave cross-entropy 65.5, 70.6 and
-# 77.7 % with 40 % wrong labels. So measure on your own data, with several seeds.
+# These are medians of six seeds, of one small network on one small data set. A difference of one point is noise. Other settings matter too.
+# A separate measurement had 600 images, 40 % wrong labels and 1000 batches of 64. The accuracy of cross-entropy was 65.5, 70.6 and 77.7 %
+# with weight decays of 0, 0.1 and 0.3. So measure on your own data, with several seeds.
 
 # %% [markdown]
 # ## What to remember
@@ -766,8 +770,8 @@ assert np.all(np.median(wrong_accuracy[-1], axis=1) < np.median(short_wrong, axi
 #   the threshold and adds no information.
 # - With rare classes, shift the logits by $\log \pi$, in the loss or after the training. Class weights help less in a network that fits
 #   its training data.
-# - With wrong labels, stop early. A validation set with wrong labels is enough to choose the time. A bounded loss adds a little to that,
-#   and much if the training is long.
+# - With wrong labels, stop early. A validation set with wrong labels is enough to choose the time. A bounded loss gains a little more. If
+#   the training is long, it gains much.
 # - A loss that ignores unlikely labels also ignores rare classes. No loss here is good for both.
 #
 # More:

@@ -5,8 +5,8 @@
 #
 # Language models choose among many thousands of words. Recommenders choose among many thousands of items. In this notebook you will see
 # what a large number of classes costs, and three ways to reduce the cost: fused losses, sampled softmax and adaptive softmax. You will
-# train a model that writes Python, a model of 8,192 words, and a retrieval model. The last section trains one model on two tasks at once.
-# All data come with Python or scikit-learn, or are made here. The notebook takes about a minute on a CPU.
+# train a model that writes Python, a model with a vocabulary of 8,192 words, and a retrieval model. The last section trains one model on
+# two tasks at once. All data come with Python or scikit-learn, or are made here. The notebook takes about a minute on a CPU.
 
 # %% [markdown]
 # ## Install
@@ -59,9 +59,9 @@ for model, tokens, classes in (("characters", 1024, 100), ("words", 1024, 8192),
 
 # %% [markdown]
 # `xentjax.linear_softmax_cross_entropy` takes hidden states and the kernel instead of logits. It computes the logits of one chunk of tokens
-# at a time. It adds the gradients of this chunk to the sums, and then reuses the memory. By default, logits of more than 32 MiB are cut
-# into chunks of a quarter of the tokens, but of at least 192 tokens. `xentjax.plan_linear` shows the chunks. Smaller chunks take less
-# memory. Very small chunks take more time.
+# at a time. It adds the gradients of this chunk to the gradients of the earlier chunks, and then reuses the memory. By default, all tokens
+# form one chunk if their logits take at most 32 MiB. Otherwise a chunk holds a quarter of the tokens, but at least 192 tokens.
+# `xentjax.plan_linear` shows the chunks. Smaller chunks take less memory. Very small chunks take more time.
 #
 # XLA reports how much temporary memory a compiled program needs. So we can compare both losses without running them.
 
@@ -313,7 +313,7 @@ print("".join(start) + "".join(characters[i] for i in sample.tolist()))
 # # 3. 8,192 words, and three losses
 #
 # Tutorials often say that the full softmax is too expensive for many classes, and that negative sampling is the solution. We train the same
-# model of words with three losses and measure what is true. The model predicts the next word from the last 6 words.
+# word model with three losses and measure what is true. The model predicts the next word from the last 6 words.
 
 # %%
 WORDS, WORD_CONTEXT, WIDTH, SAMPLES = 8192, 6, 64, 256
@@ -334,11 +334,11 @@ print(f"perplexity of the word frequencies: {word_unigram:.0f}")
 #
 # $$\ell = \log \Big( e^{z_y} + \sum_{j:\, k_j \neq y} \frac{e^{z_{k_j}}}{Q_{k_j}} \Big) - z_y .$$
 #
-# The division is called the log-Q correction, because it subtracts $\log Q_k$ from the logit. Words follow Zipf's law roughly. So we draw
-# with `samplers.log_uniform`, which draws frequent classes more often. It expects classes ordered by frequency.
+# The division is called the log-Q correction, because it subtracts $\log Q_k$ from the logit. Word frequencies roughly follow Zipf's law.
+# So we draw with `samplers.log_uniform`, which draws frequent classes more often. It expects classes ordered by frequency.
 #
-# **Adaptive softmax** has one softmax over the 512 most frequent words and two clusters of rarer words. The rarer clusters use fewer
-# features. It is another model, not an approximation. Its probabilities are exact.
+# **Adaptive softmax** has a first softmax over the 512 most frequent words and two clusters. Each cluster has its own softmax over rarer
+# words. The rarer clusters use fewer features. It is another model, not an approximation. Its probabilities are exact.
 
 # %%
 word_sampler = samplers.log_uniform(WORDS)
@@ -477,7 +477,8 @@ assert perplexity["sampled, 5 × steps"] < best
 # same number of steps, sampled softmax predicts slightly worse than the full softmax. In the time saved, it can take more steps, and then
 # it predicts better. Adaptive softmax saves time too and needs no samples.
 #
-# Look at the last row. It has the lowest training loss and the highest perplexity. So a sampled loss must not be compared with a full loss.
+# Look at the last row. Of the models with 240 steps, it has the lowest training loss. Of all models, it has the highest perplexity. So a
+# sampled loss must not be compared with a full loss.
 #
 # ## Without correction, the model learns $\log p - \log Q$
 #
@@ -571,10 +572,10 @@ assert abs(totals - 1).max() < 1e-4 and log_z.std() > 0.1
 # A recommender must find a few good items among many. The **two towers** are two functions that turn a user and an item into vectors. The
 # score is their dot product.
 #
-# We make 1,000 items whose popularity follows Zipf's law. Users and items have 8 hidden tastes. User $u$ picks item $i$ with probability
-# $p(i \mid u) \propto \text{popularity}_i \cdot e^{\,\text{match}(u, i)}$. The match is large if the tastes agree. There are 4,000 users
-# for training, with 25 picks each. For testing, there are 1,000 new users with 5 picks each. We made the data, so we know the best
-# possible model.
+# We make 1,000 items whose popularity follows Zipf's law. Each user and each item has a hidden vector of 8 tastes. User $u$ picks item $i$
+# with probability $p(i \mid u) \propto \text{popularity}_i \cdot e^{\,\text{match}(u, i)}$. The match is large if the tastes agree. There
+# are 4,000 users for training, with 25 picks each. For testing, there are 1,000 new users with 5 picks each. We made the data, so we know
+# the best possible model.
 
 # %%
 ITEMS, USERS, NEW, TASTES = 1000, 5000, 1000, 8
@@ -594,7 +595,7 @@ print(f"{training_picks.size:,} training picks; {100 * popularity[:100].sum() / 
 # ## Negatives from the batch
 #
 # A batch holds pairs of a user and the picked item. The items of the other pairs serve as negatives, at no extra cost. This is again a
-# sampled softmax. The sampler is the data, and $Q$ is the popularity. A popular item is a negative often. `candidate_log_prob` subtracts
+# sampled softmax. The sampler is the data, and $Q$ is the popularity. A popular item is often a negative. `candidate_log_prob` subtracts
 # $\log Q$, as in section 3:
 #
 # $$\ell_i = -\log \frac{e^{s_{ii}}}{\sum_j e^{s_{ij}}}, \qquad s_{ij} = \text{user}_i \cdot \text{item}_j - c \log Q_j,$$
@@ -675,8 +676,8 @@ assert rare_recall["without correction"] > rare_recall["with log-Q correction"]
 #
 # The right plot shows by how much the score of each item differs from $\log p(i \mid u)$, as a mean over users. A constant is removed.
 # Without correction, the difference is close to $-\log Q_i$, except for the rarest items, which have few picks. This is the result of
-# section 3 again. The score then ranks the items by $p(i \mid u) / Q_i$. The most popular items lose about 5 nats compared with the mean
-# item.
+# section 3 again. The score then ranks the items by $p(i \mid u) / Q_i$. Compared with the mean over all items, the scores of the most
+# popular items are about 5 nats too low.
 
 # %%
 styles = {"with log-Q correction": (BLUE, "o", "-"), "without correction": (ORANGE, "s", "-")}
@@ -716,9 +717,9 @@ assert abs(slopes["with log-Q correction"]) < 0.15 and abs(slopes["without corre
 #
 # $$\ell = \ell_{\text{class}} + \lambda\, \ell_{\text{second}} .$$
 #
-# Task one is to classify scikit-learn's digits. We try two second tasks: the **parity** of the digit (even or odd), and the amount of
-# **ink** in four bins. $\lambda = 0$ is the single-task model. Tutorials often promise that a second task helps. We test this with all
-# 600 class labels, and with only 60 of them. The second task always has all 600 labels.
+# Task one is to classify scikit-learn's digits. We try two choices of the second task: the **parity** of the digit (even or odd), and the
+# amount of **ink** in four bins. $\lambda = 0$ is the single-task model. Tutorials often promise that a second task helps. We test this
+# with all 600 class labels, and with only 60 of them. The second task always has all 600 labels.
 #
 # The class label of the other 540 images is missing, so it is −100. The mask `where=labels != -100` leaves these images out of the first
 # loss. They still count in the second loss.
@@ -814,7 +815,7 @@ assert max(gain[name, 600][0] for name in accuracy) < 1 and both < alone + 1
 # The error bars show two standard errors over 8 pairs of networks. With all 600 class labels, neither second task helps. With 60 class
 # labels, parity helps: its 600 labels carry information about the class. For example, they separate 8 from 9. The amount of ink carries
 # little information about the class, and this second task hurts. The second tasks themselves gain nothing from the class labels. So a
-# second task is not a gift. It helps the first task if its labels contain what the first task lacks.
+# second task does not always help. It helps the first task if its labels contain what the first task lacks.
 #
 # ## Transfer: a trunk trained on other classes
 #
@@ -859,9 +860,9 @@ plt.show()
 assert np.all(transferred["pixels"].mean(0) > transferred["trunk of 0 to 4"].mean(0))
 
 # %% [markdown]
-# Transfer is not always a gain. Here the trunk hurts. It was trained to tell five digits apart. A likely reason is that it drops what it
-# does not need for that, while a random trunk drops less, and the pixels drop nothing. So compare with a head on the plain inputs before
-# you trust a pretrained trunk.
+# Transfer is not always a gain. Here the trunk hurts. It was trained to tell five digits apart. A likely reason is that it discards
+# information that it does not need for this. A random trunk discards less, and the pixels still contain everything. So compare with a head
+# on the plain inputs before you trust a pretrained trunk.
 
 # %% [markdown]
 # ## What to remember
@@ -872,7 +873,7 @@ assert np.all(transferred["pixels"].mean(0) > transferred["trunk of 0 to 4"].mea
 # - Adaptive softmax saves time and gives exact probabilities. It is a different model.
 # - In-batch negatives are samples too. Without the log-Q correction, popular items are pushed down by $\log Q$.
 # - Perplexity is the exponential of the mean over all tokens. Add sums over batches, divide once, then take the exponential.
-# - A second task helps if its labels contain what the first task lacks. Measure it, as well as transfer.
+# - A second task helps if its labels contain what the first task lacks. Measure whether it helps. Do the same for transfer.
 #
 # More: [quickstart](https://colab.research.google.com/github/xentjax/xentjax/blob/main/examples/notebooks/quickstart.ipynb) ·
 # [fused linear layers](https://github.com/xentjax/xentjax/blob/main/docs/fused-linear.md) ·
