@@ -3,11 +3,11 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/xentjax/xentjax/blob/main/examples/notebooks/first_principles.ipynb)
 #
-# Cross-entropy is the loss of almost every classifier and every language model. This notebook builds it from one idea, surprise.
-# You will measure surprise, compress a text and count its bits, and pay the price of a wrong forecast. You will then see why
-# the minimum of cross-entropy is usually not 0, why no $\varepsilon$ is needed, and why the gradient is as simple as $p - y$. Each
-# formula comes with code that checks it. Lines that start with **Often wrong** correct statements that many tutorials make.
-# The notebook runs in seconds on a CPU.
+# Cross-entropy is the loss of almost every classifier and every language model. This notebook builds it from one idea, surprise. You will
+# measure surprise, compress a text and count its bits, and pay the price of a wrong forecast. You will then see why the minimum of
+# cross-entropy is usually not 0, why no $\varepsilon$ is needed, and why the gradient is as simple as $p - y$. Each formula comes with
+# code that checks it. The lines that start with **Often wrong** name mistakes that many tutorials make, and correct them. The notebook
+# runs in seconds on a CPU.
 
 # %% [markdown]
 # ## Install
@@ -62,8 +62,9 @@ Q = np.array([0.4, 0.4, 0.2])
 #
 # $$I(p) = -\log p .$$
 #
-# The logarithm makes surprises add up. Two independent events have probability $p_1 p_2$, and $-\log(p_1 p_2) = I(p_1) + I(p_2)$.
-# The base of the logarithm sets the unit. The natural logarithm gives *nats*, and base 2 gives *bits*. One bit is $\log 2 = 0.693$ nats.
+# The logarithm makes surprises add up. Two independent events both occur with probability $p_1 p_2$, and
+# $-\log(p_1 p_2) = I(p_1) + I(p_2)$. The base of the logarithm sets the unit. The natural logarithm gives *nats*, and base 2 gives
+# *bits*. One bit is $\log 2 = 0.693$ nats.
 
 # %%
 surprise = information.self_information(jnp.array(P))
@@ -162,7 +163,7 @@ assert received == text
 print(f"{text[:46]!r}...\n{sent[:100]}...")
 
 # %% [markdown]
-# The text came back from its bits. Now count the bits.
+# Decoding the bits gives the original text. Now count the bits.
 
 # %%
 frequency = np.array([n for _, n in counts.most_common()]) / len(text)
@@ -194,8 +195,8 @@ plt.show()
 # Each bar ends near its dot. The code cannot follow the dots exactly, because a word has a whole number of bits. This is why the code is
 # slightly longer than the entropy.
 #
-# **Often wrong:** a loss in nats next to an entropy in bits. Textbooks use bits, and training libraries use nats. 1.0297 nats and
-# 1.4855 bits are the same entropy. Always write the unit.
+# **Often wrong:** a comparison of a loss in nats with an entropy in bits. Textbooks use bits, and training libraries use nats. 1.0297
+# nats and 1.4855 bits are the same entropy. Always write the unit.
 #
 # ## Cross-entropy: the mean surprise of a forecast
 #
@@ -290,8 +291,8 @@ plt.show()
 #
 # **Often wrong:** "the Kullback–Leibler divergence is a distance". A distance from $P$ to $Q$ equals the distance from $Q$ to $P$. The
 # divergence does not have this property. For the forecast above, the two directions are 0.0253 and 0.0258 nats. The difference grows as
-# the forecast $Q$ moves toward "always sunny". Then $D(P \,\|\, Q)$ has no bound, because $P$ contains days that $Q$ calls impossible.
-# The other direction stays finite.
+# the forecast $Q$ moves toward "always sunny". On the way, $D(P \,\|\, Q)$ grows without bound, because $Q$ gives cloudy and rainy days a
+# probability that goes to 0, but such days still occur. The other direction stays finite.
 #
 # The **Jensen–Shannon divergence** is symmetric. It compares $P$ and $Q$ with their mean $M = (P + Q)/2$, and is never above $\log 2$:
 #
@@ -465,8 +466,8 @@ with np.printoptions(precision=4, suppress=True):
 assert np.max(np.abs(jax.nn.softmax(z) - observed)) < 1e-4 and abs(losses[-1] - information.entropy(observed)) < 1e-5
 
 # %% [markdown]
-# Training found the observed frequencies, and its last loss is their entropy. The picture shows the same for 10 days, of which 3 are
-# rainy. The likelihood $q^3 (1 - q)^7$ is largest where the cross-entropy is smallest, at $q = 0.3$.
+# Training found the observed frequencies, and its last loss is their entropy. The picture compares the likelihood and the cross-entropy
+# for 10 days, of which 3 are rainy. The likelihood $q^3 (1 - q)^7$ is largest where the cross-entropy is smallest, at $q = 0.3$.
 
 # %%
 rain = jnp.linspace(0.01, 0.99, 197)
@@ -650,7 +651,7 @@ assert np.max(np.abs(ends - H)) < 1e-5
 #
 # - Cross-entropy is the mean surprise of a forecast: $H(P, Q) = H(P) + D(P \,\|\, Q)$.
 # - Its minimum is $H(P)$, at $Q = P$. It is 0 only if the truth is certain.
-# - Minimum cross-entropy is maximum likelihood. A code made for $Q$ needs $D(P \,\|\, Q)$ more per symbol.
+# - Minimum cross-entropy is maximum likelihood. A code made for $Q$ is longer than a code made for $P$, by $D(P \,\|\, Q)$ per symbol.
 # - For logits, the gradient is $p - t$ and the Hessian is $\mathrm{diag}(p) - p p^\top$.
 # - No $\varepsilon$ is needed. Pass logits to the loss, not probabilities.
 #

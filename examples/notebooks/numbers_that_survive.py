@@ -3,12 +3,11 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/xentjax/xentjax/blob/main/examples/notebooks/numbers_that_survive.ipynb)
 #
-# Cross-entropy is one line of mathematics. Computers round, so one line of mathematics can be ten different programs.
-# This notebook compares four of them: the naive formula, clipping by ε, log-sum-exp, and `xentjax`. You will see at
-# which logits each of them loses accuracy, and why. At the end, small networks learn to add modulo 31. They train with three
-# losses. The margin is the label's logit minus the largest other logit. With two of the losses, the margins stop growing at 17 nats.
-# With the third, the margins go on growing, and the test accuracy rises with them.
-# The notebook takes about a minute on a CPU.
+# Cross-entropy is one line of mathematics. Computers round, so different programs for this line can give different results. This notebook
+# compares four such programs: the naive formula, clipping by ε, log-sum-exp, and `xentjax`. You will see at which logits each of them
+# loses accuracy, and why. At the end, small networks learn to add modulo 31. Each network is trained three times, with a different loss
+# each time. The margin is the label's logit minus the largest other logit. With two of the losses, the margins stop growing at 17 nats.
+# With the third, the margins go on growing, and the test accuracy rises with them. The notebook takes about a minute on a CPU.
 
 # %% [markdown]
 # ## Install
@@ -150,8 +149,8 @@ assert jnp.all(clipped_gradient[worst | best] == 0) and jnp.all(gradient[worst, 
 #
 # $$\ell = \log \sum_k e^{z_k} - z_y = M + \log \sum_k e^{z_k - M} - z_y .$$
 #
-# Nothing overflows, and wrong predictions get the right loss. This is `jax.nn.log_softmax`, optax, and PyTorch. Many texts call it
-# *numerically stable*, and stop here. It is stable, but it is not accurate. If the label wins by a margin $m$, the sum is
+# Nothing overflows, and wrong predictions get the right loss. `jax.nn.log_softmax`, optax, and PyTorch use this formula. Many texts call
+# it *numerically stable*, and stop here. It is stable, but it is not accurate. If the label wins by a margin $m$, the sum is
 # $1 + e^{-m} + \dots$, and above 17 nats this is 1. The loss is $\log 1 = 0$.
 #
 # The gradient is $p - e_y$. Its entry at the label is $p_y - 1$, and $p_y$ was rounded to 1. So this entry is 0 too.
@@ -179,7 +178,8 @@ for name, function in (("optax", optax.softmax_cross_entropy_with_integer_labels
 # %% [markdown]
 # ## How `xentjax` computes the loss
 #
-# It never adds the label's $e^0 = 1$ to the small terms. It adds up the *other* classes only:
+# The label's own term is $e^{z_y - z_y} = e^0 = 1$. `xentjax` never adds this 1 to the small terms of the other classes. It adds up the
+# *other* classes only:
 #
 # $$R = \sum_{k \ne y} e^{z_k - z_y}, \qquad \ell = \log(1 + R), \qquad \frac{\partial \ell}{\partial z_y} = -\frac{R}{1 + R}.$$
 #
@@ -201,7 +201,7 @@ print("xentjax:    ", *jax.value_and_grad(xentjax.softmax_cross_entropy)(logits,
 assert abs(value / np.log1p(rest) - 1) < 28 * EPS and np.allclose(gradient, exact, rtol=28 * EPS, atol=0)
 
 # %% [markdown]
-# The library does the same, and adds what three lines do not have: soft labels, masks, infinities, half precision without copies, and
+# The library computes the loss in the same way. It also supports soft labels, masks, infinities, half precision without copies, and
 # classes that are spread over devices.
 #
 # `log1p` has a partner, `expm1`. Suppose that you have the loss, and want the probability of an error, $1 - p_y = 1 - e^{-\ell}$.
@@ -215,9 +215,9 @@ assert 1 - jnp.exp(-loss) == 0 and abs(-jnp.expm1(-loss) * (1 + rest) / rest - 1
 # %% [markdown]
 # ## The error at every margin
 #
-# Now all methods at once. The label's logit is $m$ and the other logits are $0, -1, -2.5$. The exact values come from the formula
-# for $R$ in float64. Each dot is the relative error at one margin. An error of 1 means that the number is lost completely. Errors
-# above 10 are drawn at 10. Where several methods have the same error, their dots lie inside each other.
+# Now all methods at once. The label's logit is $m$ and the other logits are $0, -1, -2.5$. The exact values come from the formula for $R$
+# in float64. Each dot is the relative error at one margin. An error of 1 means that the number is lost completely. Errors above 10 are
+# drawn at 10. Where several methods have the same error, their dots overlap, the smaller on the larger.
 
 # %%
 margins = np.linspace(0.5, 84, 335, dtype=np.float32)
@@ -263,16 +263,16 @@ assert all(np.all(e[far] == 1) for name in ("log_softmax", "optax") for e in err
 # Below 17 nats, the standard formulas lose one digit after another. Optax 0.2.8 loses the value at a slightly
 # smaller margin than log-softmax does. The reason is that optax adds the largest logit back before it subtracts the label's logit.
 #
-# `xentjax` stays below its documented bound, $(8 + m)$ eps. That bound is close to what any program can reach. The margin itself is
-# rounded to float32, and a rounding error $\delta$ of the margin changes the loss by the factor $e^{-\delta}$.
+# `xentjax` stays below its documented bound, $(8 + m)$ eps. That bound is close to the best that any program can reach. The margin itself
+# is rounded to float32, and a rounding error $\delta$ of the margin changes the loss by the factor $e^{-\delta}$.
 #
 # The clipped loss has errors far above 1. It returns $1.2 \cdot 10^{-7}$ where the truth is $10^{-30}$.
 
 # %% [markdown]
 # ## bfloat16
 #
-# In bfloat16, eps is $2^{-7}$. A loss that is computed in bfloat16 loses all its digits at a margin of 5.5 nats at the latest.
-# Every trained model has margins that large. The logits are not the problem: float32 holds every bfloat16 number exactly. `xentjax` reads
+# In bfloat16, eps is $2^{-7}$. A loss that is computed in bfloat16 loses all its digits at a margin of 5.5 nats at the latest. Trained
+# models often have margins that large. The logits are not the problem: float32 holds every bfloat16 number exactly. `xentjax` reads
 # bfloat16 logits, computes in float32, and returns float32. The exact values in the table use the same bfloat16 logits.
 
 # %%
@@ -291,9 +291,9 @@ for margin in (2, 4, 5, 6, 8, 17, 40):
 # %% [markdown]
 # ## Logits of −∞ and masks
 #
-# A logit of $-\infty$ says that a class is impossible: illegal moves in a game, or padding of the vocabulary. Its probability is 0.
-# With soft labels or one-hot labels, the usual sum $-\sum_k t_k \log p_k$ contains $0 \cdot (-\infty)$, which is NaN.
-# (`optax.safe_softmax_cross_entropy` avoids this.)
+# A logit of $-\infty$ says that a class is impossible. Examples are an illegal move in a game, and the padding of a vocabulary. The
+# probability of such a class is 0. With soft labels or one-hot labels, the usual sum $-\sum_k t_k \log p_k$ contains $0 \cdot (-\infty)$,
+# which is NaN. (`optax.safe_softmax_cross_entropy` avoids this.)
 
 # %%
 logits = jnp.array([2.0, -jnp.inf, 0.0])
@@ -356,13 +356,13 @@ assert jnp.all(jnp.abs(xentjax.softmax_cross_entropy(logits, labels) / np.log(10
 # %% [markdown]
 # ## Does any of this matter for training?
 #
-# Usually not. In a linear model, gradient descent raises the margin like the logarithm of the number of steps
+# Usually not. In a linear model that is trained by gradient descent, the margin grows like the logarithm of the number of steps
 # ([Soudry et al. 2018](https://arxiv.org/abs/1710.10345)). So it takes very many steps to reach 17 nats. With weight decay, label
 # smoothing or early stopping, a model never gets there.
 #
 # But some tasks need an accurate loss at large margins. A network that learns to add modulo a prime first memorises its examples, and
-# finds the rule much later. Prieto et al. ([2025](https://arxiv.org/abs/2501.04697)) showed that without weight decay it often never
-# finds the rule, because rounding in float32 stops the learning first. They call it *softmax collapse*. Let us look at it.
+# finds the rule much later. Prieto et al. ([2025](https://arxiv.org/abs/2501.04697)) showed that without weight decay, the network often
+# does not find the rule at all, because rounding in float32 stops the learning first. They call it *softmax collapse*. Let us look at it.
 #
 # The task is $a + b \bmod 31$. Of all $31^2 = 961$ pairs, 768 are for training. The network has one hidden layer, and is started with
 # small weights.
@@ -389,11 +389,11 @@ def predict(params, x):
 
 
 # %% [markdown]
-# The gradient shrinks with the loss, so ordinary steps become short long before 17 nats. Adam does not help: it adds
-# $10^{-8}$ to the size of the gradient before it divides, and here all entries of the gradient get smaller than that. So we first divide
-# the gradient by its largest entry, and give the result to Adam. Theory recommends such normalised steps for separable data
-# ([Nacson et al. 2019](https://arxiv.org/abs/1803.01905)). All losses get the same optimizer, the same initial weights, and the
-# same data.
+# The gradient shrinks with the loss. So the steps of ordinary gradient descent become very short well before the margin reaches 17 nats.
+# Adam does not help: it adds $10^{-8}$ to the size of the gradient before it divides, and here all entries of the gradient get smaller
+# than that. So we first divide the gradient by its largest entry, and give the result to Adam. Theory recommends such normalised steps
+# for separable data ([Nacson et al. 2019](https://arxiv.org/abs/1803.01905)). All losses get the same optimizer, the same initial
+# weights, and the same data.
 
 
 # %%
@@ -431,8 +431,8 @@ for name in ("clipped", "optax", "xentjax"):
     runs[name] = jax.jit(jax.vmap(lambda key, loss=losses[name]: fit(loss, optimizer, BLOCKS, key)))(keys)
 
 # %% [markdown]
-# Every curve below is computed in float64 from the logits, not from the loss that trained the network. The margin of an example is the
-# label's logit minus the largest other logit.
+# The losses, margins and accuracies below are computed in float64 from the logits. They do not use the loss that trained the network. The
+# gradient is that of the training loss itself. The margin of an example is the label's logit minus the largest other logit.
 
 
 # %%
@@ -492,13 +492,14 @@ for name in ("clipped", "optax"):
 # - **optax** (log-sum-exp): the gradient does *not* become 0. The entries at the other classes remain, and the entries at the labels
 #   are lost or rounded. The network keeps moving, but in a wrong direction. Its margin and loss stay where they are, its weights
 #   grow, and its test accuracy rises a little and then falls.
-# - **xentjax:** the loss goes on falling, from $10^{-7}$ to $10^{-35}$. It stops falling at the smallest numbers of float32. At a margin
-#   of 80 nats, the mean over 768 examples has terms near $e^{-80} / 768 \approx 2 \cdot 10^{-38}$.
+# - **xentjax:** the loss goes on falling, from $10^{-7}$ to $10^{-35}$. It stops falling when the gradient becomes too small for float32.
+#   At a margin of 80 nats, the gradient of the mean over 768 examples has terms near $e^{-80} / 768 \approx 2 \cdot 10^{-38}$. The
+#   smallest normal float32 number is about as small, $1.2 \cdot 10^{-38}$.
 #
-# Why does the test accuracy rise with a loss that is already $10^{-10}$? Nobody needs that loss. But its gradient still has a
-# *direction*. Gradient descent on this loss moves towards weights with a larger margin *relative to their norm*
-# ([Lyu and Li 2020](https://arxiv.org/abs/1906.05890)). The next plot shows the same for training with xentjax. In this task, those weights
-# are the ones that know the rule.
+# Why does the test accuracy still rise when the loss is already $10^{-10}$? Nobody needs a loss as small as that. But its gradient still
+# has a *direction*. Gradient descent on this loss moves towards weights with a larger margin *relative to their norm*
+# ([Lyu and Li 2020](https://arxiv.org/abs/1906.05890)). The next plot shows that training with xentjax increases this relative margin. In
+# this task, weights with a larger relative margin also follow the rule better.
 
 # %%
 fig, ax = plt.subplots(figsize=(6.5, 3.8))
