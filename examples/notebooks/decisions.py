@@ -544,7 +544,8 @@ assert policy_curve[-1] > 0.95 * BEST and episode_curve[0] + 0.3 < episode_curve
 
 # %% [markdown]
 # The policy that is fitted to elite episodes prefers the short way along the pits. An episode that reaches the goal on the short way
-# usually has a larger return than one on the long way. Episodes that fall into a pit are not in the elite. Elite policies find the safe way.
+# usually has a larger return than one on the long way. Episodes that fall into a pit are not in the elite. Elite policies find the safe
+# way.
 
 # %% [markdown]
 # ## All policies, before and after

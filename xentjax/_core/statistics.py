@@ -20,8 +20,9 @@ Derivatives. Both ℓ and c have the form log Σ_{k∈A} e^(z_k − m) for a set
 
 The last two are softmaxes over A. JAX differentiates all other steps. For example, it computes ∂(−log p_y)/∂z_y as −σ(−a). This equals
 p_y − 1, but it contains no subtraction. In the rules, the exponentials are differentiable functions of z. The factor e^(−ℓ) has the
-derivative −ℓ̇·e^(−ℓ). So derivatives of any order consist of products only, and no power of a small sum can overflow. The softmax p over
-all classes has its own rule: dp_k = p_k·(dz_k − Σ_j p_j dz_j).
+derivative −ℓ̇·e^(−ℓ). So no power of a small sum can overflow in a derivative of any order. The softmax p over all classes has its own
+rule: dp_k = p_k·(dz_k − Σ_j p_j dz_j). A second derivative is a sum of such terms. If it is much smaller than 1 − p_y, it may be rounded
+away.
 
 Loops. JAX may ignore a rule and differentiate the code of the function instead: `lax.scan` drops the rules of computations that are
 differentiated twice. So the code of every function that has a rule also has the correct first derivative.
