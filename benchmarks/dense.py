@@ -1,12 +1,15 @@
 """softmax_cross_entropy beside optax on logits in memory: time, compile time, temporary memory.
 
 Value and gradient of the mean over a batch with integer labels, against `optax.softmax_cross_entropy_with_integer_labels`; compiled,
-and called outside jit. With --soft, labels are distributions and the peer is `optax.softmax_cross_entropy`. With --all, every categorical
-loss beside softmax_cross_entropy instead.
+and called outside jit. With --soft, labels are distributions and the peer is `optax.softmax_cross_entropy`. With --smoothing, both smooth
+the labels. With --value, only the value is computed, as in an evaluation. With --all, every categorical loss beside softmax_cross_entropy
+instead.
 """
 
 import argparse
 import statistics
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +26,13 @@ SOFT = tuple(shapes.Shape(tokens, None, classes) for tokens, classes in (*SIZES[
 EAGER_SHAPE = (8_000, 1_000)
 
 
-def ours(logits, labels):
-    return xentjax.softmax_cross_entropy(logits, labels).mean()
+def ours(logits, labels, smoothing=0.0):
+    return xentjax.softmax_cross_entropy(logits, labels, label_smoothing=smoothing).mean()
 
 
-def theirs(logits, labels):
+def theirs(logits, labels, smoothing=0.0):
+    if smoothing:
+        labels = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]) if labels.ndim < logits.ndim else labels, smoothing)
     if labels.ndim == logits.ndim:
         return optax.softmax_cross_entropy(logits, labels).mean()
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
@@ -41,10 +46,12 @@ def problem(shape, dtype, soft=False):
     return logits, jnp.asarray(rng.integers(0, shape[1], shape[0]), jnp.int32)
 
 
-def compiled(shape, dtype, rounds: int, soft: bool = False) -> dict:
-    """One row of the table: value and gradient inside jit."""
+def compiled(
+    shape, dtype, rounds: int, soft: bool = False, smoothing: float = 0.0, derive: Callable[[Callable], Callable] = jax.value_and_grad
+) -> dict:
+    """One row of the table, inside jit; `derive` makes the function that is measured from a loss."""
     arguments = problem(shape, dtype, soft)
-    functions = jax.value_and_grad(ours), jax.value_and_grad(theirs)
+    functions = [derive(partial(f, smoothing=smoothing)) for f in (ours, theirs)]
     programs = tuple(jax.jit(f).lower(*arguments).compile() for f in functions)
     time = measure.interleaved(programs[0], programs[1], arguments, rounds * (5 if shape[1] < 100 else 1))
     compilations = min(rounds, 7)
@@ -74,6 +81,8 @@ def eager(shape, rounds: int, soft: bool = False) -> list[dict]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     report.add_arguments(parser, rounds=31, shape=shapes.parse)
     parser.add_argument("--soft", action="store_true", help="labels that are distributions")
+    parser.add_argument("--smoothing", type=float, default=0.0, metavar="ε", help="label smoothing (default 0)")
+    parser.add_argument("--value", action="store_true", help="the value without a gradient")
     parser.add_argument("--all", action="store_true", help="every categorical loss beside softmax_cross_entropy")
 
 
@@ -85,8 +94,9 @@ def run(arguments: argparse.Namespace) -> None:
     cases = arguments.shapes or (SOFT if arguments.soft else DEFAULT)
     size = (cases[0].tokens, cases[0].classes) if arguments.shapes else EAGER_SHAPE
     print(f"jax {jax.__version__}, optax {optax.__version__}, {jax.devices()[0].device_kind}; xentjax / optax")
+    derive = (lambda f: f) if arguments.value else jax.value_and_grad
     rows = [
-        compiled((case.tokens, case.classes), case.dtype, arguments.rounds, arguments.soft)
+        compiled((case.tokens, case.classes), case.dtype, arguments.rounds, arguments.soft, arguments.smoothing, derive)
         for case in tqdm(cases, desc="dense", unit="shape")
     ]
     outside = eager(size, arguments.rounds, arguments.soft)

@@ -21,6 +21,8 @@ from jax.typing import ArrayLike
 
 from xentjax._core import mesh, numerics
 
+_LONG = 2**15  # XLA on CPUs sums rows of more than 2¹⁵ computed numbers one by one, at a tenth of the speed
+
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["logits", "labels", "class_mask", "where"], meta_fields=["axis", "axis_name"]
@@ -238,16 +240,29 @@ def largest_class(rows: Rows) -> Array:
 # Class indices -----------------------------------------------------------------------------------------------------------
 
 
-def class_index(rows: Rows) -> Array:
-    """The global index of every class of this device, shape [..., classes]."""
-    z, dtype = rows.raw, rows.given_labels.dtype if rows.labels_are_indices else jnp.int32
-    index = lax.broadcasted_iota(dtype, z.shape, z.ndim - 1, out_sharding=mesh.split_of(z))
+def class_index(rows: Rows, dtype: jax.typing.DTypeLike | None = None) -> Array:
+    """The global index of every class of this device, shape [..., classes]. The default dtype is an integer dtype."""
+    z, default = rows.raw, rows.given_labels.dtype if rows.labels_are_indices else jnp.int32
+    index = lax.broadcasted_iota(default if dtype is None else dtype, z.shape, z.ndim - 1, out_sharding=mesh.split_of(z))
     return index if rows.axis_name is None else index + (lax.axis_index(rows.axis_name) * z.shape[-1]).astype(index.dtype)
 
 
 def on_label(rows: Rows) -> Array:
     """Whether a class is the label of its row, shape [..., classes]. Labels must be class indices."""
     return class_index(rows) == rows.given_labels[..., None]
+
+
+def off_label(rows: Rows) -> Array | None:
+    """1 for every class except the label, and 0 for the label, shape [..., classes]; None if there are masks or more than 2¹⁵ classes.
+
+    Labels must be class indices. The result is computed without a comparison: XLA on CPUs stores comparisons, selections and integers that
+    enter a sum over classes, but not floating-point products. A masked logit may be NaN, so it must be replaced and cannot be multiplied
+    by 0. float32 represents the indices of so few classes exactly.
+    """
+    if rows.class_mask is not None or rows.where is not None or not isinstance(rows.classes, int) or rows.classes > _LONG:
+        return None
+    distance = class_index(rows, jnp.float32) - rows.given_labels.astype(jnp.float32)[..., None]
+    return jnp.minimum(jnp.abs(distance), 1).astype(rows.values.dtype)
 
 
 def in_range(rows: Rows) -> Array:

@@ -88,7 +88,7 @@ def of_label(r: rows.Rows) -> WithLabel:
 
     The labels must be class indices.
     """
-    m, d, rest, _ = _log_sums(r.values, r.raw, r.given_labels, r.class_mask, r.where, r.axis_name)
+    m, d, rest, _ = _log_sums(r.values, r.raw, r.given_labels, r.class_mask, r.where, r.axis_name, False)
     all_impossible = numerics.is_infinite(-d) & numerics.is_infinite(-rest)
     rest = numerics.where(all_impossible, jnp.zeros_like(rest), rest)
     a = d - rest
@@ -128,27 +128,34 @@ def hits(r: rows.Rows, stats: Statistics) -> Array:
 # The rule with a label ---------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6))
 def _log_sums(
-    values: Array, raw: Array, labels: Array, class_mask: Array | None, where: Array | None, axis_name: mesh.AxisName
+    values: Array, raw: Array, labels: Array, class_mask: Array | None, where: Array | None, axis_name: mesh.AxisName, differentiated: bool
 ) -> tuple[Array, Array, Array, Array]:
     """(m, d, ℓ, e^(−ℓ)) as in the module docstring, each [...].
 
     If the sum is 0, ℓ is −INFINITE. Then 1 replaces e^(−ℓ), which multiplies only zeros.
-    `raw` holds the numbers of `values` in the caller's dtype. The rule differentiates with respect to `values` only.
+    `raw` holds the numbers of `values` in the caller's dtype. The rule differentiates with respect to `values` only. `differentiated` says
+    whether the rule calls this function, so that the gradient can use the same array of exponentials.
     """
     r = rows.Rows(raw, values, labels, class_mask, where, axis_name)
     m = rows.reference(r)
-    total = rows.class_sum(r, _masked_exponentials(r, m, rows.combined_mask(~rows.on_label(r), class_mask, where)))
+    if differentiated or (factor := rows.off_label(r)) is None:
+        exponentials = _masked_exponentials(r, m, rows.combined_mask(~rows.on_label(r), class_mask, where))
+    else:
+        exponentials = jnp.exp(values - m[..., None]) * factor
+    total = rows.class_sum(r, exponentials)
     empty = total == 0  # no other class exists, or all exponentials underflow: p_y = 1
     total = numerics.where(empty, jnp.ones_like(total), total)
     return m, _gap(r, m), numerics.where(empty, -numerics.INFINITE, jnp.log(total)), 1 / total
 
 
 @_log_sums.defjvp
-def _(axis_name: mesh.AxisName, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+def _(
+    axis_name: mesh.AxisName, differentiated: bool, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     values, raw, labels, class_mask, where = primals
-    m, d, log_sum, scale = _log_sums(values, raw, labels, class_mask, where, axis_name)
+    m, d, log_sum, scale = _log_sums(values, raw, labels, class_mask, where, axis_name, True)
 
     def linear(z: Array, m: Array, scale: Array, tangent: Array) -> tuple[Array, Array]:
         r = rows.Rows(raw, values, labels, class_mask, where, axis_name)

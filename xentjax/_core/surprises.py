@@ -71,8 +71,26 @@ def entropy(r: rows.Rows, stats: statistics.Statistics) -> Array:
 
 def total(r: rows.Rows, stats: statistics.Statistics) -> Array:
     """Σ_k −log p_k over the K classes that exist, shape [...]. It is computed as K·c + Σ_k (m − z_k)."""
-    below = rows.class_sum(r, rows.masked(stats.reference[..., None] - r.values, r.where, r.class_mask))
+    below = _below(r.values, r.raw, stats.reference, r.class_mask, r.where, r.axis_name)
     return rows.class_count(r) * stats.log_sum + numerics.where(below == jnp.inf, numerics.INFINITE, below)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
+def _below(values: Array, raw: Array, m: Array, class_mask: Array | None, where: Array | None, axis_name: mesh.AxisName) -> Array:
+    """Σ_k (m − z_k), shape [...], for a constant m. Its tangent is that of `values`, which are `raw` in the accumulation dtype.
+
+    The barrier keeps XLA from storing a conversion of the logits, or a broadcast of m, that this sum would share with another loop.
+    """
+    r = rows.Rows(raw, values, None, class_mask, where, axis_name)
+    z, m = lax.optimization_barrier((raw, m))
+    return rows.class_sum(r, rows.masked(m[..., None] - z.astype(m.dtype), where, class_mask))
+
+
+@_below.defjvp
+def _(axis_name: mesh.AxisName, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    values, raw, _, class_mask, where = primals
+    r = rows.Rows(raw, values, None, class_mask, where, axis_name)
+    return _below(*primals, axis_name), -rows.class_sum(r, rows.masked(tangents[0], where, class_mask))
 
 
 def smallest(r: rows.Rows, stats: statistics.Statistics) -> Array:
