@@ -200,6 +200,13 @@ def test_gradient_accumulation_in_a_scan_is_the_full_batch(batch):
     assert_same_step(*accumulate(parameters, [a.reshape(8, 3, *a.shape[1:]) for a in data]), batch)
 
 
+def test_a_product_of_a_sum_is_refused():
+    sums = xentjax.weighted_sum(jnp.ones(3))
+    for product in (lambda: 2 * sums, lambda: sums * 2):  # a tuple would be repeated
+        with pytest.raises(TypeError, match=r"^WeightedSum: sums cannot be multiplied\. Multiply the values or the weights"):
+            product()
+
+
 def test_psum_over_a_vmapped_axis_is_the_full_batch(batch):
     parameters, *data = batch
 

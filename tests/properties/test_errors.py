@@ -56,11 +56,13 @@ ONE_HOT = "For one-hot integers, use labels.argmax(1), or labels.astype(float) f
         (Y[:, None], ValueError, f"{INDICES} (2, 1). Use labels.squeeze(-1)."),
         (Y[None], ValueError, f"{INDICES} (1, 2). Use labels.squeeze(0)."),
         (jnp.array(0), ValueError, f"{INDICES} ()."),
-        (jnp.zeros(3, jnp.int32), ValueError, f"{INDICES} (3,)."),
+        (jnp.zeros(3, jnp.int32), ValueError, f"{INDICES} (3,). If the classes are on axis 0, pass axis=0."),
+        (jnp.zeros(4, jnp.int32), ValueError, f"{INDICES} (4,)."),
         (jnp.zeros((2, 3), jnp.int32), ValueError, f"{INDICES} (2, 3). {ONE_HOT}"),
         (Y.astype(jnp.float32), ValueError, f"{ROWS} (2,). {INT}"),
         (jnp.ones((2, 4)), ValueError, f"{ROWS} (2, 4). {RULES}"),
         (Y == 0, TypeError, f"{KINDS} bool. {INT}"),
+        (jnp.zeros((2, 3), bool), TypeError, f"{KINDS} bool. For one-hot labels, use labels.argmax(1). {RULES}"),
         (Y.astype(jnp.complex64), TypeError, f"{KINDS} complex64. {INT}"),
         ({}, TypeError, "labels must be an array or convertible to one; got dict."),
         ("cat", TypeError, "labels must be an array or convertible to one; got str."),
@@ -222,6 +224,8 @@ def test_other_arguments_of_bits():
     for wrong, remedy in (((64,), "Use pos_weight.reshape(64, 1) for axis 0."), ((64, 3), "")):
         with raises(ValueError, f"{expected} {wrong}. {remedy}".rstrip()):
             bits(BITS, BITS, pos_weight=jnp.ones(wrong))
+    with pytest.raises(ValueError, match=re.escape("got (4, 1). Use pos_weight.reshape(1, 4, 1) to broadcast it explicitly.")):
+        bits(jnp.zeros((2, 4, 3)), jnp.zeros((2, 4, 3)), pos_weight=jnp.ones((4, 1)))
     with pytest.raises(TypeError, match=r"^sigmoid_cross_entropy: pos_weight must have a floating dtype; got bool"):
         bits(BITS, BITS, pos_weight=np.ones(10, np.bool_))
 

@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from xentjax._core import mesh, numerics, rows, values
+from xentjax._core import mesh, numerics, remedies, rows, values
 
 _LABELS = "Rules for labels: https://github.com/xentjax/xentjax/blob/main/docs/conventions.md#labels"
 
@@ -153,7 +153,7 @@ def same_shape(function: str, name: str, x: Array, expected: tuple[int, ...], me
 
     `x` is never broadcast here. The error message may suggest that the caller broadcasts it.
     """
-    remedy = "" if x.shape == expected else _to_shape(name, x.shape, expected)
+    remedy = "" if x.shape == expected else remedies.one_axis(name, x.shape, expected)
     if not remedy and x.ndim <= len(expected) and all(n in (1, m) for n, m in zip(x.shape[::-1], expected[::-1], strict=False)):
         remedy = f"Use jnp.broadcast_to({name}, {expected}) to broadcast it explicitly."
     return shape(function, name, x, expected, meaning, remedy)
@@ -242,7 +242,7 @@ def pos_weight(function: str, weight: ArrayLike | None, logits: Array) -> ArrayL
         return w
     along = [i for i, n in enumerate(logits.shape) if (n,) == w.shape]
     target = tuple(n if i == along[0] else 1 for i, n in enumerate(logits.shape)) if along else ()
-    remedy = f"Use pos_weight.reshape{target} for axis {along[0]}." if along else ""
+    remedy = f"Use pos_weight.reshape{target} for axis {along[0]}." if along else remedies.leading_axes("pos_weight", w.shape, logits.shape)
     return shape(function, "pos_weight", w, logits.shape[-1:], "one weight per class along the last axis of logits", remedy)
 
 
@@ -288,7 +288,7 @@ def examples(
     if mask is not None and mask.shape not in ((z.shape[axis],), z.shape):
         raise ValueError(
             f"{function}: class_mask must have shape {(z.shape[axis],)}, one per class, or {z.shape}, the shape of {inputs}; "
-            f"got {mask.shape}. {_split_remedy('class_mask', mesh.names(axis_name), inputs)}".rstrip()
+            f"got {mask.shape}. {remedies.split_classes('class_mask', mesh.names(axis_name), inputs)}".rstrip()
         )
     counts = where_mask(function, where, leading, f"the shape of {inputs} without its class axis")
     indices = None if y is None or y.ndim == z.ndim else y
@@ -304,7 +304,7 @@ def class_weights(function: str, class_weights: ArrayLike | None, batch: rows.Ex
     if class_weights is None:
         return None
     w = weights(function, "class_weights", class_weights)
-    remedy = _split_remedy("class_weights", mesh.names(batch.axis_name), "logits")
+    remedy = remedies.split_classes("class_weights", mesh.names(batch.axis_name), "logits")
     return shape(function, "class_weights", w, (batch.logits.shape[batch.axis],), "one weight per class", remedy)
 
 
@@ -332,7 +332,7 @@ def elements(function: str, logits: ArrayLike, labels: ArrayLike, where: ArrayLi
     if jnp.issubdtype(t.dtype, jnp.complexfloating):
         raise TypeError(f"{function}: labels must have a boolean, integer or floating dtype; got {t.dtype}.")
     t = _with_infinities(function, "labels", t) if jnp.issubdtype(t.dtype, jnp.floating) else t
-    shape(function, "labels", t, z.shape, "the shape of logits, one label per logit", _elements_remedy(t.shape, z.shape))
+    shape(function, "labels", t, z.shape, "the shape of logits, one label per logit", remedies.elements(t.shape, z.shape))
     counts = where_mask(function, where, z.shape, "the shape of logits")
     values.logits(function, "logits", z, counts)
     values.bits(function, "labels", t, counts)
@@ -347,48 +347,28 @@ def labels_like(function: str, labels: ArrayLike | None, full: tuple[int, ...], 
     y = asarray(function, "labels", labels)
     leading = _without(full, axis)
     if jnp.issubdtype(y.dtype, jnp.integer):
-        remedy = _to_shape("labels", y.shape, leading)
+        remedy = remedies.one_axis("labels", y.shape, leading)
         if y.shape == full:
             remedy = f"For one-hot integers, use labels.argmax({axis}), or labels.astype(float) for soft labels."
+        others = [i for i in range(len(full)) if _without(full, i) == y.shape != leading]
+        if not remedy and others and like != "hidden":
+            remedy = f"If the classes are on axis {others[0]}, pass axis={others[0]}."
         without = "feature axis" if like == "hidden" else "class axis"
         return shape(function, "labels", y, leading, f"the shape of {like} without its {without}", remedy)
     if not jnp.issubdtype(y.dtype, jnp.floating):
+        one_hot = y.dtype == jnp.bool_ and y.shape == full
+        remedy = f"one-hot labels, use labels.argmax({axis})" if one_hot else "class indices, use labels.astype(jnp.int32)"
         raise TypeError(
             f"{function}: labels must have an integer dtype (class indices) or a floating dtype (soft labels); "
-            f"got {y.dtype}. For class indices, use labels.astype(jnp.int32). {_LABELS}"
+            f"got {y.dtype}. For {remedy}. {_LABELS}"
         )
     y = _with_infinities(function, "labels", y)
     of = "logits" if like == "hidden" else like
-    remedy = "For class indices, use labels.astype(jnp.int32)." if y.shape == leading else _split_remedy("labels", split, of)
+    remedy = "For class indices, use labels.astype(jnp.int32)." if y.shape == leading else remedies.split_classes("labels", split, of)
     remedy = f"{remedy} {_LABELS}".lstrip()
     return shape(function, "labels", y, full, f"the shape of {of}, because floating labels are soft labels", remedy)
-
-
-def _split_remedy(name: str, axes: tuple[str, ...], inputs: str) -> str:
-    return f"Split the classes of {name} over mesh axis {axes[0]!r}, as the classes of {inputs} are." if axes else ""
 
 
 def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
     """The shape without one axis."""
     return shape[:axis] + shape[axis + 1 :]
-
-
-def _to_shape(name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    """The remedy for a shape that differs from the expected one by an axis of length 1; otherwise empty."""
-    for position in reversed(range(len(got))):
-        if got[position] == 1 and got[:position] + got[position + 1 :] == expected:
-            return f"Use {name}.squeeze({position - len(got) if position == len(got) - 1 else position})."
-    for position in reversed(range(len(expected))):
-        if expected[position] == 1 and expected[:position] + expected[position + 1 :] == got:
-            return f"Use jnp.expand_dims({name}, {position})."
-    return ""
-
-
-def _elements_remedy(got: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    """The remedy for labels of an element-wise loss that do not have the shape of the logits."""
-    remedy = _to_shape("labels", got, expected)
-    if remedy or len(got) > len(expected):
-        return remedy
-    if got == expected[:-1] or got == (*expected[:-1], 1):
-        return "If each example has one class of several, use softmax_cross_entropy. For one decision per class, use jax.nn.one_hot."
-    return ""

@@ -112,6 +112,12 @@ class RunningSum(tuple):
             return NotImplemented
         return self
 
+    def _refuse_product(self, other: object) -> Self:
+        """TypeError: a tuple would be repeated."""
+        raise TypeError(f"{type(self).__name__}: sums cannot be multiplied. Multiply the values or the weights before they are summed.")
+
+    __mul__ = __rmul__ = _refuse_product
+
     def psum(self, axis_name: str | tuple[str, ...]) -> Self:
         """The sum over the devices of a mesh axis, inside `jax.shard_map` or `jax.vmap(axis_name=…)`."""
         return psum(self, axis_name)
