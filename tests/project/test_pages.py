@@ -33,12 +33,21 @@ GIVEN = {
     "pixels": jnp.asarray(RNG.integers(0, 5, (2, 3, 3)), jnp.int32),
     "K": 5,
     "eps": 0.1,
+    "teacher": jnp.asarray(RNG.normal(size=(6, 5)), jnp.float32),
+    "mean": jnp.asarray(RNG.normal(size=(6, 5)), jnp.float32),
+    "variance": jnp.asarray(RNG.uniform(0.5, 2, (6, 5)), jnp.float32),
+    "log_rate": jnp.asarray(RNG.normal(size=6), jnp.float32),
+    "jax": jax,
+    "jnp": jnp,
 }
-PADDED = GIVEN | {"y": GIVEN["y"].at[2].set(-100)}
+GIVEN |= {"log_p": jax.nn.log_softmax(GIVEN["z"])}
+PADDED = GIVEN | {"y": GIVEN["y"].at[2].set(-100), "m": jnp.arange(6) != 2}
 Z, Y, T, W, X, B, V = (np.asarray(GIVEN[k], np.float64 if k != "y" else np.int64) for k in "zytwxbv")
 ROWS = ref.cross_entropy(ref.Double, Z, np.eye(5)[Y])
 SMOOTH = ref.targets(ref.Double, Y, 5, 0.1)
 FOCAL = ref.bit_focal(ref.Double, X, B)
+TEACHER, MEAN, VARIANCE, LOG_RATE = (np.asarray(GIVEN[k], np.float64) for k in ("teacher", "mean", "variance", "log_rate"))
+SOFT_TEACHER = np.exp(TEACHER / 2) / np.exp(TEACHER / 2).sum(-1, keepdims=True)
 IMAGES = np.moveaxis(np.asarray(GIVEN["images"], np.float64), 1, -1)
 
 # What each call of another library computes, from its documentation.
@@ -47,6 +56,16 @@ MEANING = {
     "F.cross_entropy(z, y, ignore_index=-100)": np.delete(ROWS, 2).mean(),
     "F.cross_entropy(z, y, weight=w)": (W[Y] * ROWS).sum() / W[Y].sum(),
     "F.cross_entropy(z, y, weight=w, label_smoothing=0.1)": ref.cross_entropy(ref.Double, Z, W * SMOOTH).sum() / W[Y].sum(),
+    "F.cross_entropy(z, y, weight=w, ignore_index=-100)": np.delete(W[Y] * ROWS, 2).sum() / np.delete(W[Y], 2).sum(),
+    "F.cross_entropy(z, y, weight=w, label_smoothing=0.1, ignore_index=-100)": (
+        np.delete(ref.cross_entropy(ref.Double, Z, W * SMOOTH), 2).sum() / np.delete(W[Y], 2).sum()
+    ),
+    "F.nll_loss(log_p, y)": ROWS.mean(),
+    'F.kl_div(F.log_softmax(z / 2, -1), F.softmax(teacher / 2, -1), reduction="batchmean")': (
+        (SOFT_TEACHER * np.log(SOFT_TEACHER)).sum(-1) + ref.cross_entropy(ref.Double, Z / 2, SOFT_TEACHER)
+    ).mean(),
+    "F.gaussian_nll_loss(mean, x, variance)": 0.5 * (np.log(VARIANCE) + (X - MEAN) ** 2 / VARIANCE).mean(),
+    "F.poisson_nll_loss(log_rate, y)": (np.exp(LOG_RATE) - Y * LOG_RATE).mean(),
     "F.cross_entropy(z, t)": ref.cross_entropy(ref.Double, Z, T).mean(),
     "F.cross_entropy(images, pixels)": ref.cross_entropy(ref.Double, IMAGES, np.eye(5)[np.asarray(GIVEN["pixels"])]).mean(),
     "F.binary_cross_entropy_with_logits(x, b, pos_weight=v)": ref.bit_cross_entropy(ref.Double, X, B, V).mean(),
@@ -79,7 +98,7 @@ def test_migration(library, theirs, ours):
 
 
 def test_all_migration_tables_are_read():
-    assert {row[0] for row in migration_rows()} == set(LIBRARIES) and len(list(migration_rows())) == 19
+    assert {row[0] for row in migration_rows()} == set(LIBRARIES) and len(list(migration_rows())) == 25
     assert {row[1] for row in migration_rows() if row[0] != "optax"} == set(MEANING)
 
 
@@ -116,6 +135,20 @@ def test_the_examples_of_the_page_run(page):
     assert pages.names_of(DOCS / page)
 
 
+@pytest.mark.usefixtures("standard_promotion")
+def test_accumulated_gradients_are_those_of_the_whole_batch(rng):
+    names = pages.names_of(DOCS / "migration.md")
+    x, y = jnp.asarray(rng.normal(size=(3, 4, 5)), jnp.float32), jnp.asarray(rng.integers(0, 6, (3, 4)))
+    y = y.at[0, 1:].set(-100).at[2].set(-100)  # one token, four tokens, none
+    kernel = jnp.asarray(rng.normal(size=(5, 6)), jnp.float32)
+    loss, gradient = names["accumulated"](names["loss_sum"], kernel, (x, y))
+    rows, labels = np.asarray(x, np.float64)[y >= 0], np.asarray(y)[y >= 0]
+    z = rows @ np.asarray(kernel, np.float64)
+    np.testing.assert_allclose(loss, ref.cross_entropy(ref.Double, z, np.eye(6)[labels]).mean(), rtol=16 * EPS)
+    p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+    np.testing.assert_allclose(gradient, rows.T @ (p - np.eye(6)[labels]) / len(labels), rtol=60 * EPS, atol=4 * EPS)
+
+
 def test_code_of_every_page_is_executed():
     executed = {
         "choosing-a-loss.md",
@@ -123,6 +156,7 @@ def test_code_of_every_page_is_executed():
         "how-it-works.md",
         "index.md",
         "metrics.md",
+        "migration.md",
         "when-something-is-nan.md",
         "fused-linear.md",
         "devices.md",
@@ -148,9 +182,9 @@ def test_every_file_and_test_that_is_named_exists(name):
         assert f"def {test}(" in (pages.ROOT / "tests" / file).read_text() if test else (pages.ROOT / "tests" / file).exists(), (file, test)
 
 
-def test_every_page_that_an_error_names_exists():
+def test_every_page_that_the_code_names_exists():
     found = {link for path in sorted((pages.ROOT / "xentjax").rglob("*.py")) for link in PAGE.findall(path.read_text())}
-    assert found == {("docs/conventions.md", "labels"), ("docs/when-something-is-nan.md", "")}
+    assert found == {("docs/choosing-a-loss.md", ""), ("docs/conventions.md", "labels"), ("docs/when-something-is-nan.md", "")}
     for page, anchor in found:
         assert not anchor or anchor in {heading(x) for x in re.findall(r"^#+ (.*)$", (pages.ROOT / page).read_text(), re.M)}
 
