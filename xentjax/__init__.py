@@ -1,4 +1,17 @@
-"""Cross-entropy losses for JAX. They are accurate at any margin, share one set of conventions, and are differentiable to any order."""
+"""Cross-entropy losses for JAX. They are accurate at any margin, share one set of conventions, and are differentiable to any order.
+
+Each loss takes logits and labels, and returns one value per example. The most common functions are
+
+    softmax_cross_entropy           one class of K
+    sigmoid_cross_entropy           yes or no
+    linear_softmax_cross_entropy    a linear layer and cross-entropy, without storing all logits
+    fuse_linear                     the same for any other loss
+    weighted_mean                   a mean with a mask or weights
+    checked                         errors for bad labels and NaN
+
+`dir(xentjax)` lists all functions, and `help(xentjax.softmax_cross_entropy)` explains one of them. The page
+https://github.com/xentjax/xentjax/blob/main/docs/choosing-a-loss.md groups all functions by task.
+"""
 
 from xentjax import information as information
 from xentjax import metrics as metrics

@@ -1,5 +1,7 @@
 """Checks on the values of arguments. Only functions that are wrapped in `checked` contain these checks."""
 
+from __future__ import annotations
+
 import functools
 import inspect
 from collections.abc import Callable, Iterable

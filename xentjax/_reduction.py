@@ -6,6 +6,8 @@ If two batches have different sums of weights, the mean of their means is not th
 This module handles masks, weights, mesh axes and 0/0 for the whole library.
 """
 
+from __future__ import annotations
+
 import functools
 import numbers
 from collections.abc import Sequence
@@ -48,7 +50,7 @@ class WeightedSum(sums.RunningSum, _Pair):
         4.0
     """
 
-    def __new__(cls, total: Any, weight: Any) -> "WeightedSum":
+    def __new__(cls, total: Any, weight: Any) -> WeightedSum:
         """Build the pair from arrays or plain numbers. Integers are converted to a floating dtype without losing a bit."""
         leaves = jax.tree.leaves((total, weight))
         pair = super().__new__(cls, total, weight)

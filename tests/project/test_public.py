@@ -58,6 +58,7 @@ def test_docstring(name):
     if inspect.isfunction(found):
         for section in ("Args:", "Returns:", "Raises:", "Example:", "Reference:"):
             assert section in doc, section
+        assert "numpy.ndarray" not in str(inspect.signature(found))  # the definition of ArrayLike would fill the screen in help()
         for parameter in inspect.signature(found).parameters:
             assert re.search(rf"^\s+{parameter}: ", doc, re.M), parameter
         assert re.search(r"[=Σ≤−]", doc), "formula"

@@ -19,6 +19,8 @@ All functions share these conventions:
 - A wrong dtype raises TypeError. A wrong shape, or a Python number out of range, raises ValueError.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -205,7 +207,8 @@ def linear_softmax_cross_entropy(
         weights: [...], one weight per example; with "mean", weights must be ≥ 0.
         reduction: "mean", "sum" or "none".
         label_smoothing: ε in [0, 1], the share of each label that is spread evenly over the classes that exist.
-        class_weights: [classes], ≥ 0. The weight of class k multiplies term k of the sum over classes in `softmax_cross_entropy`.
+        class_weights: [classes], ≥ 0. The weight of class k multiplies term k of the sum over classes in `softmax_cross_entropy`. A mean
+            is not divided by class weights. For a weighted mean as in PyTorch, pass `weights=class_weights[labels]` instead.
         z_loss: ζ ≥ 0, weight of the penalty lse(z)², which keeps the logits nearly normalized.
         softcap: > 0, a smooth bound on the absolute value of the logits; None: no bound.
         axis_name: mesh axis over which the classes of `kernel` are sharded, inside `jax.shard_map`. Class indices are global.

@@ -1,5 +1,7 @@
 """The size of the chunks of a fused loss, and the memory that the chunks take."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp

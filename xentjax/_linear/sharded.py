@@ -1,5 +1,7 @@
 """`fuse_linear` inside `jax.shard_map`, for the common case that mesh axes shard the tokens, the classes, or both."""
 
+from __future__ import annotations
+
 import functools
 import inspect
 import math

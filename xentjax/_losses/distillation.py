@@ -9,6 +9,8 @@ For small d, g(d) is computed by a series. If p and q are nearly equal, D(p‖q)
 small if the relative error of d is small (see `_core.log_ratio`).
 """
 
+from __future__ import annotations
+
 import functools
 
 import jax

@@ -8,6 +8,8 @@ loss(k) is the loss of class index k.
 classes. Half-precision logits are adjusted in float32. This needs memory for one float32 copy of the logits.
 """
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax

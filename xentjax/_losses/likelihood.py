@@ -10,6 +10,8 @@ All functions here share these conventions:
   example are exactly 0, whatever it contains.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 

@@ -4,6 +4,8 @@ Each class has a direction in the space of the embeddings. The predicted class i
 embedding. With a margin, the loss is low only if the angle to the direction of the label is clearly smaller than all other angles.
 """
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax import Array

@@ -7,6 +7,8 @@ label, and [k = y] is 1 for the label and 0 for other classes.
 entry T_ij = P(label j | class i) is the probability that an example of true class i has the label j. Each row sums to 1.
 """
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax import Array

@@ -14,6 +14,8 @@ Both functions share these conventions:
   contains.
 """
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax

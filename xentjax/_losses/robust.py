@@ -9,6 +9,8 @@ loss(k) is the loss of class index k. A label has probability 0 if its logit is 
 returns its bound instead of +∞.
 """
 
+from __future__ import annotations
+
 import functools
 
 import jax

@@ -12,6 +12,8 @@ All functions here share these conventions:
   ε, and the targets are t = (1 − ε)·labels + ε/2.
 """
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax import Array

@@ -19,6 +19,8 @@ All functions here share these conventions:
   stands for its one-hot label.
 """
 
+from __future__ import annotations
+
 import functools
 from typing import NamedTuple
 

@@ -18,6 +18,8 @@ of the error. So the first, second and third derivatives equal the derivatives o
 ∂λ/∂z_k = p_k^t2/Σ_j p_j^t2.
 """
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax

@@ -14,6 +14,8 @@ All losses share these conventions:
 - A wrong dtype raises TypeError. A wrong shape, or a Python number out of range, raises ValueError.
 """
 
+from __future__ import annotations
+
 import functools
 import itertools
 from typing import NamedTuple

@@ -21,6 +21,8 @@ The losses on sampled classes share these conventions:
 - A wrong dtype raises TypeError. A wrong shape, or a Python number out of range, raises ValueError.
 """
 
+from __future__ import annotations
+
 import functools
 from typing import NamedTuple
 

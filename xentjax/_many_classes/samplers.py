@@ -1,5 +1,7 @@
 """Samplers of classes, and the samples drawn from them. `xentjax.samplers` documents the conventions."""
 
+from __future__ import annotations
+
 import functools
 from typing import NamedTuple, Protocol
 

@@ -1,5 +1,7 @@
 """Jensen–Shannon divergence. Shared conventions are documented in `xentjax.information`."""
 
+from __future__ import annotations
+
 import functools
 import math
 

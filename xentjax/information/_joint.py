@@ -15,6 +15,8 @@ do little harm. An error of d that depends on both x and y changes the result to
     logits          z − (lse_x + lse_y − lse) rounds the terms in the bracket to a grid on which sums are exact
 """
 
+from __future__ import annotations
+
 import functools
 import math
 

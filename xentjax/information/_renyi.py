@@ -14,6 +14,8 @@ Let d = log(p/q), x = p, y = q, t = −d and a = 1 − α. Then each term of E i
 and a = α. Each term of E is then the expression above, multiplied by α/(1 − α).
 """
 
+from __future__ import annotations
+
 import functools
 import math
 

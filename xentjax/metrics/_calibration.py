@@ -1,5 +1,7 @@
 """Calibration in confidence bins. Shared conventions are documented in `xentjax.metrics`."""
 
+from __future__ import annotations
+
 import functools
 from typing import NamedTuple
 

@@ -1,5 +1,7 @@
 """The confusion matrix and its metrics. Shared conventions are documented in `xentjax.metrics`."""
 
+from __future__ import annotations
+
 import functools
 from typing import Literal, NamedTuple, get_args
 

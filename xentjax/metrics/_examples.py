@@ -1,5 +1,7 @@
 """Per-example metrics. Shared conventions are documented in `xentjax.metrics`."""
 
+from __future__ import annotations
+
 import functools
 
 import jax

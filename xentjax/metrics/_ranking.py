@@ -1,5 +1,7 @@
 """Metrics of how well scores rank positives above negatives. Shared conventions are documented in `xentjax.metrics`."""
 
+from __future__ import annotations
+
 import functools
 import math
 import numbers

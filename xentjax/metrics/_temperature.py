@@ -1,5 +1,7 @@
 """Temperature scaling. Shared conventions are documented in `xentjax.metrics`."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 
