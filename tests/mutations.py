@@ -42,9 +42,23 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "the label is summed among the others",
         "_core/statistics.py",
-        "rows.combined_mask(~rows.on_label(r), class_mask, where)))",
-        "rows.combined_mask(rows.on_label(r) | True, class_mask, where)))",
+        "rows.combined_mask(~rows.on_label(r), class_mask, where))",
+        "rows.combined_mask(rows.on_label(r) | True, class_mask, where))",
         (V,),
+    ),
+    Mutation(
+        "the label is summed among the others, in a value without a gradient",
+        "_core/rows.py",
+        "jnp.minimum(jnp.abs(distance), 1)",
+        "jnp.ones_like(distance)",
+        (V, f"{PROPERTIES}/test_accuracy.py"),
+    ),
+    Mutation(
+        "label smoothing lowers every logit",
+        "_core/surprises.py",
+        "-rows.class_sum(r, rows.masked(tangents[0], where, class_mask))",
+        "rows.class_sum(r, rows.masked(tangents[0], where, class_mask))",
+        (V, G),
     ),
     Mutation(
         "a row of impossible classes keeps its gradient",

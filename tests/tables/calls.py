@@ -114,7 +114,7 @@ _ARRAYS: dict[str, dict[str, Any]] = {
     "samplers.log_expected_count": {"ids": _indices(N)},
     "info_nce": {"queries": VIEWS[0], "keys": VIEWS[1], "negatives": _float(2, F)},
     "nt_xent": {"first": VIEWS[0], "second": VIEWS[1]},
-    **dict.fromkeys(("clip_loss", "siglip_loss"), IMAGES),
+    **dict.fromkeys(("clip_loss", "siglip_loss"), IMAGES | {"labels": np.array([0, 1, 0], np.int32)}),
     "supervised_contrastive_loss": {"embeddings": VIEWS[0], "labels": np.array([0, 1, 0], np.int32)},
     **dict.fromkeys(("weighted_mean", "weighted_sum"), VALUES),
     **dict.fromkeys(("metrics.accuracy", "metrics.top_k_accuracy", "metrics.brier_score", "metrics.negative_log_likelihood"), CLASSES),
