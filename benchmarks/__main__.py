@@ -1,11 +1,18 @@
-"""`python -m benchmarks linear|dense|compile|accuracy|sharded [--peers …] [--shapes …] [--json FILE] [--plot FILE]`."""
+"""`python -m benchmarks linear|dense|compile|accuracy|sharded|accelerator [--peers …] [--shapes …] [--json FILE] [--plot FILE]`."""
 
 import argparse
 from collections.abc import Sequence
 
-from benchmarks import accuracy, compilation, dense, linear, sharded
+from benchmarks import accelerator, accuracy, compilation, dense, linear, sharded
 
-BENCHMARKS = {"linear": linear, "dense": dense, "compile": compilation, "accuracy": accuracy, "sharded": sharded}
+BENCHMARKS = {
+    "linear": linear,
+    "dense": dense,
+    "compile": compilation,
+    "accuracy": accuracy,
+    "sharded": sharded,
+    "accelerator": accelerator,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

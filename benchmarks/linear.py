@@ -20,7 +20,7 @@ it, [features, classes] or [classes, features].
 
 import argparse
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -88,12 +88,19 @@ def add_figures(rows: dict[str, dict], ready: Ready, rounds: int) -> None:
             rows[name]["ratio of medians"] = round(statistics.median(taken) / statistics.median(times["limit"]), 3)
 
 
-def measured(shape: shapes.Shape, names: Iterable[str], rounds: int, absent: dict[str, str], judged: bool = True) -> report.Rows:
+def measured(
+    shape: shapes.Shape,
+    names: Iterable[str],
+    rounds: int,
+    absent: dict[str, str],
+    judged: bool = True,
+    draw: Callable[[shapes.Shape], problem.Problem] = problem.draw,
+) -> report.Rows:
     """A row for every contender that is not absent; `judged` says whether the errors are wanted."""
     names = [name for name in names if name not in absent]
     rows = {name: {"shape": str(shape), "dtype": shape.dtype, "contender": name, **dict.fromkeys(KEYS), "note": None} for name in names}
     failed: dict[str, str] = {}
-    numbers = problem.draw(shape)
+    numbers = draw(shape)
     if judged:
         few = numbers.first(ERROR_TOKENS)
         losses = [name for name in names if name != "limit"]

@@ -22,12 +22,12 @@ from tests import drawing, selection
 
 gc.set_threshold(100_000, 20, 100)  # tracing makes many objects and little garbage: a fifth of the time was spent looking for it
 
-jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_addoption(parser):
+    parser.addoption("--device", action="store_true", help="run on JAX's default device, for tests that need only one device")
     parser.addoption("--exhaustive", action="store_true", help="run every combination of parameters")
     parser.addoption(
         "--randomize", type=int, metavar="N", help="let each hypothesis test draw N new examples; without it every run draws the same ones"
@@ -35,6 +35,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if config.getoption("--device"):
+        jax.config.update("jax_default_matmul_precision", "highest")  # float32 products of GPUs and TPUs are rounded otherwise
+    else:
+        jax.config.update("jax_platforms", "cpu")
     config.addinivalue_line("markers", "exhaustive: only under --exhaustive")
     config.addinivalue_line("markers", "every_row: every row of the table in the short run too, not one for each public function")
     drawing.number = config.getoption("--randomize")

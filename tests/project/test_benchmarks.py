@@ -12,7 +12,7 @@ import mpmath
 import numpy as np
 import pytest
 
-from benchmarks import accuracy, compilation, families, linear, measure, peers, problem, shapes
+from benchmarks import accelerator, accuracy, compilation, families, linear, measure, peers, problem, shapes
 from benchmarks.__main__ import main
 from tests.tables import cases
 
@@ -124,6 +124,43 @@ def test_compile_has_a_row_for_each_loss_and_contender(tmp_path, capsys, few_los
         assert {"shape", "dtype", "warm milliseconds", "warm ratio", "cold milliseconds", "cold ratio", "note"} <= set(row)
         assert row["warm milliseconds"] > 0 and row["cold milliseconds"] > 0 and f"| {row['loss']} |" in printed
         assert row["contender"] != "optax" or row["warm ratio"] == row["cold ratio"] == 1
+
+
+@pytest.mark.exhaustive
+def test_accelerator_runs_every_step_on_a_cpu(tmp_path, capsys):
+    steps = list(accelerator.STEPS)
+    printed, written = run(tmp_path, capsys, "accelerator", "--rounds", "1", "--steps", *steps)
+    assert list(written["steps"]) == steps and written["skipped"] == [] and "tests" not in written
+    rows = [row for found in written["steps"].values() for row in found]
+    assert not [row for row in rows if row.get("note")]
+    contenders = {name: {row["contender"] for row in found} for name, found in written["steps"].items()}
+    assert contenders["linear"] == set(accelerator.LINEAR) and contenders["dense"] == {"xentjax", "optax", "copy"}
+    assert sum(row["planned"] for row in written["steps"]["chunks"]) == 1
+    assert {"forward", "reverse", "js", "tv"} < contenders["distillation"]
+    errors = {(row["margin"], row["contender"]): row["error of gradient"] for row in written["steps"]["accuracy"]}
+    assert errors[20.0, "xentjax"] < 1e-5 and errors[20.0, "optax"] == 1
+    assert all(f"\n{name}, " in printed for name in steps)
+
+
+@pytest.mark.exhaustive
+def test_accelerator_writes_what_it_has_when_the_time_is_over(tmp_path, capsys):
+    printed, written = run(tmp_path, capsys, "accelerator", "--minutes", "0", "--steps", "linear", "dense")
+    assert written["steps"] == {"linear": [], "dense": []} and written["skipped"] == ["linear", "dense"] and "skipped" in printed
+
+
+@pytest.mark.exhaustive
+def test_accelerator_runs_the_tests_in_a_process_of_their_own(monkeypatch):
+    monkeypatch.setattr(accelerator, "TESTS", ("tests/project/test_release.py",))
+    found = accelerator.run_tests(60)
+    assert found["finished"] and found["passed"] and "1 passed" in found["output"]
+    assert not accelerator.run_tests(0)["finished"]
+
+
+@pytest.mark.exhaustive
+def test_one_shape_that_fails_does_not_end_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(accelerator.STEPS, "linear", lambda rounds: iter([lambda: 1 / 0, lambda: [{"note": None}]]))
+    _, written = run(tmp_path, capsys, "accelerator", "--steps", "linear")
+    assert [row["note"] for row in written["steps"]["linear"]] == ["ZeroDivisionError: division by zero", None]
 
 
 def test_accuracy_shows_where_zero_is_returned(tmp_path, capsys):
