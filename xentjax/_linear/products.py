@@ -62,9 +62,9 @@ def _add_at_once(total: Array, left: Array, right: Array) -> Array:
 def _add_in_blocks(classes: int, total: Array, left: Array, right: Array) -> Array:
     """`_add_at_once` in blocks of classes, for CPUs.
 
-    XLA on CPUs stores a product before it adds it. Storing the whole product would take as much time as the addition. So only one block is
-    stored at a time. XLA also stores the block of the factor with the classes. If there are many more examples than features, the two blocks
-    would take more memory than the whole product, which is then added at once.
+    XLA on CPUs stores a product before it adds it. Storing the whole product would take as much time as the addition. So only one block
+    is stored at a time. XLA also stores the same block of the factor with the classes. If there are many more examples than features, both
+    blocks would take more memory than the whole product, which is then added at once.
     """
     size, features, examples = total.shape[classes], total.shape[1 - classes], left.shape[0]
     width = max(1, -(-size // max(1, -(-total.nbytes // _BLOCK_BYTES))))
