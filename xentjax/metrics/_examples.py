@@ -74,21 +74,17 @@ def hits(r: rows.Rows, k: int, first: bool) -> Array:
     NaN if the label is out of range or a logit is NaN. It is 0 if the example does not count or its label is impossible.
     """
     assert r.labels is not None
-    z, label = rows.finite_values(r), rows.on_label(r)
-    exists = jnp.ones_like(label) if r.class_mask is None else r.class_mask
-    own = rows.class_sum(r, numerics.where(label, z, 0))[..., None]
-    index, y = rows.class_index(r), r.labels[..., None]
-    ahead = (z > own) | ((z == own) & (index < y if first else index > y))
-    rank = _count(r, ahead & exists)
-    possible = _count(r, label & exists & ~numerics.is_infinite(-z)) > 0
+    z = rows.finite_values(r)
+    own = rows.at_label(r, z)
+    possible = ~numerics.is_infinite(-own)
+    if r.class_mask is not None:
+        possible &= rows.at_label(r, r.class_mask)
+    index, y, label_logit = rows.class_index(r), r.labels[..., None], rows.as_column(r, own)
+    ahead = (z > label_logit) | ((z == label_logit) & (index < y if first else index > y))
+    rank = rows.class_sum(r, (ahead if r.class_mask is None else ahead & r.class_mask).astype(jnp.int32))
     hit = ((rank < k) & possible).astype(z.dtype)
-    valid = rows.in_range(r) & (_count(r, jnp.isnan(z) & exists) == 0)
+    valid = rows.in_range(r) & ~jnp.isnan(rows.class_sum(r, 0 * z))  # a sum of zeros, or NaN
     return rows.row_value(r, numerics.nan_unless(valid, hit))
-
-
-def _count(r: rows.Rows, mask: Array) -> Array:
-    """The number of classes where `mask` is True, over all devices."""
-    return rows.class_sum(r, mask.astype(jnp.int32))
 
 
 def top_k_accuracy(
