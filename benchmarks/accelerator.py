@@ -1,13 +1,15 @@
-"""Everything that a GPU or TPU has to show, in order of importance, within a time limit.
+"""All measurements and tests for a GPU or TPU, in order of importance, within a time limit.
 
 Each step prints its rows and writes them to the JSON file as soon as they are measured, so a run that is cut short still counts. A row that
-would start after the limit is skipped and named. All numbers are drawn on the device. On a CPU, the same steps run at small shapes.
+would start after the limit is skipped and named. All random inputs are generated on the device. On a CPU, the same steps run at small
+shapes.
 
-- `linear`: the mean cross-entropy of a linear layer with both gradients, beside the three matrix products alone and optax with all logits.
+- `linear`: the mean cross-entropy of a linear layer with both gradients, compared with the three matrix products alone and with optax,
+  which stores all logits.
 - `chunks`: the same with other chunk sizes; `planned` marks the size that `plan_linear` chooses.
-- `dense`: value and gradient of cross-entropy of stored logits, beside optax and a copy, which reads the logits and writes an array of
-  their size once. The ratio is the time relative to the copy.
-- `distillation`: value and gradient of the mean divergence beside the plain formula with two log-softmaxes in float32.
+- `dense`: value and gradient of cross-entropy of stored logits, compared with optax and a copy. The copy reads the logits and writes an
+  array of their size once. The ratio is the time relative to the copy.
+- `distillation`: value and gradient of the mean divergence, compared with the plain formula with two log-softmaxes in float32.
 - `accuracy`: errors at growing margins, in float32 with products of the highest precision.
 - `tests`: the tests of values, gradients, masks and accuracy, on the device. They get the time that is left.
 """
