@@ -2,8 +2,8 @@
 
 Value and gradient of the mean over a batch with integer labels, against `optax.softmax_cross_entropy_with_integer_labels`; compiled,
 and called outside jit. With --soft, labels are distributions and the peer is `optax.softmax_cross_entropy`. With --smoothing, both smooth
-the labels. With --value, only the value is computed, as in an evaluation. With --all, every categorical loss beside softmax_cross_entropy
-instead.
+the labels. With --value, only the value is computed, as in an evaluation. With --grid, many numbers of rows and classes are measured,
+odd ones too. With --all, every categorical loss beside softmax_cross_entropy instead.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import optax
 from tqdm import tqdm
 
 import xentjax
-from benchmarks import families, measure, plots, report, shapes
+from benchmarks import families, grid, measure, plots, report, shapes
 
 SIZES = ((50_000, 10), (8_000, 1_000), (1_000, 32_000), (250, 128_000))
 DEFAULT = tuple(shapes.Shape(tokens, None, classes, dtype) for dtype in ("float32", "bfloat16") for tokens, classes in SIZES)
@@ -83,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--soft", action="store_true", help="labels that are distributions")
     parser.add_argument("--smoothing", type=float, default=0.0, metavar="ε", help="label smoothing (default 0)")
     parser.add_argument("--value", action="store_true", help="the value without a gradient")
+    parser.add_argument("--grid", action="store_true", help="many numbers of rows and classes, as a heat map with --plot")
     parser.add_argument("--all", action="store_true", help="every categorical loss beside softmax_cross_entropy")
 
 
@@ -91,6 +92,8 @@ def run(arguments: argparse.Namespace) -> None:
         plots.require()
     if arguments.all:
         return run_all(arguments)
+    if arguments.grid:
+        return run_grid(arguments)
     cases = arguments.shapes or (SOFT if arguments.soft else DEFAULT)
     size = (cases[0].tokens, cases[0].classes) if arguments.shapes else EAGER_SHAPE
     print(f"jax {jax.__version__}, optax {optax.__version__}, {jax.devices()[0].device_kind}; xentjax / optax")
@@ -112,6 +115,21 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.plot:
         groups = {f"{row['shape']}, {row['dtype']}": {k: row[k] for k in ratios} for row in rows}
         plots.save_bars(arguments.plot, "softmax_cross_entropy, value and gradient", "ratio to optax (below 1: faster)", groups)
+
+
+def run_grid(arguments: argparse.Namespace) -> None:
+    """The table of ratios to optax at every size of the grid."""
+    print(f"jax {jax.__version__}, optax {optax.__version__}, {jax.devices()[0].device_kind}; xentjax / optax")
+    rows = grid.rows_of(ours, theirs, problem, arguments.rounds)
+    tables = {dtype: grid.table(rows, dtype) for dtype in grid.DTYPES}
+    for dtype, table in tables.items():
+        print(f"\n{dtype}\n{report.table(table)}")
+    print(f"\n{report.table(grid.summary(rows))}")
+    report.write(
+        arguments.json, {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "grid": rows, "summary": grid.summary(rows)}
+    )
+    if arguments.plot:
+        plots.save_grid(arguments.plot, "softmax_cross_entropy, value and gradient: time relative to optax", tables)
 
 
 def run_all(arguments: argparse.Namespace) -> None:

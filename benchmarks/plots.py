@@ -109,3 +109,22 @@ def save_bars(path: pathlib.Path, title: str, label: str, groups: Mapping[str, M
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=min(4, len(series)), frameon=False)
     _write(figure, path)
+
+
+def save_grid(path: pathlib.Path, title: str, tables: Mapping[str, list[dict]]) -> None:
+    """Ratios as heat maps side by side. The first column of each table names its rows; 1 is white, faster is blue, slower is red."""
+    import numpy as np
+
+    first = next(iter(tables.values()))
+    figure = _figure(title, 1 + 0.8 * (len(first[0]) - 1) * len(tables), 1.6 + 0.42 * len(first))
+    for axes, (name, rows) in zip(figure.subplots(1, len(tables), squeeze=False).flat, tables.items(), strict=True):
+        label, *columns = rows[0]
+        ratios = np.array([[row[column] for column in columns] for row in rows])
+        axes.imshow(np.log2(ratios), cmap="RdBu_r", vmin=-2, vmax=2, aspect="auto")
+        for (i, j), ratio in np.ndenumerate(ratios):
+            axes.text(j, i, f"{ratio:.2f}", ha="center", va="center", fontsize=8, color="white" if abs(np.log2(ratio)) > 1.4 else "black")
+        axes.set_xticks(range(len(columns)), [column.split()[0] for column in columns])
+        axes.set_yticks(range(len(rows)), [row[label] for row in rows])
+        axes.set(title=name, xlabel="classes", ylabel=label)
+        axes.title.set_fontsize(10)
+    _write(figure, path)

@@ -12,7 +12,7 @@ import mpmath
 import numpy as np
 import pytest
 
-from benchmarks import accelerator, accuracy, compilation, families, linear, measure, peers, problem, shapes
+from benchmarks import accelerator, accuracy, compilation, families, grid, linear, measure, peers, problem, shapes
 from benchmarks.__main__ import main
 from tests.tables import cases
 
@@ -100,6 +100,16 @@ def test_dense_measures_the_value_alone_and_label_smoothing(tmp_path, capsys, op
     (row,) = written["compiled"]
     ours, theirs = row["temporary MB"]
     assert ours < 0.1 and (theirs < 0.1 or "--smoothing" in option)  # optax stores arrays as large as the logits (1.6 MB) with smoothing
+
+
+@pytest.mark.exhaustive
+def test_the_grid_has_a_ratio_for_each_size(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(grid.rows_of, "__defaults__", (((3, 7), (2, 5)),))
+    printed, written = run(tmp_path, capsys, "dense", "--grid", "--rounds", "1", plot=True)
+    cells = [(row["dtype"], row["rows"], row["classes"]) for row in written["grid"]]
+    assert cells == [(dtype, n, k) for dtype in ("float32", "bfloat16") for n in (3, 7) for k in (2, 5)]
+    assert all(row["time ratio"] > 0 for row in written["grid"]) and "| rows | 2 classes | 5 classes |" in printed
+    assert [row["dtype"] for row in written["summary"]] == ["float32", "bfloat16"]
 
 
 @pytest.mark.exhaustive
