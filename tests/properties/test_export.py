@@ -157,3 +157,11 @@ def test_a_plan_of_symbolic_sizes():
     two, labels = jnp.ones((2, FEATURES)), jnp.array([0, 8])
     program = export.export(jax.jit(loss))(two, jax.ShapeDtypeStruct((FEATURES, batch), jnp.float32), labels)  # symbolic classes
     np.testing.assert_allclose(program.call(two, jnp.zeros((FEATURES, 9)), labels), np.log(9), rtol=RTOL)
+
+
+def test_a_kernel_of_several_blocks_at_a_symbolic_batch_size():
+    (batch,) = export.symbolic_shape("batch")
+    kernel = jax.ShapeDtypeStruct((64, 80_000), jnp.float32)  # 20 MB; blocks have 16
+    hidden, labels = jax.ShapeDtypeStruct((batch, 64), jnp.float32), jax.ShapeDtypeStruct((batch,), jnp.int32)
+    step = jax.jit(jax.value_and_grad(xentjax.linear_softmax_cross_entropy, (0, 1)))
+    assert export.export(step)(hidden, kernel, labels).out_avals[1].shape == (batch, 64)

@@ -68,7 +68,8 @@ def _add_in_blocks(classes: int, total: Array, left: Array, right: Array) -> Arr
     """
     size, features, examples = total.shape[classes], total.shape[1 - classes], left.shape[0]
     width = max(1, -(-size // max(1, -(-total.nbytes // _BLOCK_BYTES))))
-    if width >= size or (features + examples) * width >= features * size:
+    many = isinstance(examples, int) and (features + examples) * width >= features * size  # otherwise the number is symbolic
+    if width >= size or many:
         return _add_at_once(total, left, right)
 
     def add(start: Array | int, width: int, total: Array) -> Array:
