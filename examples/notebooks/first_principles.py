@@ -231,8 +231,9 @@ right.set_title(f"height −log q: area = H(P, Q) = {H_pq:.4f}")
 plt.show()
 
 # %% [markdown]
-# The forecast says "sunny" too rarely, so sunny days surprise more (orange). It says "cloudy" too often, so cloudy days surprise less
-# (hatched). The added surprise is never less than the saved surprise. The difference is $0.1116 - 0.0863 = 0.0253$ nats, the divergence.
+# The forecast gives "sunny" too small a probability, so sunny days surprise more (orange). It gives "cloudy" too large a probability,
+# so cloudy days surprise less (hatched). The added surprise is never less than the saved surprise. The difference is
+# $0.1116 - 0.0863 = 0.0253$ nats, the divergence.
 #
 # ## A wrong code costs the divergence
 #
@@ -466,8 +467,9 @@ with np.printoptions(precision=4, suppress=True):
 assert np.max(np.abs(jax.nn.softmax(z) - observed)) < 1e-4 and abs(losses[-1] - information.entropy(observed)) < 1e-5
 
 # %% [markdown]
-# Training found the observed frequencies, and its last loss is their entropy. The picture compares the likelihood and the cross-entropy
-# for 10 days, of which 3 are rainy. The likelihood $q^3 (1 - q)^7$ is largest where the cross-entropy is smallest, at $q = 0.3$.
+# Training found the observed frequencies. The last loss is the entropy of these frequencies. The picture compares the likelihood and
+# the cross-entropy for 10 days, of which 3 are rainy. The likelihood $q^3 (1 - q)^7$ is largest where the cross-entropy is smallest,
+# at $q = 0.3$.
 
 # %%
 rain = jnp.linspace(0.01, 0.99, 197)

@@ -4,8 +4,9 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/xentjax/xentjax/blob/main/examples/notebooks/imbalance_and_noise.ipynb)
 #
 # Real data are unbalanced, mistakes have unequal costs, and some labels are wrong. This notebook measures what helps. First, a network
-# diagnoses breast cancer, and a missed tumor costs more than a false alarm. Then twenty losses train the same network on digits, once with
-# rare classes and once with 40 % wrong labels. Some losses gain many points. Most do not, and the notebook shows those too.
+# diagnoses breast cancer, and a missed tumor costs more than a false alarm. Then twenty losses train the same network on digits, once
+# with rare classes and once with 40 % wrong labels. Some losses gain many points of accuracy. Most do not, and the notebook shows those
+# too.
 
 # %% [markdown]
 # ## Install
@@ -65,8 +66,9 @@ mean, deviation = (np.stack([f(tumors.data[row], axis=0) for row in seen])[:, No
 features = jnp.float32((tumors.data - mean) / deviation)  # [networks, tumors, 30]
 
 # %% [markdown]
-# The mask `where=seen` selects the training examples. All networks then have arrays of one shape, and one `jax.vmap` trains all of them.
-# The weight decay is L2 regularisation. The decay was chosen on other splits of the same tumors, so the results are slightly optimistic.
+# The mask `where=seen` selects the training examples. So the arrays have the same shape for all networks, and one `jax.vmap` trains all
+# of them. The weight decay is L2 regularisation. The decay was chosen on other splits of the same tumors, so the results are slightly
+# optimistic.
 
 
 # %%
@@ -195,8 +197,8 @@ assert all(np.interp(-np.log(c), cuts, values) < 1.25 * values.min() for c, valu
 #
 # $$z^* = \log \frac{\eta}{1 - \eta} + \log w .$$
 #
-# So $w$ adds a constant to every log-odds. The threshold ½ on the new probability is the threshold $1/(1 + w)$ on the old one. The next
-# cell checks that the derivative is 0 there.
+# So $w$ adds a constant to every log-odds. With the weight, the threshold ½ makes the same decisions as the threshold $1/(1 + w)$ without
+# the weight. The next cell checks that the derivative is 0 there.
 
 # %%
 eta = np.linspace(0.01, 0.99, 99)
@@ -223,8 +225,8 @@ print(f"median shift of the logit at w = 9: {shift:.2f} (log 9 = {np.log(9):.2f}
 assert 0.3 < shift < np.log(9)
 
 # %% [markdown]
-# The three curves almost coincide, and the dots move along them. The weight adds no information. A threshold can be moved after the
-# training, and a weight cannot. These networks are regularised, so their logits move by less than $\log 9$.
+# The three curves almost coincide, and the dots move along them. The weight adds no information. A threshold can be changed after the
+# training. A weight cannot. These networks are regularised, so their logits move by less than $\log 9$.
 
 # %% [markdown]
 # ## The shape mistake
@@ -344,10 +346,10 @@ COSINES = np.array(["cosines" in name for name in LOSSES])
 
 # %% [markdown]
 # The network has one hidden layer of 128 units. For LDAM, its outputs are cosines between the hidden values and the columns of the last
-# matrix. All losses and all seeds train together, in one compiled program. No two networks share a parameter. So the gradient of the sum of
-# all losses consists of the gradients of the single losses. The optimizer is AdamW with a weight decay of 0.1. Its learning rate falls from
-# 0.01 to 0. With these settings, cross-entropy learns the wrong labels, and the differences are visible. That is why they were chosen. The
-# choice was made on other seeds.
+# matrix. All losses and all seeds train together, in one compiled program. No two networks share a parameter. So the gradient of
+# the sum of all losses gives each network the gradient of its own loss. The optimizer is AdamW with a weight decay of 0.1. Its learning
+# rate falls from 0.01 to 0. With these settings, cross-entropy learns the wrong labels, and the differences are visible. That is why these
+# settings were chosen. The choice was made on other seeds.
 
 
 # %%
@@ -374,7 +376,7 @@ def total_loss(params, rows, runs):
 
 
 # %% [markdown]
-# After every 50 steps, all networks classify all images. So the answers show what a network knew at each time.
+# After every 50 steps, all networks classify all images. So the answers show what a network knew at each stage of the training.
 
 
 # %%
@@ -432,7 +434,8 @@ np.testing.assert_allclose(100 * check, rare_accuracy[-1, 0, 0], rtol=1e-6)
 # ## Rare classes: why logit adjustment works
 #
 # By Bayes' rule, the class probabilities in the training data are $p(y \mid x) \propto p(x \mid y)\,\pi_y$. Here $\pi_y$ is the frequency
-# of class $y$. In balanced data, they would be $\propto p(x \mid y)$. The logits of the two differ by $\log \pi_y$:
+# of class $y$. In balanced data, they would be $\propto p(x \mid y)$. The logits for training data and for balanced data differ by
+# $\log \pi_y$:
 #
 # $$z^{\text{training}}_y = z^{\text{balanced}}_y + \log \pi_y .$$
 #
@@ -492,8 +495,9 @@ plt.show()
 # Cross-entropy draws its boundary where the two curves cross. This is best for the accuracy on the training data, but it misses half of
 # the rare class. Weights and logit adjustment have the same optimum here, half-way between the classes.
 #
-# A network that fits every training image is different. There, weights lose much of their effect: an example whose loss is near 0 has a
-# gradient near 0, and no weight changes that. The shift $\log \pi_y$ acts as a margin, which a rare class must exceed.
+# This changes in a network that fits every training image. In such a network, weights lose much of their effect: an example whose loss
+# is near 0 has a gradient near 0, and no weight changes that. The shift $\log \pi_y$ acts as a margin: the logit of a rare class must
+# exceed the logits of more common classes by the difference of the shifts.
 
 # %% [markdown]
 # ## Rare classes: the measurement
@@ -634,7 +638,7 @@ plt.show()
 # symmetric loss has a floor, so this loss still learns more of the unlikely labels than the generalized and Taylor losses.
 #
 # This has a price. The label of a rare class is also unlikely at first. A loss that ignores unlikely labels also ignores rare classes.
-# This is why Taylor's loss was last in the table of rare classes.
+# This is why the Taylor loss was last in the table of rare classes.
 
 # %% [markdown]
 # ## Wrong labels: the measurement
@@ -656,9 +660,10 @@ assert min(gain[at("Taylor")], gain[at("generalized")]) > 8 and gain[at("symmetr
 assert share[0] > 85 and share[at("Taylor")] < 40
 
 # %% [markdown]
-# Cross-entropy learns nearly all wrong labels, and its accuracy falls to about 70 %. The four best losses are four of the curves above. The
-# less a loss pulls on unlikely labels, the fewer wrong labels it learns. Taylor gains most, but its range is wide. The two corrections gain
-# less, although they know the true noise. Smoothing, bootstrapping, class weights and the bi-tempered loss at its defaults change little.
+# Cross-entropy learns nearly all wrong labels, and its accuracy falls to about 70 %. The four best losses are among the losses plotted
+# above. The less a loss pulls on unlikely labels, the fewer wrong labels it learns. Taylor gains most, but its range is wide. The two
+# corrections gain less, although they know the true noise. Smoothing, bootstrapping, class weights and the bi-tempered loss at its
+# defaults change little.
 
 # %% [markdown]
 # ## Stop early
@@ -684,11 +689,12 @@ assert peak.max() > peak[-1] + 8 and times[peak.argmax()] <= 300
 # %% [markdown]
 # All three losses first learn the digits, then wrong labels. Lines are medians, and bands show all six seeds.
 #
-# When should the training stop? A validation set with wrong labels is enough. If a share $a$ of the answers is right, then an expected
-# share of $0.6\,a + 0.4\,(1 - a) / 9$ agrees with the validation labels. This share grows with $a$. So both shares peak at about the same
-# time. The next cell uses 500 validation images. Their labels are wrong as often as the training labels.
+# When should the training stop? A validation set with wrong labels is enough to decide this. If a share $a$ of the answers is right, then
+# an expected share of $0.6\,a + 0.4\,(1 - a) / 9$ agrees with the validation labels. This share grows with $a$. So both shares peak at
+# about the same time. The next cell uses 500 validation images. Their labels are wrong as often as the training labels.
 #
-# If the number of steps is known in advance, the learning rate can fall to 0 by the last step. The second training has only 150 steps.
+# If the number of steps is known in advance, the learning rate can fall to 0 by the last step. The second training run has only 150
+# steps.
 
 # %%
 validation = percent(wrong_answers == wrong.labels, wrong.validation)
@@ -754,7 +760,7 @@ assert np.all(np.median(wrong_accuracy[-1], axis=1) < np.median(short_wrong, axi
 # - **Rare classes.** Class weights lose half of their gain in the longer training. Focal and bi-tempered losses do not help. After 150
 #   steps, the generalized and Taylor losses have hardly begun to learn the rare classes.
 # - **Wrong labels.** Label smoothing, bootstrapping, poly, the confidence penalty and the bi-tempered loss at its defaults stay within
-#   about one point of cross-entropy. Cosines with a large scale are worse, and LDAM's margins do not repair them.
+#   about one point of cross-entropy. Cross-entropy on cosines with a large scale is worse. The margins of LDAM do not help.
 # - **Both.** No loss gains much in both settings.
 # - **Longer training.** With wrong labels, every loss is worse after 1500 steps than after 150. With rare classes, plain cross-entropy
 #   gains from the longer training.
@@ -771,7 +777,7 @@ assert np.all(np.median(wrong_accuracy[-1], axis=1) < np.median(short_wrong, axi
 # - With rare classes, shift the logits by $\log \pi$, in the loss or after the training. Class weights help less in a network that fits
 #   its training data.
 # - With wrong labels, stop early. A validation set with wrong labels is enough to choose the time. A bounded loss gains a little more. If
-#   the training is long, it gains much.
+#   the training is long, it gains a lot.
 # - A loss that ignores unlikely labels also ignores rare classes. No loss here is good for both.
 #
 # More:

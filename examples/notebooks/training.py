@@ -76,7 +76,7 @@ def predict(params, x):
 # ## The training loop
 #
 # One step of training takes a batch, computes the gradient of the mean loss, and updates the parameters. `jax.lax.scan` repeats the step
-# in one compiled loop. An outer scan keeps the parameters after every `every` steps, so that we can evaluate them later.
+# in one compiled loop. An outer scan keeps the parameters once per `every` steps, so that we can evaluate them later.
 #
 # The loss is an argument. It takes logits and labels and returns one loss per example, like all losses in `xentjax`.
 
@@ -150,7 +150,8 @@ assert np.median(accuracy) > 95.5 and np.ptp(accuracy) > 1
 
 # %% [markdown]
 # The test accuracies of the seeds differ by about two percentage points, although the data, the network and the optimizer are the same.
-# Remember this range when a tutorial compares two losses with only one run each. So this notebook trains with several seeds throughout.
+# This is why this notebook trains with several seeds throughout. Remember this range when a tutorial compares two losses with only one
+# run each.
 #
 # The script [digits_cnn.py](https://github.com/xentjax/xentjax/blob/main/examples/digits_cnn.py) trains a convolutional network on the
 # same digits. Its median accuracy is above 99 %.
@@ -193,7 +194,7 @@ assert shape == (1, 64, 5, 5)
 #
 # $$\nabla_z \,\text{twice} = J\,\bigl(\operatorname{softmax}(p) - e_y\bigr).$$
 #
-# In the next plot, one wrong class leads all nine other logits by a margin $m$.
+# In the next plot, the logit of one wrong class is larger than the nine other logits by a margin $m$.
 
 
 # %%
@@ -306,7 +307,7 @@ assert at_end["squared error", "SGD"][0] > 93 and at_end["squared error", "SGD"]
 # - **Softmax twice** is the slowest under SGD, because $J$ shrinks its gradient and the "logits" $p$ cannot leave $[0, 1]$. Adam makes up
 #   for much of this, but not for a bad start of 20 nats.
 #
-# So "cross-entropy is more sensitive and learns faster" is true of examples on which the network is confident and wrong.
+# The statement "cross-entropy is more sensitive and learns faster" holds for examples on which the network is confident and wrong.
 #
 # A softmax that is applied twice can be recognized by its loss. Even for $p = e_y$, the loss is not 0:
 #
@@ -679,8 +680,8 @@ plt.show()
 #
 # ### How much of this is noise?
 #
-# Each result is noisy. On average, the best of 60 results is better than the true value of its setting. So look at the spread between the
-# folds before you believe a difference. Compare settings on the same folds. Then the difficulty of a fold cancels out.
+# Each result is noisy. On average, the best of 60 measured results is better than the true result of the same setting. So look at the
+# spread between the folds before you believe a difference. Compare settings on the same folds. Then the difficulty of a fold cancels out.
 
 # %%
 plain = [i for i in range(len(grid)) if grid[i, 0] == grid[i, 1] == 0]
@@ -704,7 +705,7 @@ assert grid[by_accuracy, 0] > 0 and grid[by_loss, 0] == 0
 
 # %% [markdown]
 # - The standard deviation between the folds of one setting is about one or two points. This is as much as the whole gain of the chosen
-#   setting over the best plain setting.
+#   setting over the best plain setting. A plain setting has $\varepsilon = \gamma = 0$.
 # - The gain of the chosen setting is positive on every fold. The standard error after ± is only a rough guide, because the folds share most
 #   of their training digits.
 # - The gain comes from $\varepsilon$. A $\gamma$ of 2 makes no measurable difference on average. Several cells are nearly as good as the
