@@ -63,7 +63,8 @@ for model, tokens, classes in (("characters", 1024, 100), ("words", 1024, 8192),
 # form one chunk if their logits take at most 32 MiB. Otherwise a chunk holds a quarter of the tokens, but at least 192 tokens.
 # `xentjax.plan_linear` shows the chunks. Smaller chunks take less memory. Very small chunks take more time.
 #
-# XLA reports how much temporary memory a compiled program needs. So we can compare both losses without running them.
+# XLA reports how much temporary memory a compiled program needs. So we can compare the memory of
+# `softmax_cross_entropy` on all logits with the memory of the fused loss, without running either.
 
 
 # %%
@@ -114,7 +115,7 @@ assert memory["fused, chunks of 64 tokens"][-1] < 0.1 * memory["all logits"][-1]
 # %% [markdown]
 # ## The same value, the same gradients, the same number of products
 #
-# A fused loss is not an approximation. It also does not save arithmetic: like the dense loss, it needs three matrix products, one for the
+# A fused loss is not an approximation. It does not save arithmetic either. Both losses need three matrix products: one for the
 # logits and two for the gradients. So it takes about the same time. It saves memory only.
 
 # %%
@@ -209,8 +210,8 @@ def losses(params, window, **options):
 # A model that guesses uniformly among $K$ classes has perplexity $K$. The exponential comes after the mean over all $N$ tokens. The
 # mean of the perplexities of batches is a different number. If all batches have the same size, it is too large.
 #
-# `xentjax.weighted_sum` returns the sum of the losses of one batch, and their number. These pairs can be added. So the result is exact even
-# if the last batch is smaller.
+# For one batch, `xentjax.weighted_sum` returns a pair: the sum of the losses and the number of losses. Such pairs can be added. So the
+# result is exact even if the last batch is smaller.
 
 
 # %%
@@ -312,8 +313,8 @@ print("".join(start) + "".join(characters[i] for i in sample.tolist()))
 # %% [markdown]
 # # 3. 8,192 words, and three losses
 #
-# Tutorials often say that the full softmax is too expensive for many classes, and that negative sampling is the solution. We train the same
-# word model with three losses and measure what is true. The model predicts the next word from the last 6 words.
+# Tutorials often say that the full softmax is too expensive for many classes, and that negative sampling is the solution. We train
+# a word model with three losses and measure whether this is true. The model predicts the next word from the last 6 words.
 
 # %%
 WORDS, WORD_CONTEXT, WIDTH, SAMPLES = 8192, 6, 64, 256
@@ -337,8 +338,9 @@ print(f"perplexity of the word frequencies: {word_unigram:.0f}")
 # The division is called the log-Q correction, because it subtracts $\log Q_k$ from the logit. Word frequencies roughly follow Zipf's law.
 # So we draw with `samplers.log_uniform`, which draws frequent classes more often. It expects classes ordered by frequency.
 #
-# **Adaptive softmax** has a first softmax over the 512 most frequent words and two clusters. Each cluster has its own softmax over rarer
-# words. The rarer clusters use fewer features. It is another model, not an approximation. Its probabilities are exact.
+# **Adaptive softmax** divides the rarer words into two clusters. Its first softmax has one entry for each of the 512 most frequent words
+# and one entry for each cluster. Each cluster has its own softmax over its words. The cluster of the rarest words uses fewer features than
+# the other cluster. Adaptive softmax is a different model, not an approximation. Its probabilities are exact.
 
 # %%
 word_sampler = samplers.log_uniform(WORDS)
@@ -549,8 +551,9 @@ assert abs(estimated["log-uniform samples"][-1] - true_loss) < 0.05
 #
 # ## What sampling does not give
 #
-# A probability needs the sum over all classes. Sampled softmax never computes it. The next cell shows that $\log \sum_k e^{z_k}$ is not a
-# constant that could be subtracted once. The adaptive softmax gives log-probabilities that are normalized by construction.
+# A probability needs the sum over all classes. Sampled softmax never computes it. The next cell shows that $\log \sum_k e^{z_k}$ differs
+# from context to context. So the logits cannot be normalized by subtracting one constant. The adaptive softmax gives log-probabilities that
+# are normalized by construction.
 
 # %%
 sampled_model = runs["sampled softmax"].params
@@ -595,8 +598,8 @@ print(f"{training_picks.size:,} training picks; {100 * popularity[:100].sum() / 
 # ## Negatives from the batch
 #
 # A batch holds pairs of a user and the picked item. The items of the other pairs serve as negatives, at no extra cost. This is again a
-# sampled softmax. The sampler is the data, and $Q$ is the popularity. A popular item is often a negative. `candidate_log_prob` subtracts
-# $\log Q$, as in section 3:
+# sampled softmax. The samples come from the data, so $Q$ is the popularity of the items. A popular item is often a negative.
+# `candidate_log_prob` subtracts $\log Q$, as in section 3:
 #
 # $$\ell_i = -\log \frac{e^{s_{ii}}}{\sum_j e^{s_{ij}}}, \qquad s_{ij} = \text{user}_i \cdot \text{item}_j - c \log Q_j,$$
 #
@@ -674,7 +677,8 @@ assert rare_recall["without correction"] > rare_recall["with log-Q correction"]
 # %% [markdown]
 # ## Why: the score lacks $\log Q$
 #
-# The right plot shows by how much the score of each item differs from $\log p(i \mid u)$, as a mean over users. A constant is removed.
+# The right plot shows by how much the score of each item differs from $\log p(i \mid u)$, as a mean over users. The mean over all items is
+# subtracted.
 # Without correction, the difference is close to $-\log Q_i$, except for the rarest items, which have few picks. This is the result of
 # section 3 again. The score then ranks the items by $p(i \mid u) / Q_i$. Compared with the mean over all items, the scores of the most
 # popular items are about 5 nats too low.
@@ -705,24 +709,25 @@ assert abs(slopes["with log-Q correction"]) < 0.15 and abs(slopes["without corre
 
 # %% [markdown]
 # With the correction, the model is nearly as good as the true probabilities. Without the correction, it is worse than a list of the most
-# popular items, which knows nothing about the user. It finds rare items more often. If this is what you want, choose it on purpose: train
-# with the correction, and subtract a part of $\log Q$ from the scores when you recommend.
+# popular items, which knows nothing about the user. The model without correction finds rare items more often. If this is what you want,
+# choose it on purpose: train with the correction, and subtract a part of $\log Q$ from the scores when you recommend.
 
 # %% [markdown]
 # # 5. One model, two tasks
 #
 # ## Two heads on one trunk
 #
-# A multi-task model has one trunk and one head per task. The loss is a weighted sum, with a weight $\lambda$ of the second task:
+# A multi-task model has one trunk and one head per task. The loss is a weighted sum, with a weight $\lambda$ for the second task:
 #
 # $$\ell = \ell_{\text{class}} + \lambda\, \ell_{\text{second}} .$$
 #
 # Task one is to classify scikit-learn's digits. We try two choices of the second task: the **parity** of the digit (even or odd), and the
-# amount of **ink** in four bins. $\lambda = 0$ is the single-task model. Tutorials often promise that a second task helps. We test this
-# with all 600 class labels, and with only 60 of them. The second task always has all 600 labels.
+# amount of **ink** in four bins. $\lambda = 0$ is the single-task model. Tutorials often promise that a second task helps. There are 600
+# training images. We test the promise with the class labels of all 600 images, and with the class labels of only 60 of them. The second
+# task always has all 600 labels.
 #
-# The class label of the other 540 images is missing, so it is −100. The mask `where=labels != -100` leaves these images out of the first
-# loss. They still count in the second loss.
+# In the second test, the other 540 images have no class label. Their entry in `labels` is −100. The mask `where=labels != -100` leaves
+# these images out of the first loss. They still count in the second loss.
 
 # %%
 digits = load_digits()
@@ -815,7 +820,7 @@ assert max(gain[name, 600][0] for name in accuracy) < 1 and both < alone + 1
 # The error bars show two standard errors over 8 pairs of networks. With all 600 class labels, neither second task helps. With 60 class
 # labels, parity helps: its 600 labels carry information about the class. For example, they separate 8 from 9. The amount of ink carries
 # little information about the class, and this second task hurts. The second tasks themselves gain nothing from the class labels. So a
-# second task does not always help. It helps the first task if its labels contain what the first task lacks.
+# second task does not always help. It helps the first task if its labels carry information that the labels of the first task lack.
 #
 # ## Transfer: a trunk trained on other classes
 #
@@ -868,12 +873,13 @@ assert np.all(transferred["pixels"].mean(0) > transferred["trunk of 0 to 4"].mea
 # ## What to remember
 #
 # - Logits take tokens × classes × 4 bytes. A fused loss computes the same value and gradients in chunks. It saves memory, not time.
-# - Sampled softmax saves time, if the samples are corrected by $\log Q$. Its loss is too small, and it gives no probabilities. Compare
-#   models by the full loss.
+# - Sampled softmax saves time. Without the log-Q correction, it learns $\log p - \log Q$. Its loss is too small, and it gives no
+#   probabilities. Compare models by the full loss.
 # - Adaptive softmax saves time and gives exact probabilities. It is a different model.
 # - In-batch negatives are samples too. Without the log-Q correction, popular items are pushed down by $\log Q$.
-# - Perplexity is the exponential of the mean over all tokens. Add sums over batches, divide once, then take the exponential.
-# - A second task helps if its labels contain what the first task lacks. Measure whether it helps. Do the same for transfer.
+# - Perplexity is the exponential of the mean loss over all tokens. Add sums over batches, divide once, then take the exponential.
+# - A second task helps if its labels carry information that the labels of the first task lack. Measure whether it helps. Do the same for
+#   transfer.
 #
 # More: [quickstart](https://colab.research.google.com/github/xentjax/xentjax/blob/main/examples/notebooks/quickstart.ipynb) ·
 # [fused linear layers](https://github.com/xentjax/xentjax/blob/main/docs/fused-linear.md) ·

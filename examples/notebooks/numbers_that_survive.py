@@ -3,8 +3,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/xentjax/xentjax/blob/main/examples/notebooks/numbers_that_survive.ipynb)
 #
-# Cross-entropy is one line of mathematics. Computers round, so different programs for this line can give different results. This notebook
-# compares four such programs: the naive formula, clipping by ε, log-sum-exp, and `xentjax`. You will see at which logits each of them
+# Cross-entropy is one line of mathematics. Computers round, so different ways to compute it can give different results. This notebook
+# compares four ways: the naive formula, clipping by ε, log-sum-exp, and `xentjax`. You will see at which logits each of them
 # loses accuracy, and why. At the end, small networks learn to add modulo 31. Each network is trained three times, with a different loss
 # each time. The margin is the label's logit minus the largest other logit. With two of the losses, the margins stop growing at 17 nats.
 # With the third, the margins go on growing, and the test accuracy rises with them. The notebook takes about a minute on a CPU.
@@ -58,7 +58,7 @@ assert one + np.exp(-np.float32(16)) > 1 and one + np.exp(-np.float32(17)) == 1
 
 # %% [markdown]
 # The number $e^{-17} \approx 4 \cdot 10^{-8}$ itself is no problem. Float32 holds it with all 24 bits, and the smallest normal
-# float32 number is about $e^{-87}$. Only the sum with 1 destroys it. Keep this in mind: **float32 is poor at storing numbers near 1,
+# float32 number is about $e^{-87}$. It is lost only when it is added to 1. Keep this in mind: **float32 is poor at storing numbers near 1,
 # and good at storing numbers near 0.**
 
 # %% [markdown]
@@ -103,7 +103,7 @@ assert jnp.isnan(naive(logits, jnp.array(0))) and jnp.isinf(log_of_softmax(logit
 # ## Clipping by ε
 #
 # Many tutorials repair $\log 0$ by clipping: $\ell = -\log \operatorname{clip}(p_y, \varepsilon, 1 - \varepsilon)$.
-# Keras does so on JAX, with $\varepsilon = 10^{-7}$, if the loss gets probabilities. Probabilities are the default.
+# On JAX, Keras clips with $\varepsilon = 10^{-7}$ if the inputs of the loss are probabilities. Probabilities are the default.
 # With `from_logits=True`, Keras uses log-softmax instead.
 #
 # The clip bounds the value. It also cuts the gradient: outside the interval the clipped loss is constant, so **its gradient is
@@ -151,7 +151,7 @@ assert jnp.all(clipped_gradient[worst | best] == 0) and jnp.all(gradient[worst, 
 #
 # Nothing overflows, and wrong predictions get the right loss. `jax.nn.log_softmax`, optax, and PyTorch use this formula. Many texts call
 # it *numerically stable*, and stop here. It is stable, but it is not accurate. If the label wins by a margin $m$, the sum is
-# $1 + e^{-m} + \dots$, and above 17 nats this is 1. The loss is $\log 1 = 0$.
+# $1 + e^{-m} + \dots$. Above 17 nats, this sum is rounded to 1. The loss is then $\log 1 = 0$.
 #
 # The gradient is $p - e_y$. Its entry at the label is $p_y - 1$, and $p_y$ was rounded to 1. So this entry is 0 too.
 
@@ -170,7 +170,7 @@ for name, function in (("optax", optax.softmax_cross_entropy_with_integer_labels
 
 # %% [markdown]
 # Look at the gradient of optax. The other classes still have the right gradient, because their probabilities are small numbers near 0.
-# Only the label's entry is lost. So the gradient is not all zero: **it points in a wrong direction.** The entries of a softmax gradient
+# Only the label's entry is lost. So the gradient is not all zero: **it points in the wrong direction.** The entries of a softmax gradient
 # must add up to 0, and these do not. The training runs below show the consequences.
 #
 # Float64 moves the limit from 17 to 37 nats. It does not remove it.
@@ -201,8 +201,8 @@ print("xentjax:    ", *jax.value_and_grad(xentjax.softmax_cross_entropy)(logits,
 assert abs(value / np.log1p(rest) - 1) < 28 * EPS and np.allclose(gradient, exact, rtol=28 * EPS, atol=0)
 
 # %% [markdown]
-# The library computes the loss in the same way. It also supports soft labels, masks, infinities, half precision without copies, and
-# classes that are spread over devices.
+# The library computes the loss in the same way. It also supports soft labels, masks, infinities, and classes that are spread over
+# devices. It reads half-precision logits without storing a float32 copy of them.
 #
 # `log1p` has a partner, `expm1`. Suppose that you have the loss, and want the probability of an error, $1 - p_y = 1 - e^{-\ell}$.
 # Do not subtract from 1. Write $-\operatorname{expm1}(-\ell)$.
@@ -217,7 +217,7 @@ assert 1 - jnp.exp(-loss) == 0 and abs(-jnp.expm1(-loss) * (1 + rest) / rest - 1
 #
 # Now all methods at once. The label's logit is $m$ and the other logits are $0, -1, -2.5$. The exact values come from the formula for $R$
 # in float64. Each dot is the relative error at one margin. An error of 1 means that the number is lost completely. Errors above 10 are
-# drawn at 10. Where several methods have the same error, their dots overlap, the smaller on the larger.
+# drawn at 10. Where several methods have the same error, their dots overlap. The smaller dots are drawn on top of the larger dots.
 
 # %%
 margins = np.linspace(0.5, 84, 335, dtype=np.float32)
@@ -271,9 +271,9 @@ assert all(np.all(e[far] == 1) for name in ("log_softmax", "optax") for e in err
 # %% [markdown]
 # ## bfloat16
 #
-# In bfloat16, eps is $2^{-7}$. A loss that is computed in bfloat16 loses all its digits at a margin of 5.5 nats at the latest. Trained
-# models often have margins that large. The logits are not the problem: float32 holds every bfloat16 number exactly. `xentjax` reads
-# bfloat16 logits, computes in float32, and returns float32. The exact values in the table use the same bfloat16 logits.
+# In bfloat16, eps is $2^{-7}$. If the loss is computed in bfloat16, all its digits are lost at a margin of 5.5 nats, or already at a
+# smaller margin. Trained models often have margins that large. The logits are not the problem: float32 holds every bfloat16 number exactly.
+# `xentjax` reads bfloat16 logits, computes in float32, and returns float32. The exact values in the table use the same bfloat16 logits.
 
 # %%
 for margin in (2, 4, 5, 6, 8, 17, 40):
@@ -329,10 +329,10 @@ assert abs(value / exact - 1) < 8 * EPS and jnp.all(jnp.isfinite(gradient)) and 
 # %% [markdown]
 # ## A large common shift
 #
-# Adding the same number $c$ to all logits changes nothing in mathematics. In float32 it changes two things. First, the logits
+# Adding the same number $c$ to all logits does not change the exact loss. In float32 it changes two things. First, the logits
 # themselves are rounded: the spacing of float32 numbers at $10^8$ is 8 nats. No loss can repair that. Second, $\log \sum_k e^{z_k}$
 # is a number near $c$, and is rounded to the same spacing before $z_y$ is subtracted. This second error is avoidable: subtract first.
-# `optax.softmax_cross_entropy_with_integer_labels` subtracts last in optax 0.2.8. A fix is
+# In optax 0.2.8, `optax.softmax_cross_entropy_with_integer_labels` first computes $\log \sum_k e^{z_k}$ and then subtracts $z_y$. A fix is
 # [proposed](https://github.com/google-deepmind/optax/pull/1792).
 #
 # With ten equal logits, the first error is absent, and the loss is $\log 10$ for every $c$.
@@ -390,8 +390,8 @@ def predict(params, x):
 
 # %% [markdown]
 # The gradient shrinks with the loss. So the steps of ordinary gradient descent become very short well before the margin reaches 17 nats.
-# Adam does not help: it adds $10^{-8}$ to the size of the gradient before it divides, and here all entries of the gradient get smaller
-# than that. So we first divide the gradient by its largest entry, and give the result to Adam. Theory recommends such normalised steps
+# Adam does not help. It divides the gradient by the size of the gradient plus $10^{-8}$. Here all entries of the gradient become smaller
+# than $10^{-8}$. So we first divide the gradient by its largest entry, and give the result to Adam. Theory recommends such normalised steps
 # for separable data ([Nacson et al. 2019](https://arxiv.org/abs/1803.01905)). All losses get the same optimizer, the same initial
 # weights, and the same data.
 
@@ -432,7 +432,8 @@ for name in ("clipped", "optax", "xentjax"):
 
 # %% [markdown]
 # The losses, margins and accuracies below are computed in float64 from the logits. They do not use the loss that trained the network. The
-# gradient is that of the training loss itself. The margin of an example is the label's logit minus the largest other logit.
+# gradient is an exception: it is the gradient of the training loss. The margin of an example is the label's logit minus the largest other
+# logit.
 
 
 # %%
@@ -486,11 +487,11 @@ for name in ("clipped", "optax"):
     assert np.all(final["xentjax"]["accuracy"] > 8 + curves[name]["accuracy"].max(1))  # better than their best step
 
 # %% [markdown]
-# Up to a margin of 15 nats, all three losses train the same network. After that:
+# Up to a margin of 15 nats, training gives the same network with all three losses. After that:
 #
 # - **clipped:** the gradient becomes exactly 0. Training stops.
 # - **optax** (log-sum-exp): the gradient does *not* become 0. The entries at the other classes remain, and the entries at the labels
-#   are lost or rounded. The network keeps moving, but in a wrong direction. Its margin and loss stay where they are, its weights
+#   are lost or rounded. The network keeps moving, but in the wrong direction. Its margin and loss stay where they are, its weights
 #   grow, and its test accuracy rises a little and then falls.
 # - **xentjax:** the loss goes on falling, from $10^{-7}$ to $10^{-35}$. It stops falling when the gradient becomes too small for float32.
 #   At a margin of 80 nats, the gradient of the mean over 768 examples has terms near $e^{-80} / 768 \approx 2 \cdot 10^{-38}$. The
@@ -524,7 +525,7 @@ for name in ("optax", "xentjax"):
     assert np.all(margin < 10) and np.all(accuracy > 85)
 
 # %% [markdown]
-# Weight decay also finds the rule much sooner. So this notebook is no argument against regularisation. It says that
+# With weight decay, the network also finds the rule much sooner. So this notebook is no argument against regularisation. It says that
 # rounding in the loss should not decide when training ends.
 #
 # ## What to remember
@@ -532,7 +533,7 @@ for name in ("optax", "xentjax"):
 # - Float32 is poor near 1 and good near 0. Compute with the small number: $1 - p_y$, not $p_y$.
 # - Clipping by ε sets the gradient of the most wrong examples to 0. Pass logits to the loss, not probabilities.
 # - Log-sum-exp never overflows. But above 17 nats (5.5 nats in bfloat16), the loss and the label's entry of the gradient are lost. The
-#   other entries remain, so the gradient points in a wrong direction.
+#   other entries remain, so the gradient points in the wrong direction.
 # - Three things keep the loss accurate up to 87 nats: the sum over only the *other* classes, `log1p`, and `expm1`. `xentjax` computes
 #   its losses this way.
 # - The accuracy of the loss matters for training without regularisation and for bfloat16. With weight decay, margins stay small.

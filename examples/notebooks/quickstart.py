@@ -228,12 +228,11 @@ plt.show()
 # %% [markdown]
 # ## Label smoothing
 #
-# `label_smoothing` $= \varepsilon$ moves a share of each label evenly to all classes:
-# $t_k = (1 - \varepsilon)\,[k = y] + \varepsilon / K$. The loss is then smallest at a finite margin, so the model is not pushed to
-# ever larger confidence. In the next cell, the networks learn from only 128 digits. Without smoothing, they become overconfident: the
-# mean of their confidence $\max_k p_k$ is above their accuracy. The plot has one line for the mean confidence and one for the accuracy.
-# Mean confidence and accuracy are equal where these lines cross. With more smoothing, the networks are less confident than they are
-# accurate.
+# `label_smoothing` $= \varepsilon$ moves a share of each label evenly to all classes: $t_k = (1 - \varepsilon)\,[k = y] + \varepsilon / K$.
+# The loss is then smallest at a finite margin. So training does not push the model towards ever higher confidence. In the next cell, the
+# networks learn from only 128 digits. Without smoothing, they become overconfident: the mean of their confidence $\max_k p_k$ is above
+# their accuracy. The plot has one line for the mean confidence and one for the accuracy. Mean confidence and accuracy are equal where these
+# lines cross. With more smoothing, the networks are less confident than they are accurate.
 #
 # $\varepsilon$ may be an array, so `jax.vmap` trains all networks at once: 7 values of $\varepsilon$ times 4 initialisations.
 
@@ -279,8 +278,8 @@ for i in (0, 2, 5):
 # ## Class weights
 #
 # With 950 examples of one class and 50 of the other, a model does well by ignoring the rare one. `class_weights` $= w$
-# multiplies each class's term, $\ell = -w_y \log p_y$. An example of weight 19 counts like 19 copies of this example. A larger weight
-# of the rare class moves the decision boundary towards the common class. To divide by $\sum_i w_{y_i}$ instead of $n$ in the mean,
+# multiplies each class's term, $\ell = -w_y \log p_y$. An example with weight 19 counts as 19 copies of it. A larger weight
+# for the rare class moves the decision boundary towards the common class. To divide by $\sum_i w_{y_i}$ instead of $n$ in the mean,
 # leave out `class_weights` and write `weighted_mean(loss, weights=w[y])`.
 
 # %%
@@ -390,7 +389,8 @@ assert jnp.all(jnp.where(real[..., None], gradient != 0, gradient == 0))
 #
 # Inside `jax.jit` no error can be raised for a bad label, so an index out of range gives NaN rather than a plausible number.
 # To find it, wrap the function in `xentjax.checked`: the first bad value is then named in a `ValueError`. `checked` also
-# works on a whole jitted training step: `checked(jax.jit(step))`. Without `checked`, the checks cost nothing.
+# works on a whole jitted training step: `checked(jax.jit(step))`. Without `checked`, these checks do not
+# run, and cost nothing.
 
 # %%
 logits = jnp.zeros((3, 10))
