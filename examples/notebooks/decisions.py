@@ -202,12 +202,12 @@ plt.show()
 # ## Behaviour cloning: labels from an expert
 #
 # Tutorials often say that reinforcement learning minimizes the cross-entropy between $\pi(a \mid s)$ and the optimal action. That needs
-# someone who knows the optimal action. It is imitation, also called behaviour cloning, and it is plain classification:
+# someone who knows the optimal action. This method is called imitation or behaviour cloning. It is ordinary classification:
 #
 # $$\mathcal{L} = \frac{1}{n} \sum_{i=1}^{n} -\log \pi(a^*_i \mid s_i),$$
 #
-# where the $s_i$ are the cells that the expert visits. An expert that visits a cell five times gives five equal examples. So one example
-# with weight 5 does the same.
+# where the $s_i$ are the cells that the expert visits. An expert that visits a cell five times gives five equal examples. One example
+# with weight 5 has the same effect on the loss.
 
 
 # %%
@@ -237,8 +237,8 @@ clones = jax.jit(jax.vmap(jax.vmap(clone, (None, 0))))(keys, visits)  # [experts
 
 # %% [markdown]
 # Two measures of a clone are its accuracy and its return. Accuracy is the share of the 23 cells in which the most probable action is
-# optimal. Accuracy treats all cells alike. The return does not. To see this, change the optimal policy in a single cell to the worst action
-# there. Every such policy has the same accuracy, 22/23.
+# optimal. Accuracy treats all cells alike. The return does not. To see this, take the optimal policy. Choose a single cell and
+# replace the optimal action in this cell with the worst one. Every such policy has the same accuracy, 22/23.
 
 # %%
 accuracy = np.asarray(xentjax.metrics.accuracy(clones, jnp.broadcast_to(best_action, clones.shape[:-1])))[..., OPEN].mean(-1)
@@ -270,8 +270,9 @@ assert clone_return[:, -1].min() > 0.95 * BEST
 assert np.nanmin(one_mistake) < 0.02 * BEST and np.nanmax(one_mistake) > 0.98 * BEST
 
 # %% [markdown]
-# A few expert episodes give a good return, although the clone guesses in cells that the expert seldom visits. On the right, every policy
-# has the same accuracy. One mistake costs everything or almost nothing, depending on the cell.
+# A few expert episodes give a good return, although the clone guesses in cells that the expert seldom visits. The number in each
+# cell on the right is the return of the policy that makes its only mistake in that cell. All these policies have the same accuracy. One
+# mistake costs everything or almost nothing, depending on the cell.
 
 # %% [markdown]
 # ## The policy gradient is the gradient of a weighted cross-entropy
@@ -327,8 +328,9 @@ assert np.abs(differences - theorem).max() < 1e-7 * largest and np.abs(gradient 
 #
 # $$\mathcal{L} = \frac{1}{n} \sum_{\text{episodes}} \sum_t \gamma^t \, \bigl(G_t - b(s_t)\bigr) \, (-\log \pi(a_t \mid s_t)).$$
 #
-# Any baseline $b(s)$ leaves the expected gradient unchanged, and $b \approx v$ reduces its variance. The factor $\gamma^t$ comes from the
-# discounted visits $d(s)$. Many programs omit it (Nota and Thomas, 2020, [arXiv 1906.07073](https://arxiv.org/abs/1906.07073)).
+# Any baseline $b(s)$ leaves the expected gradient unchanged. The choice $b \approx v$ reduces the variance of the estimate. The factor
+# $\gamma^t$ comes from the discounted visits $d(s)$. Many programs omit it (Nota and Thomas, 2020,
+# [arXiv 1906.07073](https://arxiv.org/abs/1906.07073)).
 #
 # The plot shows the angle between the estimate and the exact gradient of the same policy as above.
 
@@ -437,8 +439,8 @@ assert losses[0, 0, 0] < -2 and abs(losses[0, 0, -50:].mean()) < 0.2
 # the policy with the best return. If the bonus decays to 0, the agent regains most of the lost return. This grid is easy to explore and
 # needs no bonus.
 #
-# On the right, the loss starts near −4 and ends near 0: it rises while the return rises. The gradient of this loss has a meaning, but its
-# value does not measure progress. Watch the return instead.
+# On the right, the loss starts near −4 and ends near 0: it rises while the return rises. The gradient of this loss is meaningful, but the
+# value of the loss does not measure progress. Watch the return instead.
 
 # %% [markdown]
 # ## The cross-entropy method: imitate the best attempts
@@ -480,8 +482,8 @@ assert jnp.abs(slope).max() < 1e-5
 # This is the form of CEM in many courses. It has a flaw: in a random world, the best episodes are also the luckiest. So we also use a
 # second form of CEM, which draws whole policies. Each logit has a normal distribution with its own mean and standard deviation. A policy
 # is scored by its mean return over 16 episodes. Luck averages out. The fit to the elite is again maximum likelihood, so it minimizes the
-# mean `gaussian_nll`. The minimum is at the mean and the standard deviation of the elite. Some extra noise (0.3) keeps the search from
-# narrowing too early.
+# mean `gaussian_nll`. The minimum is at the mean and the standard deviation of the elite. The code adds 0.3 to the standard deviation. This
+# extra noise keeps the search from narrowing too early.
 
 
 # %%
@@ -544,8 +546,8 @@ assert policy_curve[-1] > 0.95 * BEST and episode_curve[0] + 0.3 < episode_curve
 
 # %% [markdown]
 # The policy that is fitted to elite episodes prefers the short way along the pits. An episode that reaches the goal on the short way
-# usually has a larger return than one on the long way. Episodes that fall into a pit are not in the elite. Elite policies find the safe
-# way.
+# usually has a larger return than one on the long way. Episodes that fall into a pit are not in the elite. The form of CEM that
+# selects elite policies finds the safe way.
 
 # %% [markdown]
 # ## All policies, before and after
@@ -587,10 +589,10 @@ assert all(final[name] > 0.95 * BEST for name in ("behaviour cloning, 128 episod
 # ## What to remember
 #
 # - Cloning, policy gradient and the cross-entropy method minimize the same weighted cross-entropy. They differ in actions and weights.
-# - Only cloning uses the optimal action as the label. The accuracy of a clone does not determine its return. It matters where the
-#   mistakes are.
-# - `jax.grad` of cross-entropy times the advantage is the policy gradient. Weights may be negative, so multiply each loss by its weight
-#   yourself. The value of this loss does not measure progress.
+# - Only cloning uses the optimal action as the label. The accuracy of a clone does not determine its return. The return depends
+#   on the cells in which the clone makes mistakes.
+# - Weight each cross-entropy by the advantage of the action. The policy gradient is minus the `jax.grad` of this loss. Weights may
+#   be negative, so multiply each loss by its weight yourself. The value of this loss does not measure progress.
 # - Without the factor $\gamma^t$, the sampled gradient converges to a direction that is not the gradient of the discounted return.
 # - An elite of single episodes rewards luck. Score policies by their mean return.
 #

@@ -86,7 +86,7 @@ assert abs(value - (1 + np.log(2 * np.pi * s2)) / 2) < 1e-5 and abs(slope) < 1e-
 
 # %% [markdown]
 # The loss contains the logarithm of a density. A density depends on the unit of the target, and it can be larger than 1. So a
-# negative loss is not an error. Only differences between losses in the same unit have a meaning.
+# negative loss is not an error. Only differences between losses in the same unit are meaningful.
 
 # %%
 for unit, factor in (("metres", 1.0), ("millimetres", 1000.0), ("kilometres", 0.001)):
@@ -209,9 +209,9 @@ plt.show()
 
 # %% [markdown]
 # Over all splits, both models cover slightly less than 90 % of the test patients. But they differ in the patients that they miss. We sort
-# the test patients of each split by the learned $\sqrt{v}$ into three groups. The intervals of the model with constant variance contain
-# too many targets of the first group and too few of the last. The model with learned variance comes close to 90 % in both groups. In the
-# middle group, both models cover about the same share.
+# the test patients of each split by the learned $\sqrt{v}$, from the smallest to the largest, and form three groups. The intervals of the
+# model with constant variance contain too many targets of the first group and too few of the last. The model with learned variance comes
+# close to 90 % in both groups. In the middle group, both models cover about the same share.
 
 # %%
 order = np.argsort(variable["sigma"], axis=1)
@@ -237,8 +237,8 @@ assert np.ptp(thirds[1]) < np.ptp(thirds[0]) - 0.03
 #
 # ## The best loss of the discriminator is log 4 − 2 JS
 #
-# A generative adversarial network has two networks. The generator turns random numbers into images. The discriminator tells real
-# images (label 1) from generated ones (label 0). It outputs a logit $z$, and $D = \sigma(z)$ is the probability that an image is real.
+# A generative adversarial network has two networks. The generator turns random numbers into images. The discriminator distinguishes real
+# images (label 1) from generated images (label 0). It outputs a logit $z$, and $D = \sigma(z)$ is the probability that an image is real.
 # Its loss is the sum of two cross-entropies:
 #
 # $$L_D = \mathbb{E}_\text{real}[-\log D] + \mathbb{E}_\text{generated}[-\log (1 - D)].$$
@@ -367,9 +367,12 @@ assert norm[-1] > 30 * minimax_norm[-1]
 # ## Training both networks
 #
 # The discriminator and the generator take turns, one step each. In theory, the equilibrium is $D = \frac{1}{2}$. There, the
-# discriminator's loss is $\log 4$, and the generator's loss is $\log 2$. After every 50 steps, we also record three other things: the loss
-# of the discriminator with test digits as real images, some samples, and the mean distance of 100 samples from their nearest training
-# digits.
+# discriminator's loss is $\log 4$, and the generator's loss is $\log 2$. After every 50 steps, we record
+# these two losses and three other things:
+#
+# - the loss of the discriminator when the real images are test digits,
+# - some samples,
+# - the mean distance of 100 samples from their nearest training digits.
 
 
 # %%
@@ -423,10 +426,10 @@ assert d_loss < np.log(4) - 0.1 and d_loss < test_loss and g_loss > np.log(2) + 
 assert between_real < history["distance"][-1] < 0.75 * history["distance"][0]
 
 # %% [markdown]
-# The losses do not show that the samples improve. From step 1,000 on, the distance on the right falls, but the losses move slowly away
-# from the equilibrium. One reason is that the discriminator memorizes its 1,400 training digits. This is visible in its loss with test
-# digits, which is higher. So do not judge a GAN by its losses. Look at the samples, and measure them in another way. The samples are not
-# copies of training digits: their mean distance stays above that of real test digits.
+# The losses do not show that the samples improve. From step 1,000 on, the distance on the right falls, but the losses move slowly away from
+# the equilibrium. One reason is that the discriminator memorizes its 1,400 training digits. This is visible in the left plot: the loss of
+# the discriminator is higher on test digits than on training digits. So do not judge a GAN by its losses. Look at the samples, and measure
+# them in another way. The samples are not copies of training digits: their mean distance stays above that of real test digits.
 
 
 # %%
@@ -448,8 +451,8 @@ show_rows(rows, "Real digits, and samples from the same 14 random inputs at four
 # ## Do the samples look like digits?
 #
 # We train a classifier on the real training digits with `softmax_cross_entropy`. We then apply it to three sets of images: test digits,
-# samples, and images of scrambled pixels. Each pixel of a scrambled image is the pixel at the same position of a random test digit. We
-# measure three numbers.
+# samples, and images of scrambled pixels. To scramble the pixels, we shuffle the values at each position among all test digits,
+# independently of the other positions. We measure three numbers.
 #
 # - **Distance:** the mean distance from the nearest training digit.
 # - **Confidence:** the classifier's largest probability, averaged over the images.
@@ -485,8 +488,8 @@ for name, x in (("test digits", test), ("samples", samples), ("scrambled pixels"
     print(f"{name:18} {quality[name][0]:8.2f}  {quality[name][1]:10.2f}  {quality[name][2]:9.1f}")
 
 # %% [markdown]
-# The samples lie between the two other sets, and closer to the test digits in all three numbers. Most of
-# them look like digits, but they are not as clear or as diverse as real ones.
+# By each of the three numbers, the samples lie between the two other sets, and they are closer to the test digits. Most of the samples
+# look like digits, but they are not as clear or as diverse as real ones.
 
 # %%
 position = (quality["samples"] - quality["scrambled pixels"]) / (quality["test digits"] - quality["scrambled pixels"])
@@ -569,7 +572,7 @@ assert abs(at_minimum - floor) < 1e-6
 
 # %% [markdown]
 # The right plot shows the gradient. It is $\sigma(z) - t$ for cross-entropy. For squared error it is
-# $2\,(\sigma(z) - t)\,\sigma(z)\,(1 - \sigma(z))$, which vanishes at large $|z|$ even if the pixel is wrong.
+# $2\,(\sigma(z) - t)\,\sigma(z)\,(1 - \sigma(z))$, which vanishes at large $|z|$ even if the prediction is wrong.
 #
 # Now the same for whole images. The entropy of an image is the sum over its 64 pixels.
 
@@ -597,9 +600,9 @@ plt.show()
 # %% [markdown]
 # ## Training with both losses
 #
-# The autoencoder squeezes each digit into 8 numbers and rebuilds the 64 pixels from them. We train it with cross-entropy and with squared
-# error. Both losses start from the same 4 initialisations. After every 50 steps, we measure both losses of both models on the test
-# digits.
+# The autoencoder squeezes each digit into 8 numbers and rebuilds the 64 pixels from them. We train one model with cross-entropy and
+# another with squared error. Each model is trained from 4 initialisations, which are the same for both losses. After every 50 steps, we
+# measure both losses of both models on the test digits.
 
 
 # %%
@@ -664,7 +667,8 @@ assert abs(final["squared error", "squared error"] / final["cross-entropy", "squ
 #
 # ## Reconstructions
 #
-# The first row shows test digits. The other rows show their reconstructions from 8 numbers, by the first of the 4 networks.
+# The first row shows test digits. Each of the other rows shows their reconstructions by one model. We use the network from the first of the
+# 4 initialisations.
 
 # %%
 rows = {"original": test[:14]}
@@ -677,7 +681,7 @@ show_rows(rows, "Test digits, and their reconstructions")
 # ## What to remember
 #
 # - Cross-entropy works for any model that predicts a distribution. Squared error is the special case of a Gaussian with fixed variance.
-# - Predict `log_variance` with a second output, and regularise it. The intervals then widen where the targets are harder to predict.
+# - Predict `log_variance` with a second output, and regularise the network. The intervals then widen where the targets are harder to predict.
 # - The best discriminator's loss is $\log 4 - 2\,\mathrm{JS}$. At equilibrium, the losses of a GAN are $\log 4$ and
 #   $\log 2$, not 0. Its losses do not measure the quality of the samples.
 # - Train the generator with $-\log D$. The gradient of $\log(1 - D)$ vanishes when the discriminator is ahead. With
