@@ -681,7 +681,8 @@ show_rows(rows, "Test digits, and their reconstructions")
 # ## What to remember
 #
 # - Cross-entropy works for any model that predicts a distribution. Squared error is the special case of a Gaussian with fixed variance.
-# - Predict `log_variance` with a second output, and regularise the network. The intervals then widen where the targets are harder to predict.
+# - Predict `log_variance` with a second output, and regularise the network. The intervals then widen where the targets are harder to
+#   predict.
 # - The best discriminator's loss is $\log 4 - 2\,\mathrm{JS}$. At equilibrium, the losses of a GAN are $\log 4$ and
 #   $\log 2$, not 0. Its losses do not measure the quality of the samples.
 # - Train the generator with $-\log D$. The gradient of $\log(1 - D)$ vanishes when the discriminator is ahead. With
