@@ -347,12 +347,7 @@ def labels_like(function: str, labels: ArrayLike | None, full: tuple[int, ...], 
     y = asarray(function, "labels", labels)
     leading = _without(full, axis)
     if jnp.issubdtype(y.dtype, jnp.integer):
-        remedy = remedies.one_axis("labels", y.shape, leading)
-        if y.shape == full:
-            remedy = f"For one-hot integers, use labels.argmax({axis}), or labels.astype(float) for soft labels."
-        others = [i for i in range(len(full)) if _without(full, i) == y.shape != leading]
-        if not remedy and others and like != "hidden":
-            remedy = f"If the classes are on axis {others[0]}, pass axis={others[0]}."
+        remedy = "" if y.shape == leading else _remedy_of_indices(y.shape, full, axis, like)
         without = "feature axis" if like == "hidden" else "class axis"
         return shape(function, "labels", y, leading, f"the shape of {like} without its {without}", remedy)
     if not jnp.issubdtype(y.dtype, jnp.floating):
@@ -367,6 +362,17 @@ def labels_like(function: str, labels: ArrayLike | None, full: tuple[int, ...], 
     remedy = "For class indices, use labels.astype(jnp.int32)." if y.shape == leading else remedies.split_classes("labels", split, of)
     remedy = f"{remedy} {_LABELS}".lstrip()
     return shape(function, "labels", y, full, f"the shape of {of}, because floating labels are soft labels", remedy)
+
+
+def _remedy_of_indices(got: tuple[int, ...], full: tuple[int, ...], axis: int, like: str) -> str:
+    """The remedy for class indices that do not have the shape of the logits without their class axis; otherwise empty."""
+    if got == full:
+        return f"For one-hot integers, use labels.argmax({axis}), or labels.astype(float) for soft labels."
+    remedy = remedies.one_axis("labels", got, _without(full, axis))
+    others = [i for i in range(len(full)) if _without(full, i) == got]
+    if remedy or like == "hidden" or not others:
+        return remedy
+    return f"If the classes are on axis {others[0]}, pass axis={others[0]}."
 
 
 def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
