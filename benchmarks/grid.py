@@ -4,6 +4,7 @@ Value and gradient of the mean, with integer labels. Some numbers of rows cannot
 """
 
 import functools
+import statistics
 
 import jax
 from tqdm import tqdm
@@ -27,7 +28,7 @@ def rows_of(ours, theirs, problem, rounds: int, sizes=(ROWS, CLASSES)) -> report
         }
         measure.interleaved_times(stopwatches, range(2))
         times = measure.interleaved_times(stopwatches, range(rounds))
-        pair = measure.Pair(*(sorted(taken)[len(taken) // 2] for taken in times.values()))
+        pair = measure.Pair(*map(statistics.median, times.values()))
         ratio = round(measure.median_ratio(times["ours"], times["theirs"]), 2)
         found.append({"dtype": dtype, "rows": tokens, "classes": classes, "milliseconds": pair.milliseconds, "time ratio": ratio})
     return found
@@ -37,10 +38,10 @@ def summary(rows: report.Rows) -> report.Rows:
     """Median and largest ratio of each dtype, and the largest where a call takes more than 0.2 ms."""
     found = []
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        ratios = sorted(row["time ratio"] for row in rows if row["dtype"] == dtype)
+        ratios = [row["time ratio"] for row in rows if row["dtype"] == dtype]
         long = [row["time ratio"] for row in rows if row["dtype"] == dtype and max(row["milliseconds"]) > 0.2]
-        above = {"median above 0.2 ms": sorted(long)[len(long) // 2], "largest above 0.2 ms": max(long)} if long else {}
-        found.append({"dtype": dtype, "median": ratios[len(ratios) // 2], "largest": ratios[-1], **above})
+        above = {"median above 0.2 ms": round(statistics.median(long), 3), "largest above 0.2 ms": max(long)} if long else {}
+        found.append({"dtype": dtype, "median": round(statistics.median(ratios), 3), "largest": max(ratios), **above})
     return found
 
 

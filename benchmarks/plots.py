@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 COLOURS_AND_MARKERS = "#0072b2o #d55e00s #555555X #009e73^ #cc79a7D #56b4e9v #e69f00P #332288< #882255> #999933h #000000*".split()
 STYLES = [(text[:-1], text[-1]) for text in COLOURS_AND_MARKERS]
@@ -113,8 +114,6 @@ def save_bars(path: pathlib.Path, title: str, label: str, groups: Mapping[str, M
 
 def save_grid(path: pathlib.Path, title: str, tables: Mapping[str, list[dict]]) -> None:
     """Ratios as heat maps side by side. The first column of each table names its rows; 1 is white, faster is blue, slower is red."""
-    import numpy as np
-
     first = next(iter(tables.values()))
     figure = _figure(title, 1 + 0.8 * (len(first[0]) - 1) * len(tables), 1.6 + 0.42 * len(first))
     for axes, (name, rows) in zip(figure.subplots(1, len(tables), squeeze=False).flat, tables.items(), strict=True):
