@@ -22,10 +22,8 @@ RNG = np.random.default_rng(7)
 # Numbers for which an integer dtype is as good as a floating one: hyper-parameters, scalar or not.
 NUMBERS = {"class_weights", "pos_weight", "class_counts", "noise_matrix", "class_log_prior", "thresholds", "variance", "log_variance"}
 NUMBERS |= {"scale", "log_scale"}
-IDENTIFIERS = {
-    "candidate_ids",
-    *(f"{name}.labels" for name in ("supervised_contrastive_loss", "clip_loss", "siglip_loss")),
-}  # only compared with each other
+# Integers that are only compared with each other.
+IDENTIFIERS = {"candidate_ids", "supervised_contrastive_loss.labels", "clip_loss.labels", "siglip_loss.labels"}
 QUANTITIES = {"poisson_nll.targets", "sigmoid_cross_entropy.labels", "sigmoid_focal_loss.labels", "asymmetric_loss.labels"}
 NOT_NEGATIVE = {"p", "q", "joint", "class_weights", "class_counts", "pos_weight", "noise_matrix", "variance", "label_probs", "weights"}
 
