@@ -16,10 +16,24 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
-from jax._src import compiler  # no public function sets the options of all programs
+from jax._src import compiler  # no public function sets the options of all programs, or says which ones the folder may serve
 
 from tests import drawing, selection
 
+read_program = compiler._cache_read
+
+
+def read_program_of_one_device(*arguments, **more):
+    """JAX's reader of the folder of programs. It finds no program for several devices, so those are compiled.
+
+    On CPUs, a program with collective operations can be wrong once it has been read from the folder. With `bi_tempered_cross_entropy` over
+    8 devices, JAX 0.10.2 returned wrong numbers in a third of the calls, and JAX 0.12.0 did not return. A compiled one is right.
+    """
+    devices = arguments[4]
+    return (None, None) if len(devices) > 1 else read_program(*arguments, **more)
+
+
+compiler._cache_read = read_program_of_one_device
 gc.set_threshold(100_000, 20, 100)  # tracing makes many objects and little garbage: a fifth of the time was spent looking for it
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -55,6 +55,7 @@ def launch(tmp_path):
     # without the slow passes of the compiler a small program costs half
     flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{EXAMPLES}{os.pathsep}{EXAMPLES.parent}"}
+    environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # see `read_program_of_one_device` in conftest.py
 
     def start(count, options, which=None, fault="", **different):
         """`fault` and `different` are for the last process alone."""
