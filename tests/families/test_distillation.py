@@ -80,6 +80,17 @@ def test_right_relative_to_its_own_size(kind, offset, apart, rng):
             assert (np.abs(slope[row] - np.float64([float(x) for x in gradient])) <= tolerance * scale + 1e-37).all()
 
 
+@each
+@pytest.mark.parametrize("margin", [5.0, 12.0, 25.0, 60.0])
+def test_a_class_with_nearly_all_of_the_probability(kind, margin):
+    """Its gradient is as small as the sum of all other components, and keeps its digits."""
+    student, teacher = np.float32([margin, 0.5, -1.0, 0.25]), np.float32([margin - 3, -0.5, 0.0, 1.0])
+    found = loss(kind, beta=0.3)(student, teacher), *slopes(loss(kind, beta=0.3), student, teacher)
+    for ours, expected in zip(found, exact(kind, student, teacher, np.float32(0.3)), strict=True):
+        expected = np.float64([float(x) for x in np.atleast_1d(expected)])
+        np.testing.assert_allclose(np.atleast_1d(ours), expected, rtol=(20 + 2 * margin) * EPS)
+
+
 @pytest.mark.exhaustive
 @each
 def test_equal_predictions_cost_nothing(kind, rng):

@@ -33,16 +33,22 @@ with_slope_of.defjvp(lambda primals, tangents: (with_slope_of(*primals), tangent
 @jax.custom_jvp
 def exponential_excess(x: Array) -> Array:
     """The excess e^x − 1 − x ≥ 0, with a small relative error. Its derivative is e^x − 1."""
-    terms = 8 if x.dtype == jnp.float32 else 14  # of the series, for |x| < 1/2
-    near = jnp.abs(x) < 0.5
+    near = jnp.abs(x) < NEAR
     small = jnp.where(near, x, 0)
-    series = jnp.zeros_like(x)
-    for n in range(terms + 1, 1, -1):
-        series = series * small + 1 / math.factorial(n)
-    return jnp.where(near, series * small * small, jnp.expm1(x) - x)
+    return jnp.where(near, exponential_series(small, 2) * small * small, jnp.expm1(x) - x)
 
 
 exponential_excess.defjvp(lambda primals, tangents: (exponential_excess(*primals), jnp.expm1(primals[0]) * tangents[0]))
+
+NEAR = 0.6  # up to this size of x, `exponential_series` has all digits
+
+
+def exponential_series(x: Array, first: int) -> Array:
+    """Σ_{n ≥ first} x^(n − first)/n! for |x| < 0.6; e^x is this series with `first` = 0."""
+    series = jnp.zeros_like(x)
+    for n in range(first + (8 if x.dtype == jnp.float32 else 15), first - 1, -1):
+        series = series * x + 1 / math.factorial(n)
+    return series
 
 
 def interval_surprise(below: Array, above: Array, log_width: Array, first: Array, last: Array) -> Array:

@@ -14,12 +14,14 @@ Most of the error of δ_k is the rounding error of the constant lse(z) − lse(y
 The terms of the last sum are as small as the log-ratios.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from xentjax._core import differences, numerics, rows, statistics, surprises
+from xentjax._core import differences, mesh, numerics, rows, statistics, surprises
 
 
 class Prediction(NamedTuple):
@@ -52,3 +54,78 @@ def of(p: Prediction, q: Prediction) -> Array:
     terms = numerics.where(delta > 0, -jnp.exp(-p.surprise) * change, jnp.exp(-q.surprise) * change)
     error = jnp.log1p(jnp.clip(rows.class_sum(p.row, terms), -0.5, 0.5))
     return lax.stop_gradient(delta - error[..., None])
+
+
+class Pair(NamedTuple):
+    """Two softmax distributions, each array of shape [..., classes]. `pair` makes them."""
+
+    p: Array
+    q: Array
+    log_ratio: Array  # d = log(p/q)
+    difference: Array  # p − q, accurate relative to its own size
+
+
+def pair(p: rows.Rows, q: rows.Rows, temperature: Array) -> Pair:
+    """The distributions of two rows whose `values` are the logits `raw` divided by `temperature` [...]. Both rows have the same masks.
+
+    The result is computed from `raw`: the difference of two logits has a smaller error before the division. It is differentiated with
+    respect to `values`. The derivatives are also accurate if the distributions are nearly equal, or if one class has nearly all of the
+    probability.
+    """
+    return _pair(p.values, q.values, p.raw, q.raw, temperature, p.class_mask, p.where, p.axis_name)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(7,))
+def _pair(
+    p_values: Array,
+    q_values: Array,
+    p_raw: Array,
+    q_raw: Array,
+    temperature: Array,
+    class_mask: Array | None,
+    where: Array | None,
+    axis_name: mesh.AxisName,
+) -> Pair:
+    dtype, T = p_values.dtype, temperature[..., None]
+    of_p, of_q = (rows.Rows(raw, raw.astype(dtype), None, class_mask, where, axis_name) for raw in (p_raw, q_raw))
+    logits, lost = differences.exact_difference(rows.finite_values(of_p), rows.finite_values(of_q))
+    reference, lost_too = differences.exact_difference(rows.reference(of_p), rows.reference(of_q))
+    (p, p_log_sum), (q, q_log_sum) = _probabilities(of_p, T), _probabilities(of_q, T)
+    delta = ((logits - reference[..., None]) + (lost - lost_too[..., None])) / T - (p_log_sum - q_log_sum)[..., None]
+    delta = numerics.finite(delta)  # the division of INFINITE may overflow
+    near = jnp.abs(delta) < differences.NEAR
+    small = numerics.where(near, delta, 0)
+    change = numerics.where(near, q * (small * differences.exponential_series(small, 1)), p - q)
+    error = jnp.log1p(jnp.clip(rows.class_sum(of_p, change), -0.5, 0.5))[..., None]
+    return Pair(p, q, delta - error, change - q * error)
+
+
+def _probabilities(r: rows.Rows, temperature: Array) -> tuple[Array, Array]:
+    """The probabilities [..., classes], and log Σ_k e^((z_k − m)/T) [...] for the largest logit m."""
+    x = (rows.finite_values(r) - rows.reference(r)[..., None]) / temperature
+    keep = rows.full_mask(r)
+    exponentials = jnp.exp(x if keep is None else numerics.where(keep, x, -jnp.inf))
+    total = rows.class_sum(r, exponentials)
+    total = lax.optimization_barrier(numerics.where(total == 0, 1, total))  # computed once per row, not once per class
+    return exponentials / total[..., None], jnp.log(total)
+
+
+@_pair.defjvp
+def _(axis_name: mesh.AxisName, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Pair, Pair]:
+    pair, class_mask, where = _pair(*primals, axis_name), *primals[5:]
+    of_p, of_q = (rows.Rows(x, x, None, class_mask, where, axis_name) for x in primals[:2])
+    p_moved = centred(of_p, pair.p, rows.masked(tangents[0], where, class_mask))
+    q_moved = centred(of_q, pair.q, rows.masked(tangents[1], where, class_mask))
+    d = p_moved - q_moved
+    return pair, Pair(pair.p * p_moved, pair.q * q_moved, d, pair.p * d + pair.difference * q_moved)
+
+
+def centred(r: rows.Rows, p: Array, x: Array) -> Array:
+    """x_k − Σ_j p_j x_j, shape [..., classes], for the probabilities p of the row.
+
+    The mean is subtracted twice. If one class has nearly all of the probability, its x and the first mean are nearly equal, so their
+    difference is exact. The second mean is the rounding error of the first one. Without it, this error could be larger than the result.
+    """
+    for _ in range(2):
+        x = x - rows.as_column(r, rows.class_sum(r, p * x))
+    return x

@@ -202,9 +202,7 @@ def softmax(r: rows.Rows) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
 def _softmax(values: Array, raw: Array, class_mask: Array | None, where: Array | None, axis_name: mesh.AxisName) -> Array:
-    e = exponentials(rows.Rows(raw, values, None, class_mask, where, axis_name))
-    scale = lax.optimization_barrier(1 / (1 + e.excess))  # computed once per row, not once per class
-    return numerics.where(e.marked < -0.5, -e.marked, e.marked) * scale[..., None]
+    return exponentials(rows.Rows(raw, values, None, class_mask, where, axis_name)).probabilities
 
 
 @_softmax.defjvp
@@ -237,6 +235,12 @@ class Exponentials(NamedTuple):
     def log_sum(self) -> Array:
         """The log-sum c = log1p(s) = lse(z) − m, shape [...]."""
         return jnp.log1p(self.excess)
+
+    @property
+    def probabilities(self) -> Array:
+        """The probability p_k of every class, shape [..., classes]. The code has the correct first derivatives."""
+        scale = lax.optimization_barrier(1 / (1 + self.excess))  # computed once per row, not once per class
+        return numerics.where(self.marked < -0.5, -self.marked, self.marked) * scale[..., None]
 
 
 def exponentials(r: rows.Rows) -> Exponentials:

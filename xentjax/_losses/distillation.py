@@ -7,20 +7,26 @@ entropy D(p‖q) is a sum over classes of terms that are not negative:
 
 For small d, g(d) is computed by a series. If p and q are nearly equal, D(p‖q) is about Σ_k p_k·d_k²/2. So the relative error of D(p‖q) is
 small if the relative error of d is small (see `_core.log_ratio`).
+
+Derivatives. Every gradient with respect to logits, except that of D(p‖q) with respect to the logits of q, has the form
+q_k·(x_k − Σ_j q_j x_j) with a number x_k of each class. `log_ratio.centred` computes the second factor without cancellation.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, differences, log_ratio, mesh, numerics, rows
+from xentjax._core import blocks, checks, differences, log_ratio, mesh, numerics, rows
 
 DIVERGENCES = ("forward", "reverse", "js", "tv")
+_FAR = 2.0**60  # larger than any log-ratio of finite logits
 
 
 def distillation_loss(
@@ -110,78 +116,126 @@ def distillation_loss(
 @functools.partial(jax.jit, static_argnames="divergence")
 def _distillation(student: rows.Examples, teacher: rows.Examples, temperature: ArrayLike, beta: ArrayLike, divergence: str) -> Array:
     dtype = numerics.accumulation_dtype(student.logits.dtype, teacher.logits.dtype)
-    p, q = (log_ratio.prediction(_softened(rows.of(batch), jnp.asarray(temperature, dtype))) for batch in (teacher, student))
-    u, v = p.surprise, q.surprise
-    d = differences.with_slope_of(log_ratio.of(p, q), v - u)
-    if divergence == "forward":
-        loss = _relative_entropy(p.row, u, v, d)
-    elif divergence == "reverse":
-        loss = _relative_entropy(p.row, v, u, -d)
-    elif divergence == "tv":
-        difference = _difference(u, v, d)
-        loss = rows.class_sum(p.row, difference * jnp.sign(difference)) / 2  # |p − q|, with derivative 0 where p = q
-    else:
-        loss = _jensen_shannon(p.row, u, v, d, jnp.asarray(beta, dtype))
-    impossible = p.stats.all_impossible | q.stats.all_impossible
-    return rows.row_value(p.row, numerics.where(impossible, lax.stop_gradient(loss) + jnp.inf, loss))
+    p, q = rows.of(teacher), rows.of(student)
+    numbers = (jnp.broadcast_to(jnp.asarray(x, dtype), p.raw.shape[:-1]) for x in (temperature, beta))
+    loss = functools.partial(_loss, axis_name=p.axis_name, divergence=divergence)
+    return blocks.in_blocks(loss, p.raw, q.raw, *numbers, p.class_mask, p.where)
 
 
-def _relative_entropy(row: rows.Rows, u: Array, v: Array, d: Array) -> Array:
-    """D(p‖q) from u = −log p and v = −log q; +∞ if q is 0 at a class where p is not."""
-    loss = rows.class_sum(row, _excess(u, v, d))
-    unmatched = numerics.is_infinite(v) & ~numerics.is_infinite(u)
-    return numerics.where(rows.class_sum(row, unmatched.astype(loss.dtype)) > 0, loss + jnp.inf, loss)
-
-
-def _jensen_shannon(row: rows.Rows, u: Array, v: Array, d: Array, beta: Array) -> Array:
-    """β·D(p‖m) + (1 − β)·D(q‖m). With a = max(p, q) and b = min(p, q), log(m/a) = log1p(share·(b/a − 1)), share being the weight of b."""
-    p_is_larger = d >= 0
-    share = jnp.where(p_is_larger, 1 - beta, beta)
-    above = -jnp.log1p(share * jnp.expm1(numerics.where(p_is_larger, -d, d)))  # log(a/m)
-    p_to_m, q_to_m = numerics.where(p_is_larger, above, above + d), numerics.where(p_is_larger, above - d, above)
-    of_mixture = numerics.where(p_is_larger, u + above, v + above)  # −log m
-    return rows.class_sum(row, beta * _excess(u, of_mixture, p_to_m) + (1 - beta) * _excess(v, of_mixture, q_to_m))
+def _loss(
+    teacher: Array,
+    student: Array,
+    temperature: Array,
+    beta: Array,
+    class_mask: Array | None,
+    where: Array | None,
+    *,
+    axis_name: mesh.AxisName,
+    divergence: str,
+) -> Array:
+    p, q = (_softened(rows.Rows(z, z, None, class_mask, where, axis_name), temperature) for z in (teacher, student))
+    pair = log_ratio.pair(p, q, temperature)
+    loss = _divergence(p.values, q.values, pair, beta, class_mask, where, axis_name, divergence)
+    all_impossible = (rows.largest(p) == -jnp.inf) | (rows.largest(q) == -jnp.inf)
+    loss = numerics.where(all_impossible, lax.stop_gradient(loss) + jnp.inf, numerics.restore_infinity(loss))
+    return rows.row_value(p, loss)
 
 
 def _softened(row: rows.Rows, temperature: Array) -> rows.Rows:
-    """The row of logits/T. A logit of −∞ stays −∞, with derivative 0 in T. Logits that a mask hides are not divided."""
-    z = rows.masked(row.values.astype(temperature.dtype), row.where, row.class_mask)
+    """The row with `values` of logits/T. A logit of −∞ stays −∞, with derivative 0 in T. Logits that a mask hides are not divided."""
+    z = rows.masked(row.raw.astype(temperature.dtype), row.where, row.class_mask)
     impossible = z == -jnp.inf
     finite = numerics.finite(z)
-    z = numerics.where(impossible, finite - lax.stop_gradient(finite), z) / temperature
-    z += numerics.where(impossible, jnp.full_like(z, -jnp.inf), 0)
-    return row._replace(raw=z, values=z)
+    z = numerics.where(impossible, finite - lax.stop_gradient(finite), z) / temperature[..., None]
+    return row._replace(values=z + numerics.where(impossible, jnp.full_like(z, -jnp.inf), 0))
 
 
-# In the following, x and y are the surprises of two probabilities a = e^(−x) and b = e^(−y). The log-ratio d = log(a/b) = y − x is an
-# argument of its own, because it is more accurate than the difference of x and y.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(6, 7))
+def _divergence(
+    teacher: Array,
+    student: Array,
+    pair: log_ratio.Pair,
+    beta: Array,
+    class_mask: Array | None,
+    where: Array | None,
+    axis_name: mesh.AxisName,
+    divergence: str,
+) -> Array:
+    """The divergence of softmax(teacher) and softmax(student), whose `pair` is given.
+
+    The rule takes the derivative of `pair` with respect to both logits into account, and ignores the tangents of the argument `pair`.
+    """
+    return rows.class_sum(_row(teacher, class_mask, where, axis_name), _terms(pair, beta, divergence))
 
 
-@jax.custom_jvp
-def _excess(x: Array, y: Array, d: Array) -> Array:
-    """a·log(a/b) − a + b = a·g(d) ≥ 0, with the differential −a·d·dx + (a − b)·dy."""
-    near = d > -0.5
+@functools.partial(_divergence.defjvp, symbolic_zeros=True)
+def _(axis_name: mesh.AxisName, divergence: str, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    teacher, student, pair, beta, class_mask, where = primals
+    p, q = (_row(z, class_mask, where, axis_name) for z in (teacher, student))
+    loss = _divergence(*primals, axis_name, divergence)
+    total = jnp.zeros_like(loss)
+    for row, moved, slope in ((p, tangents[0], _slope_of_teacher), (q, tangents[1], _slope_of_student)):
+        if not isinstance(moved, SymbolicZero):
+            total += rows.class_sum(row, slope(row, pair, beta, divergence) * rows.masked(moved, where, class_mask))
+    if divergence == "js" and not isinstance(tangents[3], SymbolicZero):
+        to_p, to_q = _mixture_terms(pair, beta[..., None])
+        total += (rows.class_sum(p, to_p) - rows.class_sum(q, to_q)) * tangents[3]
+    return loss, total
+
+
+def _row(z: Array, class_mask: Array | None, where: Array | None, axis_name: mesh.AxisName) -> rows.Rows:
+    return rows.Rows(z, z, None, class_mask, where, axis_name)
+
+
+def _terms(pair: log_ratio.Pair, beta: Array, divergence: str) -> Array:
+    """The terms of the sum over classes, none of which is negative."""
+    if divergence == "forward":
+        return _excess(pair.p, pair.log_ratio, pair.difference)
+    if divergence == "reverse":
+        return _excess(pair.q, -pair.log_ratio, -pair.difference)
+    if divergence == "tv":
+        return jnp.abs(pair.difference) / 2
+    beta = beta[..., None]
+    of_p, of_q = _mixture_terms(pair, beta)
+    return beta * of_p + (1 - beta) * of_q
+
+
+def _slope_of_student(row: rows.Rows, pair: log_ratio.Pair, beta: Array, divergence: str) -> Array:
+    """The gradient with respect to the logits of the student. Each is q_k times a number minus the mean of that number."""
+    if divergence == "forward":
+        return -pair.difference
+    if divergence == "reverse":
+        number = -pair.log_ratio
+    elif divergence == "tv":
+        number = jnp.sign(pair.difference) / -2
+    else:
+        number = (1 - beta)[..., None] * _log_ratios_to_mixture(pair.log_ratio, beta[..., None])[1]
+    return pair.q * log_ratio.centred(row, pair.q, number)
+
+
+def _slope_of_teacher(row: rows.Rows, pair: log_ratio.Pair, beta: Array, divergence: str) -> Array:
+    """The gradient with respect to the logits of the teacher: that of the student for the exchanged distributions."""
+    exchanged = log_ratio.Pair(pair.q, pair.p, -pair.log_ratio, -pair.difference)
+    return _slope_of_student(row, exchanged, 1 - beta, {"forward": "reverse", "reverse": "forward"}.get(divergence, divergence))
+
+
+def _mixture_terms(pair: log_ratio.Pair, beta: Array) -> tuple[Array, Array]:
+    """The terms of D(p‖m) and of D(q‖m). They need p − m = (1 − β)(p − q) and q − m = −β(p − q)."""
+    to_p, to_q = _log_ratios_to_mixture(pair.log_ratio, beta)
+    return _excess(pair.p, to_p, (1 - beta) * pair.difference), _excess(pair.q, to_q, -beta * pair.difference)
+
+
+def _log_ratios_to_mixture(d: Array, beta: Array) -> tuple[Array, Array]:
+    """log(p/m) and log(q/m). With a = max(p, q) and b = min(p, q), log(m/a) = log1p(share·(b/a − 1)), share being the weight of b."""
+    p_is_larger = d >= 0
+    share = jnp.where(p_is_larger, 1 - beta, beta)
+    above = -jnp.log1p(share * jnp.expm1(numerics.where(p_is_larger, -d, d)))  # log(a/m)
+    return numerics.where(p_is_larger, above, above + d), numerics.where(p_is_larger, above - d, above)
+
+
+def _excess(a: Array, d: Array, difference: Array) -> Array:
+    """a·log(a/b) − a + b = a·g(d) ≥ 0 for d = log(a/b) and `difference` = a − b; INFINITE if b is 0 and a is not."""
+    near = jnp.abs(d) < differences.NEAR
     small = numerics.where(near, d, 0)
-    large = numerics.where(near, -1, d)  # a is much smaller than b, and e^(−d) may overflow
-    return numerics.where(
-        near, jnp.exp(-x) * differences.exponential_excess(-small), jnp.exp(-y) * (large * jnp.exp(large) - jnp.expm1(large))
-    )
-
-
-@_excess.defjvp
-def _(primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-    x, y, d = primals
-    return _excess(x, y, d), -jnp.exp(-x) * d * tangents[0] + _difference(x, y, d) * tangents[1]
-
-
-@jax.custom_jvp
-def _difference(x: Array, y: Array, d: Array) -> Array:
-    """The difference a − b, accurate relative to its own size."""
-    a_is_larger = d >= 0
-    return numerics.where(a_is_larger, -jnp.exp(-x), jnp.exp(-y)) * jnp.expm1(-jnp.abs(d))
-
-
-@_difference.defjvp
-def _(primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-    x, y, d = primals
-    return _difference(x, y, d), jnp.exp(-y) * tangents[1] - jnp.exp(-x) * tangents[0]
+    far = numerics.where(d > _FAR, numerics.INFINITE, a * d - difference)
+    return numerics.where(near, a * (small * small * differences.exponential_series(-small, 2)), far)

@@ -1,0 +1,164 @@
+"""Losses computed in blocks of examples. Everything equals the same loss computed at once, which other tests hold against formulas."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import xentjax
+from xentjax._core import blocks
+
+EPS = float(jnp.finfo(jnp.float32).eps)
+CLASSES = 6
+ROWS_IN_A_BLOCK = 3  # of 13 examples: five blocks, of which the last repeats two examples
+
+
+def distillation(divergence, logits, other, number):
+    return xentjax.distillation_loss(logits, other, divergence=divergence, temperature=1 + number, beta=number)
+
+
+LOSSES = {kind: functools.partial(distillation, kind) for kind in ("forward", "reverse", "js", "tv")}
+each = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+
+
+@pytest.fixture
+def in_blocks(monkeypatch):
+    """A function that runs another one with small blocks, and without blocks."""
+
+    def compare(function, *arguments):
+        results = []
+        for size in (4 * CLASSES * ROWS_IN_A_BLOCK, 2**60):
+            monkeypatch.setattr(blocks, "_BYTES", size)
+            jax.clear_caches()
+            compiled = jax.jit(function).lower(*arguments).compile()
+            assert ("while" in compiled.as_text()) == (size < 2**60)
+            results.append(compiled(*arguments))
+        jax.clear_caches()
+        return results
+
+    return compare
+
+
+def close(found, expected, dtype=jnp.float32):
+    """Up to the rounding of the largest number: the gradient of an example is multiplied by its cotangent at the end, and sums cancel."""
+    found, expected = ([np.asarray(x, np.float64) for x in jax.tree.leaves(tree)] for tree in (found, expected))
+    largest = max(np.abs(x[np.isfinite(x)]).max(initial=0) for x in expected)
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=8 * float(jnp.finfo(dtype).eps) * largest)
+
+
+def draw(rng, leading=(13,), dtype=jnp.float32):
+    logits, other, v, w = (jnp.asarray(rng.normal(size=(*leading, CLASSES)) * 2, dtype) for _ in range(4))
+    return logits, other, jnp.asarray(rng.normal(size=leading), jnp.float32), v, w
+
+
+@each
+@pytest.mark.parametrize("leading", [(13,), (3, 5)])
+def test_derivatives(loss, leading, in_blocks, rng):
+    """Value, gradients for any cotangent, tangent, and products with the Hessian, forward over reverse and reverse over reverse."""
+    logits, other, cotangent, *directions = draw(rng, leading)
+    number = jnp.float32(0.3)
+
+    def everything(logits, other, number):
+        def total(*x):
+            return jnp.vdot(cotangent, loss(*x))
+
+        def along(*x):
+            return sum(jnp.vdot(g, v) for g, v in zip(jax.grad(total, (0, 1))(*x), directions, strict=True))
+
+        arguments, moved = (logits, other, number), (*directions, jnp.float32(0.7))
+        slopes = jax.grad(total, (0, 1, 2))
+        return loss(*arguments), jax.jvp(loss, arguments, moved), jax.jvp(slopes, arguments, moved), jax.grad(along, (0, 1, 2))(*arguments)
+
+    close(*in_blocks(everything, logits, other, number))
+
+
+@each
+def test_half_precision(loss, in_blocks, rng):
+    logits, other, *_ = draw(rng, dtype=jnp.bfloat16)
+    found, expected = in_blocks(jax.value_and_grad(lambda x, y: loss(x, y, 0.3).sum(), (0, 1)), logits, other)
+    close(found[0], expected[0])
+    close(found[1], expected[1], jnp.bfloat16)
+    assert found[1][0].dtype == jnp.bfloat16
+
+
+@each
+def test_vmap(loss, in_blocks, rng):
+    logits, other, *_ = draw(rng, (13, 2))
+    numbers = jnp.linspace(0.2, 0.8, 13)
+    slopes = jax.grad(lambda *x: loss(*x).sum(), (0, 1, 2))
+
+    def everything(logits, other, numbers):
+        return jax.vmap(slopes)(logits, other, numbers), jax.vmap(slopes, (1, 1, None))(logits, other, numbers[0])
+
+    close(*in_blocks(everything, logits, other, numbers))
+
+
+@each
+def test_vmap_over_a_number(loss, in_blocks, rng):
+    """The logits are not copied for each number, so this part has no blocks."""
+    logits, other, *_ = draw(rng)
+    numbers = jnp.linspace(0.2, 0.8, 3)
+
+    def everything(logits, other, numbers):
+        of_numbers = jax.vmap(jax.value_and_grad(lambda x, y, n: loss(x, y, n).sum()), (None, None, 0))
+        return of_numbers(logits, other, numbers), jax.jacfwd(lambda x: loss(x, other, 0.5))(logits)
+
+    close(*in_blocks(everything, logits, other, numbers))
+
+
+@pytest.mark.parametrize("divergence", ["forward", "js"])
+def test_masks(divergence, in_blocks, rng):
+    logits, other, *_ = draw(rng)
+    where, class_mask = jnp.arange(13) % 4 != 1, jnp.arange(CLASSES) != 2
+    logits = jnp.where(where[:, None] & class_mask[None], logits, jnp.nan)
+
+    def run(x, y):
+        return xentjax.distillation_loss(x, y, divergence=divergence, where=where, class_mask=class_mask).sum()
+
+    found, expected = in_blocks(jax.value_and_grad(run, (0, 1)), logits, other)
+    close(found, expected)
+    assert not np.asarray(found[1][0])[~np.asarray(where)].any() and not np.asarray(found[1][1])[:, 2].any()
+
+
+@each
+@pytest.mark.parametrize("spec", [P("i"), P(None, "i")])
+def test_no_blocks_on_several_devices(loss, spec, monkeypatch, rng):
+    """A loop over examples would gather them. Devices add numbers of an example, if the classes are split; else they exchange nothing."""
+    monkeypatch.setattr(blocks, "_BYTES", 4 * CLASSES)
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    logits, other, cotangent, *_ = draw(rng, (12,))
+    sharding = NamedSharding(mesh, spec)
+
+    def total(x, y):
+        return jnp.vdot(cotangent, loss(x, y, 0.3))
+
+    run = jax.value_and_grad(total, (0, 1))
+    expected = jax.jit(run)(logits, other)
+    for split in (jax.jit(run, in_shardings=sharding), lambda x, y: run(*jax.lax.with_sharding_constraint((x, y), sharding))):
+        compiled = jax.jit(split).lower(logits, other).compile()
+        assert "while" not in compiled.as_text() and "all-gather" not in compiled.as_text()
+        close(compiled(logits, other), expected)
+    assert "while" in jax.jit(run).lower(logits, other).compile().as_text()
+
+
+def test_no_copies_of_the_logits():
+    """An array of the logits has 8 MB here. The gradient of the loss is made in the memory of the result."""
+    z = jax.ShapeDtypeStruct((2000, 1000), jnp.float32)
+    for divergence in ("forward", "reverse", "js", "tv"):
+        run = jax.value_and_grad(lambda x, y, d=divergence: xentjax.distillation_loss(x, y, divergence=d).mean(), (0, 1))
+        assert jax.jit(run).lower(z, z).compile().memory_analysis().temp_size_in_bytes < 16 * blocks._BYTES  # some arrays of a block
+
+
+@each
+def test_symbolic_number_of_examples(loss, rng):
+    logits, other, *_ = draw(rng)
+    size = export.symbolic_shape("n")
+    shape = jax.ShapeDtypeStruct((*size, CLASSES), jnp.float32)
+    run = jax.jit(jax.value_and_grad(lambda x, y: loss(x, y, 0.3).sum(), (0, 1)))
+    close(export.export(run)(shape, shape).call(logits, other), run(logits, other))

@@ -1,0 +1,242 @@
+"""Losses computed one block of examples after another.
+
+On CPUs, XLA stores many intermediate arrays of the size of the logits for a loss with several sums over classes. New memory is slow: the
+system clears each page when it is first used. If a block of examples fits into the cache, its arrays are made again and again in the same
+memory.
+
+Derivatives. One sweep over the blocks computes the losses and their gradients. So the gradient uses the exponentials of the loss while
+they are in the cache. The loss of an example depends on that example alone. So the tangent of its loss is Σ_k g_k·ẋ_k, where g is the
+gradient and ẋ is the tangent of the inputs of that example. The transpose of this sum multiplies the gradient of each example by one
+number. On a CPU, this is done in place, also one block after another. Second derivatives are computed without blocks.
+
+Choice. A loop over examples is right for a single CPU device. On GPUs and TPUs, XLA fuses the operations. On several devices, each device
+would need the examples of the others. So the choice is made when a program is lowered for its devices, and not when it is traced. Inside
+`jax.shard_map` and under an abstract mesh there are no blocks.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, core, lax
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from xentjax._core import numerics
+
+_BYTES = 3 * 2**18  # of an array in a block; a few such arrays fit into the cache of one core
+
+
+def in_blocks(losses: Callable[..., Array], *args: Any) -> Array:
+    """losses(*args), shape [...], computed one block of examples after another.
+
+    `losses` maps arrays with the same leading axes, of shape [..., classes] or [...], to one loss per example. Each loss must depend on
+    its own example only. `args` are pytrees of such arrays, the first of which has a class axis. `losses` must not use other arrays.
+    """
+    arrays, structure = jax.tree.flatten(args)
+    if not jax.typeof(arrays[0]).sharding.mesh.empty:
+        return losses(*args)
+
+    def of_arrays(*arrays: Array) -> tuple[Array]:
+        return (losses(*structure.unflatten(arrays)),)
+
+    @jax.custom_jvp
+    def value(*arrays: Array) -> Array:
+        (loss,) = _sweep.bind(*arrays, function=of_arrays, leading=arrays[0].ndim - 1)
+        return loss
+
+    @functools.partial(value.defjvp, symbolic_zeros=True)
+    def _(primals: tuple[Array, ...], tangents: tuple[Array | SymbolicZero, ...]) -> tuple[Array, Array]:
+        wanted = tuple(not isinstance(t, SymbolicZero) for t in tangents)
+        loss, *gradients = _sweep.bind(*primals, function=_with_gradients(of_arrays, wanted), leading=primals[0].ndim - 1)
+        total = jnp.zeros_like(loss)
+        for g, t in zip(gradients, (t for t in tangents if not isinstance(t, SymbolicZero)), strict=True):
+            total += g * t if g.ndim == loss.ndim else _sum_of_products.bind(g, t, dtype=loss.dtype)
+        return loss, total
+
+    return value(*arrays)
+
+
+def _with_gradients(function: Callable[..., tuple[Array]], wanted: tuple[bool, ...]) -> Callable[..., tuple[Array, ...]]:
+    """A function that also returns the gradient of each loss with respect to the `wanted` arrays of its own example."""
+
+    def run(*arrays: Array) -> tuple[Array, ...]:
+        def of_wanted(*moved: Array) -> Array:
+            moving = iter(moved)
+            (loss,) = function(*(next(moving) if w else x for x, w in zip(arrays, wanted, strict=True)))
+            return loss
+
+        loss, pull_back = jax.vjp(of_wanted, *(x for x, w in zip(arrays, wanted, strict=True) if w))
+        return loss, *pull_back(jnp.ones_like(loss))
+
+    return run
+
+
+# The sweep over blocks ---------------------------------------------------------------------------------------------------
+
+_sweep = Primitive("sweep_over_examples")  # function(*arrays), whose results have the same leading axes as the arrays
+_sweep.multiple_results = True
+_sweep.def_impl(lambda *arrays, function, leading: list(function(*arrays)))
+
+
+@_sweep.def_abstract_eval
+def _(*avals: core.ShapedArray, function: Callable, leading: int) -> list[core.ShapedArray]:
+    results = jax.eval_shape(function, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in avals))
+    return [core.ShapedArray(x.shape, x.dtype) for x in results]
+
+
+def _lower_sweep(ctx: Any, *operands: Any, function: Callable, leading: int) -> Any:
+    def run(*arrays: Array) -> list[Array]:
+        size = _block_size(ctx, arrays, leading)
+        return list(function(*arrays)) if size is None else _loop(function, arrays, leading, size)
+
+    return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
+
+
+mlir.register_lowering(_sweep, _lower_sweep)
+
+
+def _loop(function: Callable[..., tuple[Array, ...]], arrays: tuple[Array, ...], leading: int, size: int) -> list[Array]:
+    shape = arrays[0].shape[:leading]
+    arrays = tuple(x.reshape(-1, *x.shape[leading:]) for x in arrays)
+    examples = arrays[0].shape[0]
+    results = jax.eval_shape(function, *arrays)
+    stored = [_bits(x) for x in arrays]
+
+    def step(i: Array, results: list[Array]) -> list[Array]:
+        start = _start(i, size, examples)
+        block = (_of_bits(lax.dynamic_slice_in_dim(bits, start, size), x.dtype) for bits, x in zip(stored, arrays, strict=True))
+        return [lax.dynamic_update_slice_in_dim(whole, _bits(x), start, 0) for whole, x in zip(results, function(*block), strict=True)]
+
+    initial = [lax.empty(x.shape, jax.eval_shape(_bits, x).dtype) for x in results]
+    swept = lax.fori_loop(0, -(-examples // size), step, initial)
+    return [_of_bits(bits, x.dtype).reshape(*shape, *x.shape[1:]) for bits, x in zip(swept, results, strict=True)]
+
+
+def _bits(x: Array) -> Array:
+    """The bits of numbers in half precision. In a loop, XLA on CPUs would convert whole arrays of such numbers to float32."""
+    half = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
+    return lax.bitcast_convert_type(x, jnp.uint16) if half else x
+
+
+def _of_bits(bits: Array, dtype: Any) -> Array:
+    return bits if bits.dtype == dtype else lax.bitcast_convert_type(bits, dtype)
+
+
+def _start(i: Array, size: int, examples: int) -> Array:
+    """The first example of block i. The last block has as many examples as the others, so it may repeat some of them."""
+    return jnp.minimum(i * size, examples - size)
+
+
+def _block_size(ctx: Any, arrays: tuple[Array, ...], leading: int) -> int | None:
+    """The number of examples in a block, or None if they are not cut into blocks."""
+    place = ctx.module_context
+    if tuple(place.platforms) != ("cpu",) or getattr(place.axis_context, "num_devices", None) != 1:
+        return None
+    if not all(isinstance(size, int) for size in arrays[0].shape):  # a symbol of `jax.export`
+        return None
+    examples, classes = math.prod(arrays[0].shape[:leading]), math.prod(arrays[0].shape[leading:])
+    size = max(1, _BYTES // (4 * max(1, classes)))
+    return size if examples > 2 * size else None
+
+
+def _jvp_of_sweep(primals: tuple[Array, ...], tangents: tuple[Any, ...], *, function: Callable, leading: int) -> tuple[list, list]:
+    moves = [not isinstance(t, ad.Zero) for t in tangents]
+
+    def of_moved(*moved: Array) -> list[Array]:
+        moving = iter(moved)
+        return list(function(*(next(moving) if m else x for x, m in zip(primals, moves, strict=True))))
+
+    chosen = [tuple(x for x, m in zip(xs, moves, strict=True) if m) for xs in (primals, tangents)]
+    _, moved = jax.jvp(of_moved, chosen[0], chosen[1])
+    return _sweep.bind(*primals, function=function, leading=leading), moved
+
+
+def _batch_sweep(arrays: tuple[Array, ...], axes: tuple[Any, ...], *, function: Callable, leading: int) -> tuple[list, tuple[int, ...]]:
+    if any(axis is None and x.ndim > leading for x, axis in zip(arrays, axes, strict=True)):  # it would have to be copied
+        results = jax.vmap(function, axes)(*arrays)
+    else:
+        count = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
+        front = [
+            jnp.broadcast_to(x, (count, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
+            for x, axis in zip(arrays, axes, strict=True)
+        ]
+        results = _sweep.bind(*front, function=function, leading=leading + 1)
+    return list(results), (0,) * len(results)
+
+
+ad.primitive_jvps[_sweep] = _jvp_of_sweep
+batching.primitive_batchers[_sweep] = _batch_sweep
+
+
+# The gradient times tangents or cotangents -------------------------------------------------------------------------------
+
+_sum_of_products = Primitive("sum_of_products")  # Σ_k x_k·y_k [...] of two arrays [..., classes]
+_multiples = Primitive(
+    "multiples_of_rows"
+)  # c·x [..., classes] of c [...] and x [..., classes]; each is part of the transpose of the other
+
+
+def _dot(x: Array, y: Array, dtype: Any) -> Array:
+    return jnp.sum(x.astype(dtype) * y.astype(dtype), axis=-1)
+
+
+def _multiply(c: Array, x: Array, dtype: Any) -> Array:
+    wide = numerics.accumulation_dtype(c.dtype, x.dtype)
+    return (c.astype(wide)[..., None] * x.astype(wide)).astype(dtype)
+
+
+def _multiply_in_place(c: Array, x: Array, size: int) -> Array:
+    """c·x, written over x one block after another."""
+    shape = x.shape
+    c, x = c.reshape(-1), x.reshape(-1, shape[-1])
+
+    def step(i: Array, bits: Array) -> Array:
+        start = _start(i, size, x.shape[0])
+        of_block = lax.dynamic_slice_in_dim(c, start, size)
+        of_block = jnp.where(start + jnp.arange(size) < i * size, 1, of_block)  # these examples have been multiplied already
+        product = _multiply(of_block, _of_bits(lax.dynamic_slice_in_dim(bits, start, size), x.dtype), x.dtype)
+        return lax.dynamic_update_slice_in_dim(bits, _bits(product), start, 0)
+
+    return _of_bits(lax.fori_loop(0, -(-x.shape[0] // size), step, _bits(x)), x.dtype).reshape(shape)
+
+
+def _lower_multiples(ctx: Any, *operands: Any, dtype: Any) -> Any:
+    def run(c: Array, x: Array) -> Array:
+        size = _block_size(ctx, (x,), x.ndim - 1)
+        return _multiply(c, x, dtype) if size is None or x.dtype != dtype else _multiply_in_place(c, x, size)
+
+    return mlir.lower_fun(run, multiple_results=False)(ctx, *operands)
+
+
+def _batched(primitive: Primitive, plain: Callable, arrays: tuple[Array, ...], axes: tuple[Any, ...], dtype: Any) -> tuple[Array, int]:
+    if None in axes:  # an array would have to be copied
+        return jax.vmap(functools.partial(plain, dtype=dtype), axes)(*arrays), 0
+    return primitive.bind(*(jnp.moveaxis(x, axis, 0) for x, axis in zip(arrays, axes, strict=True)), dtype=dtype), 0
+
+
+def _product_with(primitive: Primitive, cotangent: Array, other: Array, like: Any) -> Array:
+    return primitive.bind(cotangent, other, dtype=like.aval.dtype)
+
+
+for primitive, plain in ((_sum_of_products, _dot), (_multiples, _multiply)):
+    primitive.def_impl(plain)
+    batching.primitive_batchers[primitive] = functools.partial(_batched, primitive, plain)
+_sum_of_products.def_abstract_eval(lambda x, y, *, dtype: core.ShapedArray(x.shape[:-1], dtype))
+_multiples.def_abstract_eval(lambda c, x, *, dtype: core.ShapedArray(x.shape, dtype))
+mlir.register_lowering(_sum_of_products, mlir.lower_fun(_dot, multiple_results=False))
+mlir.register_lowering(_multiples, _lower_multiples)
+ad.defbilinear(
+    _sum_of_products,
+    lambda ct, x, y, *, dtype: _product_with(_multiples, ct, y, x),
+    lambda ct, x, y, *, dtype: _product_with(_multiples, ct, x, y),
+)
+ad.defbilinear(
+    _multiples,
+    lambda ct, c, x, *, dtype: _product_with(_sum_of_products, ct, x, c),
+    lambda ct, c, x, *, dtype: _product_with(_multiples, c, ct, x),
+)
