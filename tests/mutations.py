@@ -216,9 +216,13 @@ MUTATIONS: tuple[Mutation, ...] = (
         (SHARDED,),
     ),
     Mutation(
-        "p^(2 − t1) with another sign", "_losses/tempered.py", "jnp.exp(-(1 + alpha) * u)  # p^(2 − t1)", "jnp.exp(-(1 - alpha) * u)", (V,)
+        "p^(2 − t1) with another sign",
+        "_losses/tempered.py",
+        "-(1 + alpha)[..., None] * u)  # p^(2 − t1)",
+        "-(1 - alpha)[..., None] * u)",
+        (V,),
     ),
-    Mutation("one Newton step", "_losses/tempered.py", "_STEPS = 12", "_STEPS = 1", (V, FAMILY)),
+    Mutation("three steps of Halley's method", "_losses/tempered.py", "_STEPS = 4", "_STEPS = 3", (V, FAMILY)),
     Mutation("prior subtracted", "_losses/imbalance.py", "shift = jnp.asarray(tau", "shift = -jnp.asarray(tau", (V,)),
     Mutation(
         "the smallest count of one device only",
@@ -462,6 +466,13 @@ MUTATIONS: tuple[Mutation, ...] = (
         "return Pair(p, q, delta - error, change - q * error)",
         "return Pair(p, q, delta - 0 * error, change - q * error)",
         (f"{FAMILIES}/test_distillation.py",),
+    ),
+    Mutation(
+        "all other classes are the rest of the most likely class too",
+        "_losses/tempered.py",
+        "others = rows.as_column(r, rows.class_sum(r, numerics.where(largest, 0, power)))",
+        "others = rows.as_column(r, rows.class_sum(r, power))",
+        (V, G),
     ),
     Mutation(
         "a mean is subtracted once, so that a confident class keeps its rounding",

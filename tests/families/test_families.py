@@ -1,6 +1,7 @@
 """What the families promise beyond the properties of the table: limits, bounds, parameters' derivatives, extremes."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from tests.properties.test_values import RTOL
 from tests.tables import cases
 from tests.tables import reference as ref
 from tests.tables import reference_families as families
+from xentjax._losses import tempered
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -110,6 +112,25 @@ NEEDED = {
     "forward_corrected_cross_entropy": {"noise_matrix": jnp.asarray(cases.noise(7), jnp.float32)},
     "backward_corrected_cross_entropy": {"noise_matrix": jnp.asarray(cases.noise(7), jnp.float32)},
 }
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_bi_tempered_probabilities_sum_to_one(dtype, x64):
+    """At any t2, for a few equal largest classes and very many classes up to 1,200 below them: these rows need the most steps."""
+    classes, rows = 110_001, []
+    for largest, near, gap in itertools.product((1, 5), (10, 10_000), (3.0, 12.0, 40.0, 60.0, 100.0, 300.0)):
+        row = np.full(classes, -4 * gap)
+        row[: largest + near] = -gap
+        row[:largest] = 0
+        rows.append(row)
+    z = jnp.asarray(np.asarray(rows), dtype)
+    surprises = jax.jit(lambda heavy: tempered._surprises(z, jnp.full(len(z), heavy), None, None, None))
+    for t2 in (1.0, 1.001, 1.05, 1.2, 1.35, 1.5, 2.0, 4.0):
+        u = surprises(jnp.asarray(t2, dtype) - 1)
+        # the rounding of λ moves every probability by a factor of 1 + eps·λ/(1 + (t2 − 1)λ), and λ is below 1,300
+        np.testing.assert_allclose(jnp.exp(-u).sum(-1), 1, rtol=64 * float(jnp.finfo(dtype).eps))
+
+
 PARAMETERS = [
     ("generalized_cross_entropy", "generalized", "q", 0.7),
     ("generalized_cross_entropy", "generalized", "q", 1e-3),

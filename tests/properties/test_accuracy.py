@@ -166,7 +166,10 @@ def test_one_hot_rows_have_the_gradient_of_their_index(case, rng, classes=7):
     surprise = np.abs(np.asarray(z, np.float64) - log_sum_exp(z))
     for of_index, of_row, more in zip(index, one_hot, (0, surprise), strict=True):
         of_index, of_row = (np.asarray(x, np.float64).reshape(len(y), -1) for x in (of_index, of_row))
-        bound = 2 * case.tolerance * (8 + margins(z, y)[:, None] + more) * np.abs(of_index) + 10 * classes * TINY / EPS
+        size = np.abs(of_index)
+        if not case.exact_at_margins:  # a component may be a difference of two sums over classes, which the two programs add differently
+            size = size.max(-1, keepdims=True)
+        bound = 2 * case.tolerance * (8 + margins(z, y)[:, None] + more) * size + 10 * classes * TINY / EPS
         assert (np.abs(of_row - of_index) / EPS <= bound).all()
 
 

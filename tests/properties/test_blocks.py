@@ -22,7 +22,15 @@ def distillation(divergence, logits, other, number):
     return xentjax.distillation_loss(logits, other, divergence=divergence, temperature=1 + number, beta=number)
 
 
-LOSSES = {kind: functools.partial(distillation, kind) for kind in ("forward", "reverse", "js", "tv")}
+def tempered(labels_of, logits, other, number):
+    return xentjax.bi_tempered_cross_entropy(logits, labels_of(other), t1=number, t2=1 + number)
+
+
+DISTILLATION = {kind: functools.partial(distillation, kind) for kind in ("forward", "reverse", "js", "tv")}
+LOSSES = DISTILLATION | {
+    "tempered": functools.partial(tempered, lambda x: jnp.argmax(x, -1)),
+    "tempered-soft": functools.partial(tempered, functools.partial(jax.nn.softmax, axis=-1)),
+}
 each = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
 
@@ -126,7 +134,7 @@ def test_masks(divergence, in_blocks, rng):
     assert not np.asarray(found[1][0])[~np.asarray(where)].any() and not np.asarray(found[1][1])[:, 2].any()
 
 
-@each
+@pytest.mark.parametrize("loss", DISTILLATION.values(), ids=DISTILLATION)
 @pytest.mark.parametrize("spec", [P("i"), P(None, "i")])
 def test_no_blocks_on_several_devices(loss, spec, monkeypatch, rng):
     """A loop over examples would gather them. Devices add numbers of an example, if the classes are split; else they exchange nothing."""
@@ -150,8 +158,8 @@ def test_no_blocks_on_several_devices(loss, spec, monkeypatch, rng):
 def test_no_copies_of_the_logits():
     """An array of the logits has 8 MB here. The gradient of the loss is made in the memory of the result."""
     z = jax.ShapeDtypeStruct((2000, 1000), jnp.float32)
-    for divergence in ("forward", "reverse", "js", "tv"):
-        run = jax.value_and_grad(lambda x, y, d=divergence: xentjax.distillation_loss(x, y, divergence=d).mean(), (0, 1))
+    for loss in [*DISTILLATION.values(), functools.partial(tempered, lambda x: x)]:
+        run = jax.value_and_grad(lambda x, y, loss=loss: loss(x, y, 0.3).mean(), (0, 1))
         assert jax.jit(run).lower(z, z).compile().memory_analysis().temp_size_in_bytes < 16 * blocks._BYTES  # some arrays of a block
 
 

@@ -16,7 +16,7 @@ would need the examples of the others. So the choice is made when a program is l
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,24 +25,37 @@ from jax import Array, core, lax
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.typing import ArrayLike
 
-from xentjax._core import numerics
+from xentjax._core import numerics, rows
 
 _BYTES = 3 * 2**18  # of an array in a block; a few such arrays fit into the cache of one core
 
 
-def in_blocks(losses: Callable[..., Array], *args: Any) -> Array:
-    """losses(*args), shape [...], computed one block of examples after another.
+def in_blocks(losses: Callable[..., Array], r: Sequence[rows.Rows], *numbers: ArrayLike) -> Array:
+    """losses(*rows, *numbers), shape [...], computed one block of examples after another.
 
-    `losses` maps arrays with the same leading axes, of shape [..., classes] or [...], to one loss per example. Each loss must depend on
-    its own example only. `args` are pytrees of such arrays, the first of which has a class axis. `losses` must not use other arrays.
+    `r` holds one or several rows of logits for each example, all with the same masks. `losses` gets these rows, with `values` in one dtype,
+    and the `numbers` as arrays [...] of that dtype. It must not use other arrays. Each loss must depend on its own example only.
     """
+    dtype = numerics.accumulation_dtype(*(x.raw.dtype for x in r))
+    axis_name, leading = r[0].axis_name, r[0].raw.shape[:-1]
+    args = (
+        [(x.raw, x.labels) for x in r],
+        [jnp.broadcast_to(jnp.asarray(x, dtype), leading) for x in numbers],
+        r[0].class_mask,
+        r[0].where,
+    )
     arrays, structure = jax.tree.flatten(args)
-    if not jax.typeof(arrays[0]).sharding.mesh.empty:
-        return losses(*args)
+
+    def of_args(r: list[tuple[Array, Array | None]], numbers: list[Array], class_mask: Array | None, where: Array | None) -> Array:
+        return losses(*(rows.Rows(z, z.astype(dtype), labels, class_mask, where, axis_name) for z, labels in r), *numbers)
+
+    if axis_name is not None or not jax.typeof(arrays[0]).sharding.mesh.empty:
+        return of_args(*args)
 
     def of_arrays(*arrays: Array) -> tuple[Array]:
-        return (losses(*structure.unflatten(arrays)),)
+        return (of_args(*structure.unflatten(arrays)),)
 
     @jax.custom_jvp
     def value(*arrays: Array) -> Array:

@@ -138,13 +138,13 @@ def _(axis_name: mesh.AxisName, primals: tuple[Any, ...], tangents: tuple[Any, .
     dot_of_others = by_others + jnp.exp(-of_pivot) * by_pivot
     if index is not None:
         on_pivot = _at(r, pivot, index)
-        dot = _number_where(on_pivot, dot_of_pivot[..., None], dot_of_others[..., None] - _at(r, moved, index))
+        dot = number_where(on_pivot, dot_of_pivot[..., None], dot_of_others[..., None] - _at(r, moved, index))
         return _surprise(*primals, axis_name), (dot, dot_of_pivot)
-    dot = _number_where(pivot, rows.as_column(r, dot_of_pivot), rows.as_column(r, dot_of_others) - moved)
+    dot = number_where(pivot, rows.as_column(r, dot_of_pivot), rows.as_column(r, dot_of_others) - moved)
     return (u, of_pivot), (dot if class_mask is None else numerics.where(class_mask, dot, 0), dot_of_pivot)
 
 
-def _number_where(condition: Array, number: Array, x: Array) -> Array:
+def number_where(condition: Array, number: Array, x: Array) -> Array:
     """`number` [..., 1] where `condition`, elsewhere `x` [..., classes].
 
     It is a sum of products, because a selection would first broadcast `number` to all classes, on every device.
@@ -221,7 +221,7 @@ def _(axis_name: mesh.AxisName, primals: tuple[Any, ...], tangents: tuple[Any, .
     stats = statistics.of_row(r)
     pivot = _is_pivot(r, stats.reference, stats.log_sum)
     balance = -rows.class_sum(r, numerics.where(pivot, 0, dot))
-    return _slope(*primals, axis_name), rows.masked(_number_where(pivot, rows.as_column(r, balance), dot), where, class_mask)
+    return _slope(*primals, axis_name), rows.masked(number_where(pivot, rows.as_column(r, balance), dot), where, class_mask)
 
 
 def _label_sums(r: rows.Rows, e: statistics.Exponentials, t: Array) -> tuple[Array, Array, Array]:

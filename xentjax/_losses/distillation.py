@@ -115,27 +115,14 @@ def distillation_loss(
 
 @functools.partial(jax.jit, static_argnames="divergence")
 def _distillation(student: rows.Examples, teacher: rows.Examples, temperature: ArrayLike, beta: ArrayLike, divergence: str) -> Array:
-    dtype = numerics.accumulation_dtype(student.logits.dtype, teacher.logits.dtype)
-    p, q = rows.of(teacher), rows.of(student)
-    numbers = (jnp.broadcast_to(jnp.asarray(x, dtype), p.raw.shape[:-1]) for x in (temperature, beta))
-    loss = functools.partial(_loss, axis_name=p.axis_name, divergence=divergence)
-    return blocks.in_blocks(loss, p.raw, q.raw, *numbers, p.class_mask, p.where)
+    loss = functools.partial(_loss, divergence=divergence)
+    return blocks.in_blocks(loss, (rows.of(teacher), rows.of(student)), temperature, beta)
 
 
-def _loss(
-    teacher: Array,
-    student: Array,
-    temperature: Array,
-    beta: Array,
-    class_mask: Array | None,
-    where: Array | None,
-    *,
-    axis_name: mesh.AxisName,
-    divergence: str,
-) -> Array:
-    p, q = (_softened(rows.Rows(z, z, None, class_mask, where, axis_name), temperature) for z in (teacher, student))
+def _loss(teacher: rows.Rows, student: rows.Rows, temperature: Array, beta: Array, *, divergence: str) -> Array:
+    p, q = _softened(teacher, temperature), _softened(student, temperature)
     pair = log_ratio.pair(p, q, temperature)
-    loss = _divergence(p.values, q.values, pair, beta, class_mask, where, axis_name, divergence)
+    loss = _divergence(p.values, q.values, pair, beta, p.class_mask, p.where, p.axis_name, divergence)
     all_impossible = (rows.largest(p) == -jnp.inf) | (rows.largest(q) == -jnp.inf)
     loss = numerics.where(all_impossible, lax.stop_gradient(loss) + jnp.inf, numerics.restore_infinity(loss))
     return rows.row_value(p, loss)
@@ -143,7 +130,7 @@ def _loss(
 
 def _softened(row: rows.Rows, temperature: Array) -> rows.Rows:
     """The row with `values` of logits/T. A logit of −∞ stays −∞, with derivative 0 in T. Logits that a mask hides are not divided."""
-    z = rows.masked(row.raw.astype(temperature.dtype), row.where, row.class_mask)
+    z = rows.masked(row.values, row.where, row.class_mask)
     impossible = z == -jnp.inf
     finite = numerics.finite(z)
     z = numerics.where(impossible, finite - lax.stop_gradient(finite), z) / temperature[..., None]
