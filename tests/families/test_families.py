@@ -114,11 +114,11 @@ NEEDED = {
 }
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.float64, marks=pytest.mark.exhaustive)])
 def test_bi_tempered_probabilities_sum_to_one(dtype, x64):
     """At any t2, for a few equal largest classes and very many classes up to 1,200 below them: these rows need the most steps."""
     classes, rows = 110_001, []
-    for largest, near, gap in itertools.product((1, 5), (10, 10_000), (3.0, 12.0, 40.0, 60.0, 100.0, 300.0)):
+    for largest, near, gap in itertools.product((1, 5), (10, 10_000), (12.0, 40.0, 300.0)):
         row = np.full(classes, -4 * gap)
         row[: largest + near] = -gap
         row[:largest] = 0
