@@ -141,7 +141,7 @@ def _log_sums(
     r = rows.Rows(raw, values, labels, class_mask, where, axis_name)
     m = rows.reference(r)
     if differentiated or (factor := rows.off_label(r)) is None:
-        exponentials = _masked_exponentials(r, m, rows.combined_mask(~rows.on_label(r), class_mask, where))
+        exponentials = off_label_exponentials(r, m)
     else:
         exponentials = jnp.exp(values - m[..., None]) * factor
     total = rows.class_sum(r, exponentials)
@@ -246,11 +246,11 @@ class Exponentials(NamedTuple):
 def exponentials(r: rows.Rows) -> Exponentials:
     """The exponentials of every row, and their sums. The code has the correct first derivatives."""
     m = rows.reference(r)
-    marked = _marked(r, m)
+    marked = marked_exponentials(r, m)
     return Exponentials(m, marked, *_rest_and_ties(r, m, marked))
 
 
-def _marked(r: rows.Rows, m: Array) -> Array:
+def marked_exponentials(r: rows.Rows, m: Array) -> Array:
     """e^(z_k − m) below the largest logit, −1 at the largest, 0 where masked, shape [..., classes].
 
     This one array also tells which classes are the largest, so the loops of a loss read it instead of the logits.
@@ -302,6 +302,11 @@ def two_sums(r: rows.Rows, x: Array, y: Array) -> tuple[Array, Array]:
         return rows.class_sum(r, x), rows.class_sum(r, y)
     both = jnp.sum(lax.complex(x, y), axis=-1)
     return rows.sum_over_devices(r, both.real), rows.sum_over_devices(r, both.imag)
+
+
+def off_label_exponentials(r: rows.Rows, m: Array) -> Array:
+    """e^(z_k − m) of all classes but the label, whose entry is 0, shape [..., classes]."""
+    return _masked_exponentials(r, m, rows.combined_mask(~rows.on_label(r), r.class_mask, r.where))
 
 
 def _masked_exponentials(r: rows.Rows, m: Array, keep: Array) -> Array:

@@ -66,7 +66,8 @@ def expected(r: rows.Rows, t: Array) -> Array:
 
 def entropy(r: rows.Rows, stats: statistics.Statistics) -> Array:
     """H(p) = −Σ_k p_k log p_k of every row, shape [...]. It is computed as c + Σ_k p_k (m − z_k), whose terms are never negative."""
-    return _entropy(r.values, stats.reference, stats.log_sum, r.class_mask, r.where, r.axis_name)
+    labels = r.labels if isinstance(stats, statistics.WithLabel) else None
+    return _entropy(r.values, r.raw, stats, labels, r.class_mask, r.where, r.axis_name, False)
 
 
 def total(r: rows.Rows, stats: statistics.Statistics) -> Array:
@@ -272,25 +273,59 @@ def _count(r: rows.Rows, classes: Array) -> Array:
 
 # The rule of the entropy -------------------------------------------------------------------------------------------------
 #
-# With a rule, the gradient is one loop over the logits that computes its own exponentials. XLA would store exponentials that the gradient
-# shares with a sum.
+# In float32, the sum and the gradient use the exponentials that the gradient of the loss stores anyway. In half precision, or without a
+# gradient, the sum computes its own exponentials and stores nothing. A lower bound replaces a logit of −∞. It is one number per row, since
+# XLA on CPUs would store a constant that is broadcast to all classes.
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
-def _entropy(z: Array, m: Array, c: Array, class_mask: Array | None, where: Array | None, axis_name: mesh.AxisName) -> Array:
-    r = rows.Rows(z, z, None, class_mask, where, axis_name)
-    x = z - m[..., None]
-    x = rows.masked(numerics.where(x == -jnp.inf, -numerics.INFINITE, x), where, class_mask)
-    terms = jnp.exp(x - c[..., None]) * x
-    # Without the selection, XLA on CPUs would store c and m, broadcast to all classes, for the sum. With it, XLA stores the terms.
-    return c - rows.class_sum(r, numerics.where(x > -numerics.INFINITE, terms, 0))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(6, 7))
+def _entropy(
+    values: Array,
+    raw: Array,
+    stats: statistics.Statistics,
+    labels: Array | None,
+    class_mask: Array | None,
+    where: Array | None,
+    axis_name: mesh.AxisName,
+    differentiated: bool,
+) -> Array:
+    """The entropy [...]. The rule takes the derivatives of `stats` into account, and ignores its tangents."""
+    r = rows.Rows(raw, values, labels, class_mask, where, axis_name)
+    z, m, low = lax.optimization_barrier((raw, stats.reference, stats.reference - 1000))
+    x = rows.masked(jnp.maximum(z.astype(m.dtype), low[..., None]) - m[..., None], where, class_mask)
+    if r.half or not differentiated:
+        total = rows.class_sum(r, jnp.exp(x) * x)
+    else:
+        e, of_label = _exponentials(r, stats)
+        total = rows.class_sum(r, e * x)
+        if of_label is not None:
+            total += of_label * numerics.where(of_label > 0, stats.gap, 0)
+    return stats.log_sum - total * jnp.exp(-stats.log_sum)
 
 
 @_entropy.defjvp
-def _(axis_name: mesh.AxisName, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
-    z, m, c, class_mask, where = primals
-    r = rows.Rows(z, z, None, class_mask, where, axis_name)
-    h = _entropy(z, m, c, class_mask, where, axis_name)
-    log_p = rows.masked(jnp.maximum(z + (-m)[..., None], -numerics.INFINITE), where, class_mask) - c[..., None]
-    slope = rows.masked(-jnp.exp(log_p) * (log_p + h[..., None]), where, class_mask)  # includes the derivative of c = lse(z) − m
+def _(axis_name: mesh.AxisName, differentiated: bool, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    values, raw, stats, labels, class_mask, where = primals
+    r = rows.Rows(raw, values, labels, class_mask, where, axis_name)
+    h = _entropy(*primals, axis_name, True)
+    z = numerics.widen(raw) if r.half else values
+    log_p = rows.masked(jnp.maximum(z + (-stats.reference)[..., None], -numerics.INFINITE), where, class_mask) - stats.log_sum[..., None]
+    if r.half:
+        p = jnp.exp(log_p)
+    else:
+        e, of_label = _exponentials(r, stats)
+        scale = jnp.exp(-stats.log_sum)
+        p = e * scale[..., None]
+        if of_label is not None:
+            p = numerics.where(rows.on_label(r), jnp.broadcast_to((of_label * scale)[..., None], p.shape), p)
+    slope = rows.masked(-p * (log_p + h[..., None]), where, class_mask)  # includes the derivative of c = lse(z) − m
     return h, rows.class_sum(r, slope * tangents[0])
+
+
+def _exponentials(r: rows.Rows, stats: statistics.Statistics) -> tuple[Array, Array | None]:
+    """e^(z_k − m) of all classes [..., classes]; with a label, 0 at the label, whose exponential [...] is the second result."""
+    m = stats.reference
+    if isinstance(stats, statistics.WithLabel):
+        return statistics.off_label_exponentials(r, m), jnp.exp(stats.gap)
+    marked = statistics.marked_exponentials(r, m)
+    return numerics.where(marked < -0.5, -marked, marked), None
