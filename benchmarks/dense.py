@@ -3,7 +3,8 @@
 Value and gradient of the mean over a batch with integer labels, against `optax.softmax_cross_entropy_with_integer_labels`; compiled,
 and called outside jit. With --soft, labels are distributions and the peer is `optax.softmax_cross_entropy`. With --smoothing, both smooth
 the labels. With --value, only the value is computed, as in an evaluation. With --grid, many numbers of rows and classes are measured,
-odd ones too. With --all, every categorical loss beside softmax_cross_entropy instead.
+odd ones too. With --all, every categorical loss is measured beside softmax_cross_entropy instead. With --published, divergences and the
+bi-tempered loss are measured beside the formulas of the papers instead.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import optax
 from tqdm import tqdm
 
 import xentjax
-from benchmarks import families, grid, measure, plots, report, shapes
+from benchmarks import families, grid, measure, plots, published, report, shapes
 
 SIZES = ((50_000, 10), (8_000, 1_000), (1_000, 32_000), (250, 128_000))
 DEFAULT = tuple(shapes.Shape(tokens, None, classes, dtype) for dtype in ("float32", "bfloat16") for tokens, classes in SIZES)
@@ -85,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--value", action="store_true", help="the value without a gradient")
     parser.add_argument("--grid", action="store_true", help="many numbers of rows and classes, as a heat map with --plot")
     parser.add_argument("--all", action="store_true", help="every categorical loss beside softmax_cross_entropy")
+    parser.add_argument("--published", action="store_true", help="divergences and the bi-tempered loss beside the formulas of papers")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -94,6 +96,8 @@ def run(arguments: argparse.Namespace) -> None:
         return run_all(arguments)
     if arguments.grid:
         return run_grid(arguments)
+    if arguments.published:
+        return run_published(arguments)
     cases = arguments.shapes or (SOFT if arguments.soft else DEFAULT)
     size = (cases[0].tokens, cases[0].classes) if arguments.shapes else EAGER_SHAPE
     print(f"jax {jax.__version__}, optax {optax.__version__}, {jax.devices()[0].device_kind}; xentjax / optax")
@@ -130,6 +134,20 @@ def run_grid(arguments: argparse.Namespace) -> None:
     )
     if arguments.plot:
         plots.save_grid(arguments.plot, "softmax_cross_entropy, value and gradient: time relative to optax", tables)
+
+
+def run_published(arguments: argparse.Namespace) -> None:
+    """The table of the losses that papers define by a formula, compared with that formula."""
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}; xentjax / formula")
+    rows = published.rows_of(tuple(arguments.shapes or ()), arguments.rounds)
+    print(f"{report.table(rows)}\n\n{report.table(published.summary(rows))}")
+    result = {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "losses": rows, "summary": published.summary(rows)}
+    report.write(arguments.json, result)
+    if arguments.plot:
+        groups = {f"{row['loss']}, {row['of']}": {} for row in rows}
+        for row in rows:
+            groups[f"{row['loss']}, {row['of']}"][f"{row['shape']}, {row['dtype']}"] = row["time ratio"]
+        plots.save_bars(arguments.plot, "value and gradient", "ratio to the formula", groups)
 
 
 def run_all(arguments: argparse.Namespace) -> None:

@@ -12,7 +12,8 @@ import mpmath
 import numpy as np
 import pytest
 
-from benchmarks import accelerator, accuracy, compilation, families, grid, linear, measure, peers, problem, shapes
+import xentjax
+from benchmarks import accelerator, accuracy, compilation, families, grid, linear, measure, peers, problem, published, shapes
 from benchmarks.__main__ import main
 from tests.tables import cases
 
@@ -110,6 +111,23 @@ def test_the_grid_has_a_ratio_for_each_size(tmp_path, capsys, monkeypatch):
     assert cells == [(dtype, n, k) for dtype in ("float32", "bfloat16") for n in (3, 7) for k in (2, 5)]
     assert all(row["time ratio"] > 0 for row in written["grid"]) and "| rows | 2 classes | 5 classes |" in printed
     assert [row["dtype"] for row in written["summary"]] == ["float32", "bfloat16"]
+
+
+@pytest.mark.exhaustive
+def test_published_formulas_are_those_of_the_losses(tmp_path, capsys, rng):
+    """Their values and gradients equal ours up to the rounding of the formulas; labels of the bi-tempered loss differ by a constant."""
+    x, y = (jnp.asarray(rng.normal(size=(7, 5)), jnp.float32) for _ in range(2))
+    for divergence, formula in published.DIVERGENCES.items():
+        ours = jax.value_and_grad(lambda *z, d=divergence: xentjax.distillation_loss(*z, divergence=d).sum(), (0, 1))(x, y)
+        theirs = jax.value_and_grad(lambda *z, f=formula: f(*z).sum(), (0, 1))(x, y)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, theirs)
+    labels = jnp.asarray([0, 4, 2, 2, 1, 3, 0])
+    for t in (labels, jax.nn.softmax(y)):
+        ours, theirs = (jax.grad(lambda z, f=f, t=t: f(z, t).sum())(x) for f in (xentjax.bi_tempered_cross_entropy, published.bi_tempered))
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)  # five fixed-point iterations
+    printed, written = run(tmp_path, capsys, "dense", "--published", "--shapes", "12x5", "--rounds", "1", plot=True)
+    assert len(written["losses"]) == 10 and all(row["time ratio"] > 0 for row in written["losses"])
+    assert "| 12 x 5 |" in printed and "| largest memory |" in printed
 
 
 @pytest.mark.exhaustive
