@@ -42,8 +42,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "the label is summed among the others",
         "_core/statistics.py",
-        "rows.combined_mask(~rows.on_label(r), class_mask, where))",
-        "rows.combined_mask(rows.on_label(r) | True, class_mask, where))",
+        "rows.combined_mask(~rows.on_label(r), r.class_mask, r.where))",
+        "rows.combined_mask(rows.on_label(r) | True, r.class_mask, r.where))",
         (V,),
     ),
     Mutation(

@@ -188,10 +188,9 @@ batching.primitive_batchers[_sweep] = _batch_sweep
 
 # The gradient times tangents or cotangents -------------------------------------------------------------------------------
 
+# Each of the two is a part of the transpose of the other.
 _sum_of_products = Primitive("sum_of_products")  # Σ_k x_k·y_k [...] of two arrays [..., classes]
-_multiples = Primitive(
-    "multiples_of_rows"
-)  # c·x [..., classes] of c [...] and x [..., classes]; each is part of the transpose of the other
+_multiples = Primitive("multiples_of_rows")  # c·x [..., classes] of c [...] and x [..., classes]
 
 
 def _dot(x: Array, y: Array, dtype: Any) -> Array:
@@ -236,11 +235,12 @@ def _product_with(primitive: Primitive, cotangent: Array, other: Array, like: An
     return primitive.bind(cotangent, other, dtype=like.aval.dtype)
 
 
-for primitive, plain in ((_sum_of_products, _dot), (_multiples, _multiply)):
-    primitive.def_impl(plain)
-    batching.primitive_batchers[primitive] = functools.partial(_batched, primitive, plain)
+_sum_of_products.def_impl(_dot)
+_multiples.def_impl(_multiply)
 _sum_of_products.def_abstract_eval(lambda x, y, *, dtype: core.ShapedArray(x.shape[:-1], dtype))
 _multiples.def_abstract_eval(lambda c, x, *, dtype: core.ShapedArray(x.shape, dtype))
+batching.primitive_batchers[_sum_of_products] = functools.partial(_batched, _sum_of_products, _dot)
+batching.primitive_batchers[_multiples] = functools.partial(_batched, _multiples, _multiply)
 mlir.register_lowering(_sum_of_products, mlir.lower_fun(_dot, multiple_results=False))
 mlir.register_lowering(_multiples, _lower_multiples)
 ad.defbilinear(

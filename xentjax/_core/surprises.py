@@ -298,7 +298,7 @@ def _entropy(
     else:
         e, of_label = _exponentials(r, stats)
         total = rows.class_sum(r, e * x)
-        if of_label is not None:
+        if isinstance(stats, statistics.WithLabel) and of_label is not None:
             total += of_label * numerics.where(of_label > 0, stats.gap, 0)
     return stats.log_sum - total * jnp.exp(-stats.log_sum)
 
