@@ -196,7 +196,7 @@ def _slope_of_student(row: rows.Rows, pair: log_ratio.Pair, beta: Array, diverge
     elif divergence == "tv":
         number = jnp.sign(pair.difference) / -2
     else:
-        number = (1 - beta)[..., None] * _log_ratios_to_mixture(pair.log_ratio, beta[..., None])[1]
+        number = (1 - beta)[..., None] * _log_ratios_to_mixture(pair, beta[..., None])[1]
     return pair.q * log_ratio.centred(row, pair.q, number)
 
 
@@ -208,15 +208,18 @@ def _slope_of_teacher(row: rows.Rows, pair: log_ratio.Pair, beta: Array, diverge
 
 def _mixture_terms(pair: log_ratio.Pair, beta: Array) -> tuple[Array, Array]:
     """The terms of D(p‖m) and of D(q‖m). They need p − m = (1 − β)(p − q) and q − m = −β(p − q)."""
-    to_p, to_q = _log_ratios_to_mixture(pair.log_ratio, beta)
+    to_p, to_q = _log_ratios_to_mixture(pair, beta)
     return _excess(pair.p, to_p, (1 - beta) * pair.difference), _excess(pair.q, to_q, -beta * pair.difference)
 
 
-def _log_ratios_to_mixture(d: Array, beta: Array) -> tuple[Array, Array]:
-    """log(p/m) and log(q/m). With a = max(p, q) and b = min(p, q), log(m/a) = log1p(share·(b/a − 1)), share being the weight of b."""
+def _log_ratios_to_mixture(pair: log_ratio.Pair, beta: Array) -> tuple[Array, Array]:
+    """log(p/m) and log(q/m). With a = max(p, q) and b = min(p, q), log(m/a) = log1p(share·(b − a)/a), share being the weight of b."""
+    d = pair.log_ratio
     p_is_larger = d >= 0
     share = jnp.where(p_is_larger, 1 - beta, beta)
-    above = -jnp.log1p(share * jnp.expm1(numerics.where(p_is_larger, -d, d)))  # log(a/m)
+    larger = numerics.where(p_is_larger, pair.p, pair.q)
+    change = numerics.where(p_is_larger, -pair.difference, pair.difference) / numerics.where(larger == 0, 1, larger)
+    above = -jnp.log1p(share * change)  # log(a/m)
     return numerics.where(p_is_larger, above, above + d), numerics.where(p_is_larger, above - d, above)
 
 

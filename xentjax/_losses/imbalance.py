@@ -171,6 +171,9 @@ def seesaw_loss(
     The loss protects rare classes from the gradients of the many examples with frequent labels. M_k reduces the gradient of class k if k is
     rarer than the label. C_k increases the gradient of class k if the model gives k a higher probability than the label.
 
+    The loss of soft labels t is Σ_k t_k·loss(k), where loss(k) is the loss of class index k. The terms of this sum are
+    computed one class at a time. So soft labels take about as many times longer than class indices as there are classes.
+
     Args:
         logits: [..., classes], unnormalized log-probabilities.
         labels: [...] class indices, or [..., classes] soft labels.

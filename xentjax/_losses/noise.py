@@ -36,7 +36,7 @@ def forward_corrected_cross_entropy(
     p is the distribution of the true class.
 
     The loss of soft labels t is Σ_k t_k·loss(k), where loss(k) is the loss of class index k. The terms of this sum are
-    computed one class at a time.
+    computed one class at a time. So soft labels take about as many times longer than class indices as there are classes.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities of the true classes.
