@@ -202,6 +202,8 @@ def _slope_of_student(row: rows.Rows, pair: log_ratio.Pair, beta: Array, diverge
 
 def _slope_of_teacher(row: rows.Rows, pair: log_ratio.Pair, beta: Array, divergence: str) -> Array:
     """The gradient with respect to the logits of the teacher: that of the student for the exchanged distributions."""
+    if divergence == "tv":  # the same signs as for the student, so that they are computed once
+        return pair.p * log_ratio.centred(row, pair.p, jnp.sign(pair.difference) / 2)
     exchanged = log_ratio.Pair(pair.q, pair.p, -pair.log_ratio, -pair.difference)
     return _slope_of_student(row, exchanged, 1 - beta, {"forward": "reverse", "reverse": "forward"}.get(divergence, divergence))
 
