@@ -1,17 +1,19 @@
 """Losses computed one block of examples after another.
 
-On CPUs, XLA stores many intermediate arrays of the size of the logits for a loss with several sums over classes. New memory is slow: the
-system clears each page when it is first used. If a block of examples fits into the cache, its arrays are made again and again in the same
-memory.
+Some losses have several sums over classes. For such a loss, XLA on CPUs stores many intermediate arrays. Each array has the size of the
+logits. New memory is slow: the system clears each page when it is first used. The intermediate arrays of one block fit into the cache.
+Each block uses the same memory as the block before it. So no new memory is needed.
 
-Derivatives. One sweep over the blocks computes the losses and their gradients. So the gradient uses the exponentials of the loss while
-they are in the cache. The loss of an example depends on that example alone. So the tangent of its loss is Σ_k g_k·ẋ_k, where g is the
-gradient and ẋ is the tangent of the inputs of that example. The transpose of this sum multiplies the gradient of each example by one
-number. On a CPU, this is done in place, also one block after another. Second derivatives are computed without blocks.
+Derivatives. One sweep over the blocks computes the losses and their gradients. The loss computes exponentials, and the gradient uses the
+same exponentials while they are in the cache. The loss of an example depends on that example alone. So the tangent of its loss is
+Σ_k g_k·ẋ_k, where g is the gradient and ẋ is the tangent of the inputs of that example. The transpose of this sum multiplies the gradient
+of each example by one number. This number is the cotangent of the loss of that example. If blocks are used and the dtypes agree, this
+product is written over the gradient, one block after another. Second derivatives are computed without blocks.
 
-Choice. A loop over examples is right for a single CPU device. On GPUs and TPUs, XLA fuses the operations. On several devices, each device
-would need the examples of the others. So the choice is made when a program is lowered for its devices, and not when it is traced. Inside
-`jax.shard_map` and under an abstract mesh there are no blocks.
+Choice. A loop over blocks is faster on a single CPU device. On GPUs and TPUs, XLA fuses the operations, so blocks are not needed there. On
+several devices, the examples may be split over the devices. A block is a slice of all examples, so each device would need examples of
+other devices. So the choice is made when a program is lowered for its devices, and not when it is traced. There are no blocks if
+`axis_name` is given, or if the type of the logits has a mesh. This is the case inside `jax.shard_map`, and after a mesh has been set.
 """
 
 import functools
@@ -29,7 +31,7 @@ from jax.typing import ArrayLike
 
 from xentjax._core import numerics, rows
 
-_BYTES = 3 * 2**18  # of an array in a block; a few such arrays fit into the cache of one core
+_BYTES = 3 * 2**18  # the bytes of one float32 array of a block; a few such arrays fit into the cache of one core
 
 
 def in_blocks(losses: Callable[..., Array], r: Sequence[rows.Rows], *numbers: ArrayLike) -> Array:
@@ -75,7 +77,10 @@ def in_blocks(losses: Callable[..., Array], r: Sequence[rows.Rows], *numbers: Ar
 
 
 def _with_gradients(function: Callable[..., tuple[Array]], wanted: tuple[bool, ...]) -> Callable[..., tuple[Array, ...]]:
-    """A function that also returns the gradient of each loss with respect to the `wanted` arrays of its own example."""
+    """A function that returns the losses and their gradients.
+
+    `wanted` has one boolean for each array. If it is True, the gradient with respect to this array is returned.
+    """
 
     def run(*arrays: Array) -> tuple[Array, ...]:
         def of_wanted(*moved: Array) -> Array:
@@ -91,7 +96,8 @@ def _with_gradients(function: Callable[..., tuple[Array]], wanted: tuple[bool, .
 
 # The sweep over blocks ---------------------------------------------------------------------------------------------------
 
-_sweep = Primitive("sweep_over_examples")  # function(*arrays), whose results have the same leading axes as the arrays
+# function(*arrays), in blocks where possible. The results have the same leading axes as the arrays.
+_sweep = Primitive("sweep_over_examples")
 _sweep.multiple_results = True
 _sweep.def_impl(lambda *arrays, function, leading: list(function(*arrays)))
 
@@ -131,7 +137,10 @@ def _loop(function: Callable[..., tuple[Array, ...]], arrays: tuple[Array, ...],
 
 
 def _bits(x: Array) -> Array:
-    """The bits of numbers in half precision. In a loop, XLA on CPUs would convert whole arrays of such numbers to float32."""
+    """The bits of an array in half precision, as uint16. Any other array is returned unchanged.
+
+    In a loop, XLA on CPUs would convert whole arrays of numbers in half precision to float32.
+    """
     half = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
     return lax.bitcast_convert_type(x, jnp.uint16) if half else x
 
@@ -141,7 +150,7 @@ def _of_bits(bits: Array, dtype: Any) -> Array:
 
 
 def _start(i: Array, size: int, examples: int) -> Array:
-    """The first example of block i. The last block has as many examples as the others, so it may repeat some of them."""
+    """The first example of block i. All blocks have the same size, so the last block may repeat examples of the block before it."""
     return jnp.minimum(i * size, examples - size)
 
 
@@ -170,7 +179,7 @@ def _jvp_of_sweep(primals: tuple[Array, ...], tangents: tuple[Any, ...], *, func
 
 
 def _batch_sweep(arrays: tuple[Array, ...], axes: tuple[Any, ...], *, function: Callable, leading: int) -> tuple[list, tuple[int, ...]]:
-    if any(axis is None and x.ndim > leading for x, axis in zip(arrays, axes, strict=True)):  # it would have to be copied
+    if any(axis is None and x.ndim > leading for x, axis in zip(arrays, axes, strict=True)):  # blocks would need copies of it
         results = jax.vmap(function, axes)(*arrays)
     else:
         count = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
@@ -188,7 +197,7 @@ batching.primitive_batchers[_sweep] = _batch_sweep
 
 # The gradient times tangents or cotangents -------------------------------------------------------------------------------
 
-# Each of the two is a part of the transpose of the other.
+# The transpose of `_sum_of_products` is `_multiples`. The transpose of `_multiples` is `_sum_of_products` in c, and `_multiples` in x.
 _sum_of_products = Primitive("sum_of_products")  # Σ_k x_k·y_k [...] of two arrays [..., classes]
 _multiples = Primitive("multiples_of_rows")  # c·x [..., classes] of c [...] and x [..., classes]
 

@@ -57,7 +57,7 @@ def of(p: Prediction, q: Prediction) -> Array:
 
 
 class Pair(NamedTuple):
-    """Two softmax distributions, each array of shape [..., classes]. `pair` makes them."""
+    """Two softmax distributions, their log-ratio and their difference. Each array has shape [..., classes]. `pair` makes a `Pair`."""
 
     p: Array
     q: Array
@@ -68,9 +68,9 @@ class Pair(NamedTuple):
 def pair(p: rows.Rows, q: rows.Rows, temperature: Array) -> Pair:
     """The distributions of two rows whose `values` are the logits `raw` divided by `temperature` [...]. Both rows have the same masks.
 
-    The result is computed from `raw`: the difference of two logits has a smaller error before the division. It is differentiated with
-    respect to `values`. The derivatives are also accurate if the distributions are nearly equal, or if one class has nearly all of the
-    probability.
+    The result is computed from `raw`: the difference of two logits has a smaller error before the division. The derivative rule uses the
+    tangents of `values`. It ignores the tangents of `raw` and of `temperature`, on which `values` depend. The derivatives are also accurate
+    if the distributions are nearly equal, or if one class has nearly all of the probability.
     """
     return _pair(p.values, q.values, p.raw, q.raw, temperature, p.class_mask, p.where, p.axis_name)
 
@@ -124,7 +124,8 @@ def centred(r: rows.Rows, p: Array, x: Array) -> Array:
     """x_k − Σ_j p_j x_j, shape [..., classes], for the probabilities p of the row.
 
     The mean is subtracted twice. If one class has nearly all of the probability, its x and the first mean are nearly equal, so their
-    difference is exact. The second mean is the rounding error of the first one. Without it, this error could be larger than the result.
+    difference is exact. After the first subtraction, the true mean is 0, so the second mean is the rounding error of the first mean. The
+    second subtraction removes this error. Otherwise, the error could be larger than the result.
     """
     for _ in range(2):
         x = x - rows.as_column(r, rows.class_sum(r, p * x))
@@ -134,8 +135,9 @@ def centred(r: rows.Rows, p: Array, x: Array) -> Array:
 def centred_tangent(r: rows.Rows, p: Array, x: Array) -> Array:
     """`centred` of the tangent x. This function is slower, but its transpose is accurate too.
 
-    The transpose of `centred` subtracts products from the same number twice, and XLA may round this difference in two ways. So here the
-    class that holds more than half of the probability has a formula of its own, whose terms do not cancel: (1 − p_*)·x_* − Σ_{j≠*} p_j x_j.
+    The transpose of `centred` uses one difference in two places, in a sum and in the result. XLA may round the difference differently in
+    the two places, and then the rounding errors do not cancel. So here a class that holds more than half of the probability has its own
+    formula: (1 − p_*)·x_* − Σ_{j≠*} p_j x_j, where 1 − p_* is the sum of the other probabilities.
     """
     largest = lax.stop_gradient(p) > 0.5
     by_others = rows.class_sum(r, numerics.where(largest, 0, p * x))

@@ -8,8 +8,9 @@ entropy D(p‖q) is a sum over classes of terms that are not negative:
 For small d, g(d) is computed by a series. If p and q are nearly equal, D(p‖q) is about Σ_k p_k·d_k²/2. So the relative error of D(p‖q) is
 small if the relative error of d is small (see `_core.log_ratio`).
 
-Derivatives. Every gradient with respect to logits, except that of D(p‖q) with respect to the logits of q, has the form
-q_k·(x_k − Σ_j q_j x_j) with a number x_k of each class. `log_ratio.centred` computes the second factor without cancellation.
+Derivatives. The gradient of D(p‖q) with respect to student/T is q − p. The gradient of D(q‖p) with respect to teacher/T is p − q. Every
+other gradient with respect to student/T has the form q_k·(x_k − Σ_j q_j x_j), with one number x_k for each class. For teacher/T, p replaces
+q. `log_ratio.centred` computes the factor in parentheses accurately, also if its two terms are nearly equal.
 """
 
 from __future__ import annotations
@@ -129,7 +130,10 @@ def _loss(teacher: rows.Rows, student: rows.Rows, temperature: Array, beta: Arra
 
 
 def _softened(row: rows.Rows, temperature: Array) -> rows.Rows:
-    """The row with `values` of logits/T. A logit of −∞ stays −∞, with derivative 0 in T. Logits that a mask hides are not divided."""
+    """The row, with its `values` divided by T.
+
+    A logit of −∞ stays −∞, with derivative 0 in T. Logits that a mask hides are replaced by 0 before the division.
+    """
     z = rows.masked(row.values, row.where, row.class_mask)
     impossible = z == -jnp.inf
     finite = numerics.finite(z)
@@ -150,7 +154,8 @@ def _divergence(
 ) -> Array:
     """The divergence of softmax(teacher) and softmax(student), whose `pair` is given.
 
-    The rule takes the derivative of `pair` with respect to both logits into account, and ignores the tangents of the argument `pair`.
+    The rule gives the full derivative with respect to `teacher` and `student`, which includes the change of `pair`. So the rule does not
+    use the tangents of the argument `pair`.
     """
     return rows.class_sum(_row(teacher, class_mask, where, axis_name), _terms(pair, beta, divergence))
 
@@ -175,7 +180,7 @@ def _row(z: Array, class_mask: Array | None, where: Array | None, axis_name: mes
 
 
 def _terms(pair: log_ratio.Pair, beta: Array, divergence: str) -> Array:
-    """The terms of the sum over classes, none of which is negative."""
+    """The terms of the sum over classes. No term is negative."""
     if divergence == "forward":
         return _excess(pair.p, pair.log_ratio, pair.difference)
     if divergence == "reverse":
@@ -188,7 +193,7 @@ def _terms(pair: log_ratio.Pair, beta: Array, divergence: str) -> Array:
 
 
 def _slope_of_student(row: rows.Rows, pair: log_ratio.Pair, beta: Array, divergence: str) -> Array:
-    """The gradient with respect to the logits of the student. Each is q_k times a number minus the mean of that number."""
+    """The gradient with respect to student/T. It is q − p for "forward", and q_k·(x_k − Σ_j q_j x_j) with a number x_k for all others."""
     if divergence == "forward":
         return -pair.difference
     if divergence == "reverse":
@@ -201,7 +206,10 @@ def _slope_of_student(row: rows.Rows, pair: log_ratio.Pair, beta: Array, diverge
 
 
 def _slope_of_teacher(row: rows.Rows, pair: log_ratio.Pair, beta: Array, divergence: str) -> Array:
-    """The gradient with respect to the logits of the teacher: that of the student for the exchanged distributions."""
+    """The gradient with respect to teacher/T.
+
+    It equals the gradient of the student after three exchanges: p with q, β with 1 − β, and "forward" with "reverse".
+    """
     if divergence == "tv":  # the same signs as for the student, so that they are computed once
         return pair.p * log_ratio.centred(row, pair.p, jnp.sign(pair.difference) / 2)
     exchanged = log_ratio.Pair(pair.q, pair.p, -pair.log_ratio, -pair.difference)
@@ -215,7 +223,10 @@ def _mixture_terms(pair: log_ratio.Pair, beta: Array) -> tuple[Array, Array]:
 
 
 def _log_ratios_to_mixture(pair: log_ratio.Pair, beta: Array) -> tuple[Array, Array]:
-    """log(p/m) and log(q/m). With a = max(p, q) and b = min(p, q), log(m/a) = log1p(share·(b − a)/a), share being the weight of b."""
+    """log(p/m) and log(q/m).
+
+    Let a = max(p, q) and b = min(p, q), and let `share` be the weight of b in m. Then log(m/a) = log1p(share·(b − a)/a).
+    """
     d = pair.log_ratio
     p_is_larger = d >= 0
     share = jnp.where(p_is_larger, 1 - beta, beta)
@@ -226,7 +237,10 @@ def _log_ratios_to_mixture(pair: log_ratio.Pair, beta: Array) -> tuple[Array, Ar
 
 
 def _excess(a: Array, d: Array, difference: Array) -> Array:
-    """a·log(a/b) − a + b = a·g(d) ≥ 0 for d = log(a/b) and `difference` = a − b; INFINITE if b is 0 and a is not."""
+    """a·log(a/b) − a + b, which is never negative, for d = log(a/b) and `difference` = a − b.
+
+    It equals a·g(d), with g as in the module docstring. The result is INFINITE if the class has logit −∞ in b but not in a.
+    """
     near = jnp.abs(d) < differences.NEAR
     small = numerics.where(near, d, 0)
     far = numerics.where(d > _FAR, numerics.INFINITE, a * d - difference)

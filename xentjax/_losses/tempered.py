@@ -1,21 +1,22 @@
-"""Bi-tempered loss. It is cross-entropy with a bounded logarithm and a heavy-tailed softmax.
+"""Bi-tempered loss. It generalizes cross-entropy. If t1 < 1, its logarithm is bounded. If t2 > 1, its softmax has heavy tails.
 
 Definitions. The tempered logarithm is log_t(x) = (x^(1 − t) − 1)/(1 − t). Its inverse is exp_t(x) = (1 + (1 − t)x)^(1/(1 − t)). At t = 1,
-these functions are log and exp. The loss replaces log by log_t1, and replaces softmax by the probabilities p_k = exp_t2(z_k − λ). The
-normalizer λ is the number for which the probabilities sum to 1.
+these functions are log and exp. The probabilities are p_k = exp_t2(z_k − λ). The normalizer λ is the number for which they sum to 1. The
+loss is −log_t1 p_y − (1 − Σ_k p_k^(2 − t1))/(2 − t1). At t1 = t2 = 1, it is cross-entropy.
 
 Normalizer. λ is the root of log_t2 Z(λ), where
 
     Z(λ) = Σ_k p_k = Σ_k (1 + (t2 − 1)(λ − z_k))^(−1/(t2 − 1))        log_t2 Z = (1 − Z^(1 − t2))/(t2 − 1)
 
 The function log_t2 Z(λ) decreases in λ, and it is convex. If all logits are equal, it is linear. Halley's method finds its root. Its steps
-need three sums over classes, Σ p_k, Σ p_k^t2 and Σ p_k^(2·t2 − 1). Each step triples the number of correct digits.
+need three sums over classes, Σ p_k, Σ p_k^t2 and Σ p_k^(2·t2 − 1). Near the root, each step triples the number of correct digits.
 
-Derivatives. The solution is not differentiated. Let u_k = −log p_k and r_k = p_k^t2/Σ_j p_j^t2. The rule follows from Σ p = 1:
+Derivatives. The steps of Halley's method are not differentiated. Let u_k = −log p_k and r_k = p_k^t2/Σ_j p_j^t2. Because Σ p = 1, the
+derivative rule of u_k is
 
     du_k = −p_k^(t2 − 1)·(dz_k − Σ_j r_j dz_j) + (v_k − p_k^(t2 − 1)·Σ_j p_j v_j/Σ_j p_j^t2)·dt2
 
-where v_k is the derivative of u_k with respect to t2 at a fixed λ.
+Here v_k is the derivative of u_k with respect to t2 at a fixed λ.
 """
 
 from __future__ import annotations
@@ -112,7 +113,11 @@ def _of_index(r: rows.Rows, u: Array, power: Array, alpha: Array) -> Array:
 
 
 def _of_soft_labels(r: rows.Rows, u: Array, power: Array, alpha: Array) -> Array:
-    """Σ_k t_k·loss(k). Sums over the other classes are differences, except for a class that has most of the probability."""
+    """Σ_k t_k·loss(k) for soft labels t, shape [...].
+
+    loss(k) needs sums over the classes other than k. For most classes, such a sum is the total minus the term of k. If p_k > 1/2, this
+    difference would lose digits. Then the terms of the other classes are added.
+    """
     largest = u < math.log(2)
     rest = rows.as_column(r, rows.class_sum(r, numerics.where(largest, 0, jnp.exp(-u))))
     others = rows.as_column(r, rows.class_sum(r, numerics.where(largest, 0, power)))
@@ -125,7 +130,10 @@ def _of_soft_labels(r: rows.Rows, u: Array, power: Array, alpha: Array) -> Array
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
 def _surprises(values: Array, heavy: Array, class_mask: Array | None, where: Array | None, axis_name: mesh.AxisName) -> Array:
-    """−log p_k of every class [..., classes], INFINITE for impossible classes. `heavy` [...] is t2 − 1."""
+    """−log p_k of every class, shape [..., classes]. It is `numerics.INFINITE` for a masked class, and for a class with logit −∞.
+
+    `heavy` [...] is t2 − 1.
+    """
     r = rows.Rows(values, values, None, class_mask, where, axis_name)
     x = _solve(r, heavy)[..., None] + (rows.reference(r)[..., None] - rows.finite_values(r))
     return numerics.where(rows.not_infinite(r), numerics.scaled_log1p(x, heavy[..., None]), numerics.INFINITE)
@@ -162,8 +170,9 @@ def _slope_in_heavy(u: Array, heavy: Array) -> Array:
 def _solve(r: rows.Rows, heavy: Array) -> Array:
     """λ − m [...] for the largest logit m, by Halley's method.
 
-    The starting point is the root if all logits are equal. Each step reads the logits again. XLA on CPUs computes a selection slowly, so
-    t2 = 1 has no branch of its own. Instead 2⁻⁶⁰ replaces a smaller t2 − 1, with the same results.
+    The starting point is the root if all logits are equal. Each step reads all logits again, so the cost of a step matters. XLA on CPUs
+    computes a selection for each class slowly, so t2 = 1 has no branch of its own. If t2 − 1 is below 2⁻⁶⁰, the code uses 2⁻⁶⁰. The
+    results are the same.
     """
     h = jnp.maximum(heavy, 2.0**-60)[..., None]
     below, keep = rows.reference(r)[..., None] - r.values, rows.full_mask(r)
@@ -189,10 +198,10 @@ def _solve(r: rows.Rows, heavy: Array) -> Array:
 
 
 def _label_terms(own: Array, rest: Array, alpha: Array) -> Array:
-    """(1 − p^α)/α − (1 − p^(1 + α))/(1 + α), the terms of the label's probability p, with p = e^(−own) = 1 − rest.
+    """The terms of the loss that depend on the label's probability p: (1 − p^α)/α − (1 − p^(1 + α))/(1 + α) with α = 1 − t1.
 
-    The difference is the integral of s(1 − s)^(α − 1) over s from 0 to `rest`. For small `rest` the two terms cancel, so the series of the
-    integral replaces them.
+    p is given twice, as e^(−own) and as 1 − rest. The difference is the integral of s(1 − s)^(α − 1) over s from 0 to `rest`. If `rest` is
+    small, the two terms are nearly equal, and their difference loses digits. Then the series of the integral is used.
     """
     near = (rest < 0.25) & (own < 1)
     small, far = numerics.where(near, rest, 0), numerics.where(near, jnp.ones_like(own), own)
