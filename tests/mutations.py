@@ -222,7 +222,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "-(1 - alpha)[..., None] * u)",
         (V,),
     ),
-    Mutation("three steps of Halley's method", "_losses/tempered.py", "_STEPS = 4", "_STEPS = 3", (V, FAMILY)),
+    Mutation("three steps of Halley's method", "_losses/tempered.py", "_STEPS = 7", "_STEPS = 3", (V, FAMILY)),
     Mutation("prior subtracted", "_losses/imbalance.py", "shift = jnp.asarray(tau", "shift = -jnp.asarray(tau", (V,)),
     Mutation(
         "the smallest count of one device only",

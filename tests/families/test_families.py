@@ -125,7 +125,7 @@ def test_bi_tempered_probabilities_sum_to_one(dtype, x64):
         rows.append(row)
     z = jnp.asarray(np.asarray(rows), dtype)
     surprises = jax.jit(lambda heavy: tempered._surprises(z, jnp.full(len(z), heavy), None, None, None))
-    for t2 in (1.0, 1.001, 1.05, 1.2, 1.35, 1.5, 2.0, 4.0):
+    for t2 in (1.0, 1.001, 1.35, 4.0):
         u = surprises(jnp.asarray(t2, dtype) - 1)
         # the rounding of λ moves every probability by a factor of 1 + eps·λ/(1 + (t2 − 1)λ), and λ is below 1,300
         np.testing.assert_allclose(jnp.exp(-u).sum(-1), 1, rtol=64 * float(jnp.finfo(dtype).eps))

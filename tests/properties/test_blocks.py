@@ -86,6 +86,7 @@ def test_derivatives(loss, leading, in_blocks, rng):
     close(*in_blocks(everything, logits, other, number))
 
 
+@pytest.mark.exhaustive
 @each
 def test_half_precision(loss, in_blocks, rng):
     logits, other, *_ = draw(rng, dtype=jnp.bfloat16)
@@ -107,6 +108,7 @@ def test_vmap(loss, in_blocks, rng):
     close(*in_blocks(everything, logits, other, numbers))
 
 
+@pytest.mark.exhaustive
 @each
 def test_vmap_over_a_number(loss, in_blocks, rng):
     """The logits are not copied for each number, so this part has no blocks."""
@@ -163,6 +165,7 @@ def test_no_copies_of_the_logits():
         assert jax.jit(run).lower(z, z).compile().memory_analysis().temp_size_in_bytes < 16 * blocks._BYTES  # some arrays of a block
 
 
+@pytest.mark.exhaustive
 @each
 def test_symbolic_number_of_examples(loss, rng):
     logits, other, *_ = draw(rng)
