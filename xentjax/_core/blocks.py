@@ -17,6 +17,7 @@ other devices. So the choice is made when a program is lowered for its devices, 
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -83,13 +84,18 @@ def _with_gradients(function: Callable[..., tuple[Array]], wanted: tuple[bool, .
     """
 
     def run(*arrays: Array) -> tuple[Array, ...]:
-        def of_wanted(*moved: Array) -> Array:
-            moving = iter(moved)
-            (loss,) = function(*(next(moving) if w else x for x, w in zip(arrays, wanted, strict=True)))
-            return loss
+        (loss,), pull_back = jax.vjp(_of_chosen(function, arrays, wanted), *itertools.compress(arrays, wanted))
+        return loss, *pull_back((jnp.ones_like(loss),))
 
-        loss, pull_back = jax.vjp(of_wanted, *(x for x, w in zip(arrays, wanted, strict=True) if w))
-        return loss, *pull_back(jnp.ones_like(loss))
+    return run
+
+
+def _of_chosen(function: Callable[..., tuple[Array, ...]], arrays: Sequence[Array], chosen: Sequence[bool]) -> Callable:
+    """`function` as a function of the chosen arrays only. The others are fixed."""
+
+    def run(*moved: Array) -> tuple[Array, ...]:
+        moving = iter(moved)
+        return tuple(function(*(next(moving) if c else x for x, c in zip(arrays, chosen, strict=True))))
 
     return run
 
@@ -168,14 +174,9 @@ def _block_size(ctx: Any, arrays: tuple[Array, ...], leading: int) -> int | None
 
 def _jvp_of_sweep(primals: tuple[Array, ...], tangents: tuple[Any, ...], *, function: Callable, leading: int) -> tuple[list, list]:
     moves = [not isinstance(t, ad.Zero) for t in tangents]
-
-    def of_moved(*moved: Array) -> list[Array]:
-        moving = iter(moved)
-        return list(function(*(next(moving) if m else x for x, m in zip(primals, moves, strict=True))))
-
-    chosen = [tuple(x for x, m in zip(xs, moves, strict=True) if m) for xs in (primals, tangents)]
-    _, moved = jax.jvp(of_moved, chosen[0], chosen[1])
-    return _sweep.bind(*primals, function=function, leading=leading), moved
+    x, x_dot = (tuple(itertools.compress(arrays, moves)) for arrays in (primals, tangents))
+    _, moved = jax.jvp(_of_chosen(function, primals, moves), x, x_dot)
+    return _sweep.bind(*primals, function=function, leading=leading), list(moved)
 
 
 def _batch_sweep(arrays: tuple[Array, ...], axes: tuple[Any, ...], *, function: Callable, leading: int) -> tuple[list, tuple[int, ...]]:
