@@ -81,6 +81,14 @@ def expand_leading(x: Array, ndim: int) -> Array:
     return jnp.expand_dims(x, range(ndim - x.ndim))
 
 
+def underflows(x: Array) -> Array:
+    """Whether x ≥ 0 is less than the smallest normal number.
+
+    CPUs replace such a number by 0. GPUs keep it, and its reciprocal may overflow there. So it is treated as 0 on every device.
+    """
+    return x < jnp.finfo(x.dtype).tiny
+
+
 def is_infinite(x: Array) -> Array:
     """Whether `x` represents +∞, either as INFINITE or as INFINITE times a weight."""
     return lax.stop_gradient(x) > _THRESHOLD

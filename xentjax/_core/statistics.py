@@ -145,7 +145,7 @@ def _log_sums(
     else:
         exponentials = jnp.exp(values - m[..., None]) * factor
     total = rows.class_sum(r, exponentials)
-    empty = total == 0  # no other class exists, or all exponentials underflow: p_y = 1
+    empty = numerics.underflows(total)  # no other class exists, or all exponentials underflow: p_y = 1
     total = numerics.where(empty, jnp.ones_like(total), total)
     return m, _gap(r, m), numerics.where(empty, -numerics.INFINITE, jnp.log(total)), 1 / total
 

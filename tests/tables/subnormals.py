@@ -1,0 +1,56 @@
+"""Float32 arithmetic with subnormal numbers, as on GPUs.
+
+XLA on CPUs replaces a subnormal number by 0. GPUs keep it. There, its reciprocal overflows, and 0 times that is NaN. `evaluate` runs a
+function one operation after another in float64, and rounds each result to float32 with NumPy, which keeps subnormal numbers.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Literal
+
+NESTED = ("jaxpr", "call_jaxpr")  # parameters that hold the program of an operation
+LOOPS = ("scan", "while", "cond")
+
+
+def evaluate(function, *arguments):
+    """function(*arguments), with float32 results of all operations rounded as on GPUs."""
+    program, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    with np.errstate(all="ignore"):
+        results = _run(program, [np.asarray(x) for x in jax.tree.leaves(arguments)])
+    return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+
+def _run(program: ClosedJaxpr, arguments):
+    values = dict(zip((*program.jaxpr.constvars, *program.jaxpr.invars), (*map(np.asarray, program.consts), *arguments), strict=True))
+
+    def read(variable):
+        return np.asarray(variable.val) if isinstance(variable, Literal) else values[variable]
+
+    for eqn in program.jaxpr.eqns:
+        inputs = list(map(read, eqn.invars))
+        inner = next((eqn.params[name] for name in NESTED if name in eqn.params), None)
+        if inner is None or eqn.primitive.name in LOOPS:
+            outputs = _operation(eqn, inputs)
+        else:
+            outputs = _run(inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ()), inputs)
+        values.update(zip(eqn.outvars, outputs, strict=True))
+    return list(map(read, program.jaxpr.outvars))
+
+
+def _operation(eqn, inputs):
+    """The results of one operation. An operation that cannot run in float64, such as a loop, runs as it is, without subnormal numbers."""
+    params = {name: jnp.dtype(jnp.float64) if _is_float32(x) else x for name, x in eqn.params.items()}
+    wide = [x.astype(np.float64) if x.dtype == np.float32 else x for x in inputs]
+    try:
+        with jax.enable_x64(True):
+            outputs = eqn.primitive.bind(*map(jnp.asarray, wide), **params)
+            jax.block_until_ready(outputs)
+    except Exception:
+        outputs = eqn.primitive.bind(*map(jnp.asarray, inputs), **eqn.params)
+    outputs = outputs if eqn.primitive.multiple_results else [outputs]
+    return [np.asarray(x).astype(v.aval.dtype) for x, v in zip(outputs, eqn.outvars, strict=True)]
+
+
+def _is_float32(x):
+    return isinstance(x, np.dtype | type) and x == np.float32
