@@ -9,7 +9,7 @@ shapes.
 - `chunks`: the same with other chunk sizes; `planned` marks the size that `plan_linear` chooses.
 - `dense`: value and gradient of cross-entropy of stored logits, compared with optax and a copy. The copy reads the logits and writes an
   array of their size once. The ratio is the time relative to the copy.
-- `distillation`: value and gradient of the mean divergence, compared with the plain formula with two log-softmaxes in float32.
+- `distillation`: value and gradient of the mean divergence, compared with the plain formula in float32.
 - `accuracy`: errors at growing margins, in float32 with products of the highest precision.
 - `tests`: the tests of values, gradients, masks and accuracy, on the device. They get the time that is left.
 """
@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 import xentjax
-from benchmarks import accuracy, dense, linear, measure, peers, problem, report, shapes
+from benchmarks import accuracy, dense, linear, measure, peers, problem, published, report, shapes
 
 LINEAR = ("limit", "xentjax", "optax")
 CHUNKS = (256, 512, 1024, 2048, 4096)
@@ -119,20 +119,19 @@ def dense_rows(rounds: int) -> Iterator[Callable[[], report.Rows]]:
 
 def distillation_rows(rounds: int) -> Iterator[Callable[[], report.Rows]]:
     """Each divergence of the last shape, with the gradient of the student."""
-    size = LOGITS[on_accelerator()][-1]
+    size, temperature = LOGITS[on_accelerator()][-1], 2.0
 
-    def plain(student, teacher):
-        log_p, log_q = (jax.nn.log_softmax(x.astype(jnp.float32) / 2) for x in (teacher, student))
-        return (jnp.exp(log_p) * (log_p - log_q)).sum(-1).mean()
-
-    def rows(divergence: str) -> report.Rows:
+    def rows(divergence: str, plain: Callable) -> report.Rows:
         student, teacher = (jax.random.normal(jax.random.key(i), size, jnp.bfloat16) for i in range(2))
-        loss = partial(xentjax.distillation_loss, temperature=2.0, divergence=divergence)
-        functions = {divergence: jax.value_and_grad(lambda s, t: loss(s, t).mean()), "plain forward formula": jax.value_and_grad(plain)}
+        losses = {
+            divergence: partial(xentjax.distillation_loss, temperature=temperature, divergence=divergence),
+            "plain formula": lambda *logits: plain(*(x.astype(jnp.float32) / temperature for x in logits)),
+        }
+        functions = {name: jax.value_and_grad(lambda s, t, loss=loss: loss(s, t).mean()) for name, loss in losses.items()}
         return beside(times_of(functions, (student, teacher), rounds), {"shape": f"{size[0]} x {size[1]}", "dtype": "bfloat16"})
 
-    for divergence in ("forward", "reverse", "js", "tv"):
-        yield partial(rows, divergence)
+    for divergence, plain in published.DIVERGENCES.items():
+        yield partial(rows, divergence, plain)
 
 
 def accuracy_rows(rounds: int) -> Iterator[Callable[[], report.Rows]]:
@@ -158,15 +157,15 @@ STEPS: dict[str, Callable[[int], Iterator[Callable[[], report.Rows]]]] = {
 
 def run_tests(seconds: float) -> dict:
     """Runs the tests on the device in a process of its own; their last line, or that the time was over."""
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-x", "--device", *TESTS]
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-n", "8", "--maxfail", "20", "-p", "no:benchmark", "--device", *TESTS]
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     root = pathlib.Path(__file__).parents[1]
     try:
         done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=max(1.0, seconds))
     except subprocess.TimeoutExpired as error:
         printed = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
-        return {"finished": False, "output": printed[-2000:]}
-    return {"finished": True, "passed": done.returncode == 0, "output": done.stdout[-2000:]}
+        return {"finished": False, "output": printed[-8000:]}
+    return {"finished": True, "passed": done.returncode == 0, "output": done.stdout[-8000:]}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -172,7 +172,8 @@ def test_the_plan_by_hand():
     assert llama[:2] == (2048, 4) and llama.logits_bytes == 2048 * 128_256 * 4 and llama.gradient_bytes == 2048 * 128_256 * 2
     assert llama.peak_bytes < 4e9
     large = plan(2**20, 64, 2**18)
-    assert large[:2] == (1024, 1024) and large.logits_bytes == 2**30
+    assert large[:2] == (1536, 683) and large.logits_bytes == 1536 * 2**20  # 682 chunks of 1536 examples after one of 1024
+    assert plan(8192, 2304, 256_000)[:2] == (1408, 6)  # six of at most 1366 examples, rounded up to a multiple of 128
     assert plan(8, 4096, 64, 16_384)[:2] == (8192, 4)  # 8 sequences of 1,024 tokens at a time
     assert plan(97, 4, 131, chunk_size=7)[:2] == (7, 14)
     assert plan(97, 4, 131, chunk_size=60)[:2] == (33, 3)  # never two

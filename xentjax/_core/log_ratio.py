@@ -14,7 +14,10 @@ Most of the error of δ_k is the rounding error of the constant lse(z) − lse(y
 The terms of the last sum are as small as the log-ratios.
 """
 
+from __future__ import annotations
+
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -65,71 +68,125 @@ class Pair(NamedTuple):
     difference: Array  # p − q, accurate relative to its own size
 
 
-def pair(p: rows.Rows, q: rows.Rows, temperature: Array) -> Pair:
-    """The distributions of two rows whose `values` are the logits `raw` divided by `temperature` [...]. Both rows have the same masks.
+class Operands(NamedTuple):
+    """Two rows for each example, and what `pair` needs besides. `operands` makes them.
 
-    The result is computed from `raw`: the difference of two logits has a smaller error before the division. The derivative rule uses the
-    tangents of `values`. It ignores the tangents of `raw` and of `temperature`, on which `values` depend. The derivatives are also accurate
-    if the distributions are nearly equal, or if one class has nearly all of the probability.
+    The rows have the same masks. `numbers` are functions of the rows. No rule uses their tangents.
     """
-    return _pair(p.values, q.values, p.raw, q.raw, temperature, p.class_mask, p.where, p.axis_name)
+
+    p_values: Array  # [..., classes], logits divided by the temperature
+    q_values: Array
+    p_raw: Array  # the logits themselves
+    q_raw: Array
+    temperature: Array  # [...]
+    class_mask: Array | None
+    where: Array | None
+    numbers: _Numbers
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(7,))
-def _pair(
-    p_values: Array,
-    q_values: Array,
-    p_raw: Array,
-    q_raw: Array,
-    temperature: Array,
-    class_mask: Array | None,
-    where: Array | None,
-    axis_name: mesh.AxisName,
-) -> Pair:
-    dtype, T = p_values.dtype, temperature[..., None]
-    of_p, of_q = (rows.Rows(raw, raw.astype(dtype), None, class_mask, where, axis_name) for raw in (p_raw, q_raw))
-    logits, lost = differences.exact_difference(rows.finite_values(of_p), rows.finite_values(of_q))
-    reference, lost_too = differences.exact_difference(rows.reference(of_p), rows.reference(of_q))
-    (p, p_log_sum), (q, q_log_sum) = _probabilities(of_p, T), _probabilities(of_q, T)
-    delta = ((logits - reference[..., None]) + (lost - lost_too[..., None])) / T - (p_log_sum - q_log_sum)[..., None]
-    delta = numerics.finite(delta)  # the division of INFINITE may overflow
-    near = jnp.abs(delta) < differences.NEAR
-    small = numerics.where(near, delta, 0)
-    change = numerics.where(near, q * (small * differences.exponential_series(small, 1)), p - q)
-    error = jnp.log1p(jnp.clip(rows.class_sum(of_p, change), -0.5, 0.5))[..., None]
+class _Numbers(NamedTuple):
+    """Numbers per row, each of shape [...]."""
+
+    p_reference: Array  # the largest logit m
+    q_reference: Array
+    p_total: Array  # Σ_k e^((z_k − m)/T)
+    q_total: Array
+    constant: Array  # the difference of their logarithms
+    error: Array  # L as in the module docstring
+
+
+def operands(p: rows.Rows, q: rows.Rows, temperature: Array) -> Operands:
+    """The operands for two rows whose `values` are the logits `raw` divided by `temperature` [...]."""
+    zero = jnp.zeros_like(temperature)
+    of_p, of_q = (r._replace(raw=lax.stop_gradient(r.raw), values=lax.stop_gradient(r.raw.astype(r.values.dtype))) for r in (p, q))
+    numbers = _Numbers(rows.reference(of_p), rows.reference(of_q), zero, zero, zero, zero)
+    T = lax.stop_gradient(temperature)
+    p_total, q_total = (_total(r, m, T) for r, m in ((of_p, numbers.p_reference), (of_q, numbers.q_reference)))
+    numbers = numbers._replace(p_total=p_total, q_total=q_total, constant=jnp.log(p_total) - jnp.log(q_total))
+    given = Operands(of_p.raw, of_q.raw, of_p.raw, of_q.raw, T, p.class_mask, p.where, numbers)
+    change = rows.class_sum(of_p, _before_correction(given, p.axis_name).difference)
+    error = jnp.log1p(jnp.clip(change, -0.5, 0.5))
+    return Operands(p.values, q.values, p.raw, q.raw, temperature, p.class_mask, p.where, numbers._replace(error=error))
+
+
+def _total(r: rows.Rows, m: Array, temperature: Array) -> Array:
+    """Σ_k e^((z_k − m)/T) [...] for the largest logit m; 1 if there is no class."""
+    total = rows.class_sum(r, _exponentials(r, m, temperature))
+    return lax.optimization_barrier(numerics.where(total == 0, 1, total))  # computed once per row, not once per class
+
+
+def _exponentials(r: rows.Rows, m: Array, temperature: Array) -> Array:
+    x = (rows.finite_values(r) - m[..., None]) / temperature[..., None]
+    keep = rows.full_mask(r)
+    return jnp.exp(x if keep is None else numerics.where(keep, x, -jnp.inf))
+
+
+def pair(x: Operands, axis_name: mesh.AxisName) -> Pair:
+    """The distributions of two rows of logits.
+
+    The result is computed from the logits `raw`: the difference of two logits has a smaller error before the division by the temperature.
+    The derivative rule uses the tangents of `values`. It ignores the tangents of `raw` and of `temperature`, on which `values` depend. The
+    derivatives are also accurate if the distributions are nearly equal, or if one class has nearly all of the probability.
+
+    Each sum over classes calls this function again. On CPUs, XLA computes equal calls once. On GPUs and TPUs, each sum then reads the
+    logits, and no array of their size is stored.
+    """
+    return _pair(x._replace(p_raw=numerics.fresh(x.p_raw), q_raw=numerics.fresh(x.q_raw)), axis_name)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _pair(x: Operands, axis_name: mesh.AxisName) -> Pair:
+    p, q, delta, change = _before_correction(x, axis_name)
+    error = x.numbers.error[..., None]
     return Pair(p, q, delta - error, change - q * error)
 
 
-def _probabilities(r: rows.Rows, temperature: Array) -> tuple[Array, Array]:
-    """The probabilities [..., classes], and log Σ_k e^((z_k − m)/T) [...] for the largest logit m."""
-    x = (rows.finite_values(r) - rows.reference(r)[..., None]) / temperature
-    keep = rows.full_mask(r)
-    exponentials = jnp.exp(x if keep is None else numerics.where(keep, x, -jnp.inf))
-    total = rows.class_sum(r, exponentials)
-    total = lax.optimization_barrier(numerics.where(total == 0, 1, total))  # computed once per row, not once per class
-    return exponentials / total[..., None], jnp.log(total)
+def _before_correction(x: Operands, axis_name: mesh.AxisName) -> Pair:
+    """The pair with δ in place of d, and the difference q·(e^δ − 1)."""
+    numbers, dtype, T = x.numbers, x.temperature.dtype, x.temperature[..., None]
+    of_p, of_q = (rows.Rows(raw, raw.astype(dtype), None, x.class_mask, x.where, axis_name) for raw in (x.p_raw, x.q_raw))
+    logits, lost = differences.exact_difference(rows.finite_values(of_p), rows.finite_values(of_q))
+    reference, lost_too = differences.exact_difference(numbers.p_reference, numbers.q_reference)
+    p = _exponentials(of_p, numbers.p_reference, x.temperature) / numbers.p_total[..., None]
+    q = _exponentials(of_q, numbers.q_reference, x.temperature) / numbers.q_total[..., None]
+    delta = ((logits - reference[..., None]) + (lost - lost_too[..., None])) / T - numbers.constant[..., None]
+    delta = numerics.finite(delta)  # the division of INFINITE may overflow
+    near = jnp.abs(delta) < differences.NEAR
+    small = numerics.where(near, delta, 0)
+    return Pair(p, q, delta, numerics.where(near, q * (small * differences.exponential_series(small, 1)), p - q))
 
 
 @_pair.defjvp
-def _(axis_name: mesh.AxisName, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Pair, Pair]:
-    pair, class_mask, where = _pair(*primals, axis_name), *primals[5:]
-    of_p, of_q = (rows.Rows(x, x, None, class_mask, where, axis_name) for x in primals[:2])
-    p_moved = centred_tangent(of_p, pair.p, rows.masked(tangents[0], where, class_mask))
-    q_moved = centred_tangent(of_q, pair.q, rows.masked(tangents[1], where, class_mask))
+def _(axis_name: mesh.AxisName, primals: tuple[Operands], tangents: tuple[Operands]) -> tuple[Pair, Pair]:
+    (x,), (x_dot,) = primals, tangents
+    pair = _pair(x, axis_name)
+    of_p, of_q = (rows.Rows(z, z, None, x.class_mask, x.where, axis_name) for z in (x.p_values, x.q_values))
+    p_moved = centred_tangent(of_p, pair.p, rows.masked(x_dot.p_values, x.where, x.class_mask))
+    q_moved = centred_tangent(of_q, pair.q, rows.masked(x_dot.q_values, x.where, x.class_mask))
     d = p_moved - q_moved
     return pair, Pair(pair.p * p_moved, pair.q * q_moved, d, pair.p * d + pair.difference * q_moved)
 
 
-def centred(r: rows.Rows, p: Array, x: Array) -> Array:
-    """x_k − Σ_j p_j x_j, shape [..., classes], for the probabilities p of the row.
+def centred(r: rows.Rows, terms: Callable[[], tuple[Array, Array]]) -> Array:
+    """p_k·(x_k − Σ_j p_j x_j), shape [..., classes], for the probabilities p of the row and a number x_k for each class.
+
+    `terms` computes p and x. It is called once for each sum over classes (see `pair`).
 
     The mean is subtracted twice. If one class has nearly all of the probability, its x and the first mean are nearly equal, so their
     difference is exact. After the first subtraction, the true mean is 0, so the second mean is the rounding error of the first mean. The
     second subtraction removes this error. Otherwise, the error could be larger than the result.
     """
+
+    def product(means: Sequence[Array]) -> Array:
+        p, x = terms()
+        for mean in means:
+            x = x - mean
+        return p * x
+
+    means: list[Array] = []
     for _ in range(2):
-        x = x - rows.as_column(r, rows.class_sum(r, p * x))
-    return x
+        means.append(rows.as_column(r, rows.class_sum(r, product(means))))
+    return product(means)
 
 
 def centred_tangent(r: rows.Rows, p: Array, x: Array) -> Array:

@@ -76,6 +76,24 @@ def finite(x: Array) -> Array:
 finite.defjvp(lambda primals, tangents: (finite(*primals), tangents[0]))
 
 
+# On CPUs, equal computations from `fresh` arrays are done once. On GPUs and TPUs, the barrier keeps XLA from seeing that they are equal.
+_fresh = Primitive("fresh")
+_fresh.def_impl(lambda x: x)
+_fresh.def_abstract_eval(lambda x: x)
+mlir.register_lowering(_fresh, mlir.lower_fun(lax.optimization_barrier, multiple_results=False))
+mlir.register_lowering(_fresh, lambda _, x: [x], platform="cpu")
+ad.deflinear2(_fresh, lambda cotangent, _: [cotangent])
+batching.defvectorized(_fresh)
+
+
+def fresh(x: Array) -> Array:
+    """`x`. On GPUs and TPUs, XLA computes what follows again, instead of storing an array that another computation from `x` has made.
+
+    There, reading the logits again takes less time than storing and loading an intermediate array of their size in float32.
+    """
+    return _fresh.bind(x)
+
+
 def expand_leading(x: Array, ndim: int) -> Array:
     """`x` with leading axes of length 1 added until it has `ndim` axes, so that broadcasting is explicit."""
     return jnp.expand_dims(x, range(ndim - x.ndim))

@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, core
 
+_TILE = 128  # matrix products of GPUs compute blocks of so many rows: 1,639 rows take longer than 2,048
 _SYMBOLIC_CHUNKS = 4  # for an unknown number of examples: `plan_linear` takes a quarter of the examples as well
 
 
@@ -80,7 +81,7 @@ class Layout:
 
 
 def even(leading: tuple[int, ...], chunk_size: int) -> Layout:
-    """Chunks of at most `chunk_size` examples, as equal in size as possible.
+    """Chunks of at most `chunk_size` examples, as equal in size as possible. Large chunks are rounded up to a multiple of 128.
 
     Only the last leading axis is cut, because devices often hold parts of the earlier axes. If the earlier axes alone have more than
     `chunk_size` examples, all leading axes are flattened into one axis, which is then cut. Two chunks are split into three, because XLA
@@ -91,6 +92,8 @@ def even(leading: tuple[int, ...], chunk_size: int) -> Layout:
         outer, inner = 1, outer * inner
     chunks = max(1, -(-inner // max(1, chunk_size // max(1, outer))))
     chunk = max(1, -(-inner // (3 if chunks == 2 else chunks)))
+    if (rounded := -(-chunk // _TILE) * _TILE) * outer <= min(chunk_size, 2 * chunk * outer):
+        chunk = rounded
     others = max(1, -(-inner // chunk)) - 1
     return Layout(leading, outer, inner, inner - others * chunk, chunk, others)
 

@@ -11,7 +11,7 @@ from xentjax._linear import layers, layout
 
 _SMALL_BYTES = 2**25  # logits up to this size are not cut
 _FEW_EXAMPLES = 192  # smaller chunks are slower: each chunk rereads the gradient of the kernel, which then takes longer than the products
-_LARGE_BYTES = 2**30  # the logits of a chunk never take more, whatever the number of examples
+_LARGE_BYTES = 3 * 2**29  # the logits of a chunk never take more, whatever the number of examples
 
 
 class LinearPlan(NamedTuple):
@@ -42,7 +42,7 @@ def plan_linear(hidden: Any, kernel: Any, *, chunk_size: int | None = None, clas
     """The chunks of `fuse_linear` for these shapes and dtypes, and the memory that they take. Each field of the plan is a scalar, shape [].
 
     If all logits take at most 32 MiB, chunk_size = the number of examples. Otherwise chunk_size = max(⌈examples / 4⌉, 192). It is reduced
-    further if the logits of one chunk would take more than 1 GiB.
+    further if the logits of one chunk would take more than 1.5 GiB.
 
     The chunk size is a compromise. Each additional chunk reads the gradient of the kernel again, and larger chunks take more memory.
     Planning computes nothing on devices.

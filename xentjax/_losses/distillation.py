@@ -16,6 +16,7 @@ q. `log_ratio.centred` computes the factor in parentheses accurately, also if it
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -122,8 +123,7 @@ def _distillation(student: rows.Examples, teacher: rows.Examples, temperature: A
 
 def _loss(teacher: rows.Rows, student: rows.Rows, temperature: Array, beta: Array, *, divergence: str) -> Array:
     p, q = _softened(teacher, temperature), _softened(student, temperature)
-    pair = log_ratio.pair(p, q, temperature)
-    loss = _divergence(p.values, q.values, pair, beta, p.class_mask, p.where, p.axis_name, divergence)
+    loss = _divergence(log_ratio.operands(p, q, temperature), beta, p.axis_name, divergence)
     all_impossible = (rows.largest(p) == -jnp.inf) | (rows.largest(q) == -jnp.inf)
     loss = numerics.where(all_impossible, lax.stop_gradient(loss) + jnp.inf, numerics.restore_infinity(loss))
     return rows.row_value(p, loss)
@@ -141,42 +141,35 @@ def _softened(row: rows.Rows, temperature: Array) -> rows.Rows:
     return row._replace(values=z + numerics.where(impossible, jnp.full_like(z, -jnp.inf), 0))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(6, 7))
-def _divergence(
-    teacher: Array,
-    student: Array,
-    pair: log_ratio.Pair,
-    beta: Array,
-    class_mask: Array | None,
-    where: Array | None,
-    axis_name: mesh.AxisName,
-    divergence: str,
-) -> Array:
-    """The divergence of softmax(teacher) and softmax(student), whose `pair` is given.
-
-    The rule gives the full derivative with respect to `teacher` and `student`, which includes the change of `pair`. So the rule does not
-    use the tangents of the argument `pair`.
-    """
-    return rows.class_sum(_row(teacher, class_mask, where, axis_name), _terms(pair, beta, divergence))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _divergence(both: log_ratio.Operands, beta: Array, axis_name: mesh.AxisName, divergence: str) -> Array:
+    """The divergence of teacher and student, which are p and q in `both`."""
+    return rows.class_sum(_row(both.p_values, both, axis_name), _terms(log_ratio.pair(both, axis_name), beta, divergence))
 
 
 @functools.partial(_divergence.defjvp, symbolic_zeros=True)
-def _(axis_name: mesh.AxisName, divergence: str, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
-    teacher, student, pair, beta, class_mask, where = primals
-    p, q = (_row(z, class_mask, where, axis_name) for z in (teacher, student))
-    loss = _divergence(*primals, axis_name, divergence)
+def _(
+    axis_name: mesh.AxisName, divergence: str, primals: tuple[log_ratio.Operands, Array], tangents: tuple[Any, Any]
+) -> tuple[Array, Array]:
+    (both, beta), (moved, beta_moved) = primals, tangents
+    p, q = (_row(z, both, axis_name) for z in (both.p_values, both.q_values))
+    loss = _divergence(both, beta, axis_name, divergence)
+
+    def pair() -> log_ratio.Pair:
+        return log_ratio.pair(both, axis_name)
+
     total = jnp.zeros_like(loss)
-    for row, moved, slope in ((p, tangents[0], _slope_of_teacher), (q, tangents[1], _slope_of_student)):
-        if not isinstance(moved, SymbolicZero):
-            total += rows.class_sum(row, slope(row, pair, beta, divergence) * rows.masked(moved, where, class_mask))
-    if divergence == "js" and not isinstance(tangents[3], SymbolicZero):
-        to_p, to_q = _mixture_terms(pair, beta[..., None])
-        total += (rows.class_sum(p, to_p) - rows.class_sum(q, to_q)) * tangents[3]
+    for row, z_dot, slope in ((p, moved.p_values, _slope_of_teacher), (q, moved.q_values, _slope_of_student)):
+        if not isinstance(z_dot, SymbolicZero):
+            total += rows.class_sum(row, slope(row, pair, beta, divergence) * rows.masked(z_dot, both.where, both.class_mask))
+    if divergence == "js" and not isinstance(beta_moved, SymbolicZero):
+        to_p, to_q = _mixture_terms(pair(), beta[..., None])
+        total += (rows.class_sum(p, to_p) - rows.class_sum(q, to_q)) * beta_moved
     return loss, total
 
 
-def _row(z: Array, class_mask: Array | None, where: Array | None, axis_name: mesh.AxisName) -> rows.Rows:
-    return rows.Rows(z, z, None, class_mask, where, axis_name)
+def _row(z: Array, both: log_ratio.Operands, axis_name: mesh.AxisName) -> rows.Rows:
+    return rows.Rows(z, z, None, both.class_mask, both.where, axis_name)
 
 
 def _terms(pair: log_ratio.Pair, beta: Array, divergence: str) -> Array:
@@ -192,27 +185,40 @@ def _terms(pair: log_ratio.Pair, beta: Array, divergence: str) -> Array:
     return beta * of_p + (1 - beta) * of_q
 
 
-def _slope_of_student(row: rows.Rows, pair: log_ratio.Pair, beta: Array, divergence: str) -> Array:
+def _slope_of_student(row: rows.Rows, pair: Callable[[], log_ratio.Pair], beta: Array, divergence: str) -> Array:
     """The gradient with respect to student/T. It is q − p for "forward", and q_k·(x_k − Σ_j q_j x_j) with a number x_k for all others."""
     if divergence == "forward":
-        return -pair.difference
-    if divergence == "reverse":
-        number = -pair.log_ratio
-    elif divergence == "tv":
-        number = jnp.sign(pair.difference) / -2
-    else:
-        number = (1 - beta)[..., None] * _log_ratios_to_mixture(pair, beta[..., None])[1]
-    return pair.q * log_ratio.centred(row, pair.q, number)
+        return -pair().difference
+
+    def terms() -> tuple[Array, Array]:
+        both = pair()
+        if divergence == "reverse":
+            return both.q, -both.log_ratio
+        if divergence == "tv":
+            return both.q, jnp.sign(both.difference) / -2
+        return both.q, (1 - beta)[..., None] * _log_ratios_to_mixture(both, beta[..., None])[1]
+
+    return log_ratio.centred(row, terms)
 
 
-def _slope_of_teacher(row: rows.Rows, pair: log_ratio.Pair, beta: Array, divergence: str) -> Array:
+def _slope_of_teacher(row: rows.Rows, pair: Callable[[], log_ratio.Pair], beta: Array, divergence: str) -> Array:
     """The gradient with respect to teacher/T.
 
     It equals the gradient of the student after three exchanges: p with q, β with 1 − β, and "forward" with "reverse".
     """
+
     if divergence == "tv":  # the same signs as for the student, so that they are computed once
-        return pair.p * log_ratio.centred(row, pair.p, jnp.sign(pair.difference) / 2)
-    exchanged = log_ratio.Pair(pair.q, pair.p, -pair.log_ratio, -pair.difference)
+
+        def signs() -> tuple[Array, Array]:
+            both = pair()
+            return both.p, jnp.sign(both.difference) / 2
+
+        return log_ratio.centred(row, signs)
+
+    def exchanged() -> log_ratio.Pair:
+        p, q, d, difference = pair()
+        return log_ratio.Pair(q, p, -d, -difference)
+
     return _slope_of_student(row, exchanged, 1 - beta, {"forward": "reverse", "reverse": "forward"}.get(divergence, divergence))
 
 
