@@ -157,7 +157,9 @@ STEPS: dict[str, Callable[[int], Iterator[Callable[[], report.Rows]]]] = {
 
 def run_tests(seconds: float) -> dict:
     """Runs the tests on the device in a process of its own; their last line, or that the time was over."""
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-n", "8", "--maxfail", "20", "-p", "no:benchmark", "--device", *TESTS]
+    # pytest-benchmark, where it is installed, warns if tests run in parallel
+    options = ["-o", "addopts=", "-p", "no:benchmark", "-q", "-n", "8", "--maxfail", "20", "--device"]
+    command = [sys.executable, "-m", "pytest", *options, *TESTS]
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     root = pathlib.Path(__file__).parents[1]
     try:

@@ -17,8 +17,8 @@ The terms of the last sum are as small as the log-ratios.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +104,7 @@ def operands(p: rows.Rows, q: rows.Rows, temperature: Array) -> Operands:
     p_total, q_total = (_total(r, m, T) for r, m in ((of_p, numbers.p_reference), (of_q, numbers.q_reference)))
     numbers = numbers._replace(p_total=p_total, q_total=q_total, constant=jnp.log(p_total) - jnp.log(q_total))
     given = Operands(of_p.raw, of_q.raw, of_p.raw, of_q.raw, T, p.class_mask, p.where, numbers)
-    change = rows.class_sum(of_p, _before_correction(given, p.axis_name).difference)
+    change = rows.class_sum(of_p, _before_correction(_fresh(given, p_total), p.axis_name).difference)
     error = jnp.log1p(jnp.clip(change, -0.5, 0.5))
     return Operands(p.values, q.values, p.raw, q.raw, temperature, p.class_mask, p.where, numbers._replace(error=error))
 
@@ -121,17 +121,21 @@ def _exponentials(r: rows.Rows, m: Array, temperature: Array) -> Array:
     return jnp.exp(x if keep is None else numerics.where(keep, x, -jnp.inf))
 
 
-def pair(x: Operands, axis_name: mesh.AxisName) -> Pair:
+def pair(x: Operands, axis_name: mesh.AxisName, after: Array) -> Pair:
     """The distributions of two rows of logits.
 
     The result is computed from the logits `raw`: the difference of two logits has a smaller error before the division by the temperature.
     The derivative rule uses the tangents of `values`. It ignores the tangents of `raw` and of `temperature`, on which `values` depend. The
     derivatives are also accurate if the distributions are nearly equal, or if one class has nearly all of the probability.
 
-    Each sum over classes calls this function again. On CPUs, XLA computes equal calls once. On GPUs and TPUs, each sum then reads the
-    logits, and no array of their size is stored.
+    Each sum over classes calls this function again, with the result of the sum before it as `after`. On CPUs, XLA computes equal calls
+    once. On GPUs and TPUs, each sum reads the logits, and no array of their size is stored (see `numerics.fresh`).
     """
-    return _pair(x._replace(p_raw=numerics.fresh(x.p_raw), q_raw=numerics.fresh(x.q_raw)), axis_name)
+    return _pair(_fresh(x, after), axis_name)
+
+
+def _fresh(x: Operands, after: Array) -> Operands:
+    return x._replace(p_raw=numerics.fresh(x.p_raw, after), q_raw=numerics.fresh(x.q_raw, after))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -167,26 +171,25 @@ def _(axis_name: mesh.AxisName, primals: tuple[Operands], tangents: tuple[Operan
     return pair, Pair(pair.p * p_moved, pair.q * q_moved, d, pair.p * d + pair.difference * q_moved)
 
 
-def centred(r: rows.Rows, terms: Callable[[], tuple[Array, Array]]) -> Array:
+def centred(r: rows.Rows, terms: Callable[[Array], tuple[Array, Array]], after: Array) -> Array:
     """p_k·(x_k − Σ_j p_j x_j), shape [..., classes], for the probabilities p of the row and a number x_k for each class.
 
-    `terms` computes p and x. It is called once for each sum over classes (see `pair`).
+    `terms(after)` computes p and x (see `pair`).
 
     The mean is subtracted twice. If one class has nearly all of the probability, its x and the first mean are nearly equal, so their
     difference is exact. After the first subtraction, the true mean is 0, so the second mean is the rounding error of the first mean. The
     second subtraction removes this error. Otherwise, the error could be larger than the result.
     """
 
-    def product(means: Sequence[Array]) -> Array:
-        p, x = terms()
+    def product(after: Array, *means: Array) -> Array:
+        p, x = terms(after)
         for mean in means:
-            x = x - mean
+            x = x - rows.as_column(r, mean)
         return p * x
 
-    means: list[Array] = []
-    for _ in range(2):
-        means.append(rows.as_column(r, rows.class_sum(r, product(means))))
-    return product(means)
+    mean = rows.class_sum(r, product(after))
+    rest = rows.class_sum(r, product(mean, mean))
+    return product(rest, mean, rest)
 
 
 def centred_tangent(r: rows.Rows, p: Array, x: Array) -> Array:

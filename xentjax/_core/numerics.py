@@ -76,22 +76,23 @@ def finite(x: Array) -> Array:
 finite.defjvp(lambda primals, tangents: (finite(*primals), tangents[0]))
 
 
-# On CPUs, equal computations from `fresh` arrays are done once. On GPUs and TPUs, the barrier keeps XLA from seeing that they are equal.
+# Equal barriers with equal operands would be merged. So a barrier also has an operand that the next computation must wait for.
 _fresh = Primitive("fresh")
-_fresh.def_impl(lambda x: x)
-_fresh.def_abstract_eval(lambda x: x)
-mlir.register_lowering(_fresh, mlir.lower_fun(lax.optimization_barrier, multiple_results=False))
-mlir.register_lowering(_fresh, lambda _, x: [x], platform="cpu")
-ad.deflinear2(_fresh, lambda cotangent, _: [cotangent])
-batching.defvectorized(_fresh)
+_fresh.def_impl(lambda x, after: x)
+_fresh.def_abstract_eval(lambda x, after: x)
+mlir.register_lowering(_fresh, mlir.lower_fun(lambda *both: lax.optimization_barrier(both)[0], multiple_results=False))
+mlir.register_lowering(_fresh, lambda _, x, after: [x], platform="cpu")
+ad.primitive_jvps[_fresh] = lambda primals, tangents: (_fresh.bind(*primals), tangents[0])
+batching.primitive_batchers[_fresh] = lambda arrays, axes: (_fresh.bind(*arrays), axes[0])
 
 
-def fresh(x: Array) -> Array:
-    """`x`. On GPUs and TPUs, XLA computes what follows again, instead of storing an array that another computation from `x` has made.
+def fresh(x: Array, after: Array) -> Array:
+    """`x`. On GPUs and TPUs, what follows is computed from `x` again, once `after` is known.
 
-    There, reading the logits again takes less time than storing and loading an intermediate array of their size in float32.
+    Without it, XLA stores an array that an earlier computation from `x` has made. Reading the logits again takes less time than storing and
+    loading such an array in float32. On CPUs, equal computations are done once.
     """
-    return _fresh.bind(x)
+    return _fresh.bind(x, after)
 
 
 def expand_leading(x: Array, ndim: int) -> Array:

@@ -27,6 +27,8 @@ from jax.typing import ArrayLike
 
 from xentjax._core import blocks, checks, differences, log_ratio, mesh, numerics, rows
 
+_PairOf = Callable[[Array], log_ratio.Pair]  # after which number the pair is computed, see `log_ratio.pair`
+
 DIVERGENCES = ("forward", "reverse", "js", "tv")
 _FAR = 2.0**60  # larger than any log-ratio of finite logits
 
@@ -144,7 +146,8 @@ def _softened(row: rows.Rows, temperature: Array) -> rows.Rows:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _divergence(both: log_ratio.Operands, beta: Array, axis_name: mesh.AxisName, divergence: str) -> Array:
     """The divergence of teacher and student, which are p and q in `both`."""
-    return rows.class_sum(_row(both.p_values, both, axis_name), _terms(log_ratio.pair(both, axis_name), beta, divergence))
+    pair = log_ratio.pair(both, axis_name, both.numbers.error)
+    return rows.class_sum(_row(both.p_values, both, axis_name), _terms(pair, beta, divergence))
 
 
 @functools.partial(_divergence.defjvp, symbolic_zeros=True)
@@ -154,16 +157,16 @@ def _(
     (both, beta), (moved, beta_moved) = primals, tangents
     p, q = (_row(z, both, axis_name) for z in (both.p_values, both.q_values))
     loss = _divergence(both, beta, axis_name, divergence)
-
-    def pair() -> log_ratio.Pair:
-        return log_ratio.pair(both, axis_name)
-
+    pair = functools.partial(log_ratio.pair, both, axis_name)
     total = jnp.zeros_like(loss)
-    for row, z_dot, slope in ((p, moved.p_values, _slope_of_teacher), (q, moved.q_values, _slope_of_student)):
+    for row, z_dot, slope, after in (  # not after the same number: XLA would store what both gradients share
+        (p, moved.p_values, _slope_of_teacher, both.numbers.q_total),
+        (q, moved.q_values, _slope_of_student, loss),
+    ):
         if not isinstance(z_dot, SymbolicZero):
-            total += rows.class_sum(row, slope(row, pair, beta, divergence) * rows.masked(z_dot, both.where, both.class_mask))
+            total += rows.class_sum(row, slope(row, pair, beta, divergence, after) * rows.masked(z_dot, both.where, both.class_mask))
     if divergence == "js" and not isinstance(beta_moved, SymbolicZero):
-        to_p, to_q = _mixture_terms(pair(), beta[..., None])
+        to_p, to_q = _mixture_terms(pair(loss), beta[..., None])
         total += (rows.class_sum(p, to_p) - rows.class_sum(q, to_q)) * beta_moved
     return loss, total
 
@@ -185,41 +188,40 @@ def _terms(pair: log_ratio.Pair, beta: Array, divergence: str) -> Array:
     return beta * of_p + (1 - beta) * of_q
 
 
-def _slope_of_student(row: rows.Rows, pair: Callable[[], log_ratio.Pair], beta: Array, divergence: str) -> Array:
+def _slope_of_student(row: rows.Rows, pair: _PairOf, beta: Array, divergence: str, after: Array) -> Array:
     """The gradient with respect to student/T. It is q − p for "forward", and q_k·(x_k − Σ_j q_j x_j) with a number x_k for all others."""
     if divergence == "forward":
-        return -pair().difference
+        return -pair(after).difference
 
-    def terms() -> tuple[Array, Array]:
-        both = pair()
+    def terms(after: Array) -> tuple[Array, Array]:
+        both = pair(after)
         if divergence == "reverse":
             return both.q, -both.log_ratio
         if divergence == "tv":
             return both.q, jnp.sign(both.difference) / -2
         return both.q, (1 - beta)[..., None] * _log_ratios_to_mixture(both, beta[..., None])[1]
 
-    return log_ratio.centred(row, terms)
+    return log_ratio.centred(row, terms, after)
 
 
-def _slope_of_teacher(row: rows.Rows, pair: Callable[[], log_ratio.Pair], beta: Array, divergence: str) -> Array:
+def _slope_of_teacher(row: rows.Rows, pair: _PairOf, beta: Array, divergence: str, after: Array) -> Array:
     """The gradient with respect to teacher/T.
 
     It equals the gradient of the student after three exchanges: p with q, β with 1 − β, and "forward" with "reverse".
     """
-
     if divergence == "tv":  # the same signs as for the student, so that they are computed once
 
-        def signs() -> tuple[Array, Array]:
-            both = pair()
+        def signs(after: Array) -> tuple[Array, Array]:
+            both = pair(after)
             return both.p, jnp.sign(both.difference) / 2
 
-        return log_ratio.centred(row, signs)
+        return log_ratio.centred(row, signs, after)
 
-    def exchanged() -> log_ratio.Pair:
-        p, q, d, difference = pair()
+    def exchanged(after: Array) -> log_ratio.Pair:
+        p, q, d, difference = pair(after)
         return log_ratio.Pair(q, p, -d, -difference)
 
-    return _slope_of_student(row, exchanged, 1 - beta, {"forward": "reverse", "reverse": "forward"}.get(divergence, divergence))
+    return _slope_of_student(row, exchanged, 1 - beta, {"forward": "reverse", "reverse": "forward"}.get(divergence, divergence), after)
 
 
 def _mixture_terms(pair: log_ratio.Pair, beta: Array) -> tuple[Array, Array]:
