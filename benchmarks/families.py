@@ -47,7 +47,7 @@ def contenders(classes: int) -> dict[str, Contender]:
 
 _BASELINES = {"softmax_cross_entropy", "softmax_log_prob", "row_statistics"}
 _OWN = {
-    "bi_tempered_cross_entropy": ("a root, found by eight passes over classes",),
+    "bi_tempered_cross_entropy": ("a root, found by at most eight passes over classes",),
     "forward_corrected_cross_entropy": ("two sums under the noise", _MOST),
     "backward_corrected_cross_entropy": ("a distribution per label", _MOST),
 }

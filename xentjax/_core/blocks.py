@@ -196,6 +196,30 @@ ad.primitive_jvps[_sweep] = _jvp_of_sweep
 batching.primitive_batchers[_sweep] = _batch_sweep
 
 
+# Whether an iteration may stop ----------------------------------------------------------------------------------------------
+
+_every = Primitive("every_example")
+
+
+def every(condition: Array) -> Array:
+    """Whether `condition` [...] is True for every example, shape []. It is False in a program for several devices.
+
+    There, the examples may be split over the devices, and each device would have to wait for the others.
+    """
+    return _every.bind(condition)
+
+
+def _lower_every(ctx: Any, operand: Any) -> Any:
+    alone = getattr(ctx.module_context.axis_context, "num_devices", None) == 1
+    return mlir.lower_fun(lambda x: jnp.all(x) if alone else jnp.zeros((), bool), multiple_results=False)(ctx, operand)
+
+
+_every.def_impl(lambda condition: jnp.all(condition))
+_every.def_abstract_eval(lambda condition: core.ShapedArray((), condition.dtype))
+mlir.register_lowering(_every, _lower_every)
+batching.primitive_batchers[_every] = lambda arrays, axes: (_every.bind(*arrays), None)  # every example of every batch
+
+
 # The gradient times tangents or cotangents -------------------------------------------------------------------------------
 
 # The transpose of `_sum_of_products` is `_multiples`. The transpose of `_multiples` is `_sum_of_products` in c, and `_multiples` in x.
