@@ -162,7 +162,8 @@ def _(
         label = rows.on_label(r)
         # In half precision x + (−m), not x − m, so that this loop does not share the broadcast of m with the sum.
         x = z - m[..., None] if z.dtype == m.dtype else numerics.widen(z) + (-m)[..., None]
-        softmax = jnp.exp(numerics.where(rows.combined_mask(~label, class_mask, where), x, -jnp.inf)) * scale[..., None]
+        off_label = exponentials_where(rows.combined_mask(~label, class_mask, where), x, rows.full_mask(r))
+        softmax = off_label * scale[..., None]
         at_label = numerics.where(rows.combined_mask(label, class_mask, where), tangent, 0)
         return rows.class_sum(r, at_label), rows.class_sum(r, softmax * tangent)
 
@@ -309,11 +310,22 @@ def off_label_exponentials(r: rows.Rows, m: Array) -> Array:
     return _masked_exponentials(r, m, rows.combined_mask(~rows.on_label(r), r.class_mask, r.where))
 
 
+def exponentials_where(keep: Array, x: Array, full_mask: Array | None) -> Array:
+    """e^x where `keep`, 0 elsewhere, shape [..., classes].
+
+    XLA on CPUs does not vectorize the exponential of a selection if the number of rows is odd. A hidden number may be NaN or infinite. Then
+    the derivative of its exponential is not finite, so the number is replaced first.
+    """
+    if full_mask is None:
+        return numerics.where(keep, jnp.exp(x), 0)
+    return jnp.exp(numerics.where(keep, x, -jnp.inf))
+
+
 def _masked_exponentials(r: rows.Rows, m: Array, keep: Array) -> Array:
     """e^(z_k − m) where `keep`, 0 elsewhere, shape [..., classes], as the input of a sum over classes."""
     if r.raw.dtype != m.dtype:
         return jnp.exp(numerics.select_logits(keep, r.raw).astype(m.dtype) - m[..., None])
-    return jnp.exp(numerics.where(keep, r.raw - m[..., None], -jnp.inf))
+    return exponentials_where(keep, r.raw - m[..., None], rows.full_mask(r))
 
 
 def _gap(r: rows.Rows, m: Array) -> Array:
