@@ -1,9 +1,9 @@
-"""`python -m benchmarks linear|dense|compile|accuracy|sharded|accelerator [--peers …] [--shapes …] [--json FILE] [--plot FILE]`."""
+"""`python -m benchmarks linear|dense|compile|accuracy|sharded|accelerator|ahead [--peers …] [--shapes …] [--json FILE] [--plot FILE]`."""
 
 import argparse
 from collections.abc import Sequence
 
-from benchmarks import accelerator, accuracy, compilation, dense, linear, sharded
+from benchmarks import accelerator, accuracy, ahead, compilation, dense, linear, sharded
 
 BENCHMARKS = {
     "linear": linear,
@@ -12,6 +12,7 @@ BENCHMARKS = {
     "accuracy": accuracy,
     "sharded": sharded,
     "accelerator": accelerator,
+    "ahead": ahead,
 }
 
 

@@ -1,6 +1,7 @@
 """The benchmarks run, measure what they say, and name what they could not measure. No time is asserted."""
 
 import argparse
+import importlib.util
 import json
 import re
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 import xentjax
-from benchmarks import accelerator, accuracy, compilation, families, grid, linear, measure, peers, problem, published, shapes
+from benchmarks import accelerator, accuracy, ahead, compilation, families, grid, linear, measure, peers, problem, published, shapes
 from benchmarks.__main__ import main
 from tests.tables import cases
 
@@ -350,3 +351,24 @@ def test_a_peak_below_an_earlier_one_is_not_known(monkeypatch, peak, expected):
     stats = iter([{"bytes_in_use": 300, "peak_bytes_in_use": 700}, {"bytes_in_use": 300, "peak_bytes_in_use": peak}])
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(memory_stats=lambda: next(stats))])
     assert measure.peak_bytes(lambda: None) == expected
+
+
+def test_bytes_that_kernels_move():
+    program = """HloModule jit_f
+%fused (p: f32[8,4]) -> bf16[8] { ROOT %r = bf16[8]{0} reduce(%p, %c), dimensions={1} }
+ENTRY %main (x: f32[8,4], y: s32[8]) -> bf16[8] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %y = s32[8]{0} parameter(1)
+  %a = (f32[8]{0}, f32[8,4]{1,0}) fusion(%x, %y), kind=kInput, calls=%fused
+  %b = f32[8]{0} get-tuple-element(%a), index=0
+  ROOT %c = bf16[8]{0} fusion(%b), kind=kLoop, calls=%fused
+}"""
+    of_a = (32 + 128) + 128 + 32  # results and operands
+    assert ahead.moved(program) == of_a + 16 + 32
+
+
+def test_compiling_ahead_says_what_it_needs():
+    if importlib.util.find_spec("jax_plugins") is not None:
+        pytest.skip("JAX's plugin for CUDA is installed")
+    with pytest.raises(SystemExit, match=r"gpu-compiler"):
+        main(["ahead"])
