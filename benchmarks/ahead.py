@@ -1,8 +1,9 @@
 """What losses store and move on an NVIDIA H200, from programs compiled without one.
 
-Value and gradient of the mean at 8,192 x 32,000. `temporary MB`: memory beside arguments and results, as the compiler reports it. `GB moved`:
-bytes that the kernels read and write, one after another, as if nothing stayed in a cache. The times of large losses are about the bytes
-divided by the rate of the memory. Nothing runs, so no GPU is needed, but JAX's plugin for CUDA 12 is: the extra `gpu-compiler`.
+Value and gradient of the mean at 8,192 x 32,000. `temporary MB`: memory beside arguments and results, as the compiler reports it.
+`GB moved`: bytes that the kernels read and write, one after another, as if nothing stayed in a cache. The time of a large loss is about
+these bytes, divided by the rate of the memory. Nothing runs, so no GPU is needed. JAX's plugin for CUDA 12 is needed: the extra
+`gpu-compiler`.
 """
 
 import argparse
@@ -77,7 +78,7 @@ def rows_of(dtype: str, place: jax.sharding.Sharding) -> report.Rows:
         step = jax.jit(jax.value_and_grad(lambda z, y, loss=loss: loss(z, y).mean()))
         program = step.lower(logits, others[kind]).compile()
         memory = round(measure.temporary_bytes(program) / 1e6, 1)
-        rows.append({"loss": name, "dtype": dtype, "temporary MB": memory, "GB moved": round(moved(program.as_text()) / 1e9, 2)})
+        rows.append({"loss": name, "dtype": dtype, "temporary MB": memory, "GB moved": round(moved(program.as_text() or "") / 1e9, 2)})
     return rows
 
 
