@@ -57,6 +57,8 @@ def _is_loss(name: str, x: object) -> bool:
     if name in _BASELINES or not inspect.isfunction(x):
         return False
     parameters = list(inspect.signature(x).parameters)
+    if "spatial" in parameters:  # images
+        return False
     return parameters[1:2] == ["labels"] and parameters[-4:] == ["axis", "axis_name", "class_mask", "where"]
 
 

@@ -158,6 +158,8 @@ ROOMS = {  # the file that defines a name, and the title of its group
     "_losses.distillation": "Distillation",
     "_losses.likelihood": "Real numbers, counts and levels",
     "_losses.ordinal": "Ordered classes",
+    "_losses.overlap": "Regions",
+    "_losses.detection": "Boxes",
     "_linear.fused": "Fused linear layers",
     "_linear.sharded": "Fused linear layers",
     "_linear.plan": "Fused linear layers",
@@ -188,7 +190,16 @@ GROUPS = groups()
 def mentions() -> dict[str, str]:
     """The pages and notebooks that explain functions, with what they say. Pages that list every function are left out."""
     docs = ROOT / "docs"
-    guides = ("fused-linear", "devices", "metrics", "migration", "conventions", "when-something-is-nan", "how-it-works")
+    guides = (
+        "fused-linear",
+        "devices",
+        "metrics",
+        "regions-and-boxes",
+        "migration",
+        "conventions",
+        "when-something-is-nan",
+        "how-it-works",
+    )
     paths = {page: docs / f"{page}.md" for page in guides}
     paths |= {f"notebooks/{path.stem}": path.with_suffix(".py") for path in sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))}
     return {page: path.read_text().replace("xentjax.", "") for page, path in paths.items()}

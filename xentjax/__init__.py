@@ -27,6 +27,9 @@ from xentjax._linear.fused import linear_softmax_cross_entropy as linear_softmax
 from xentjax._linear.plan import LinearPlan as LinearPlan
 from xentjax._linear.plan import plan_linear as plan_linear
 from xentjax._linear.sharded import fuse_linear_sharded as fuse_linear_sharded
+from xentjax._losses.detection import distribution_focal_loss as distribution_focal_loss
+from xentjax._losses.detection import quality_focal_loss as quality_focal_loss
+from xentjax._losses.detection import varifocal_loss as varifocal_loss
 from xentjax._losses.distillation import distillation_loss as distillation_loss
 from xentjax._losses.imbalance import class_balanced_weights as class_balanced_weights
 from xentjax._losses.imbalance import inverse_frequency_weights as inverse_frequency_weights
@@ -42,6 +45,13 @@ from xentjax._losses.noise import backward_corrected_cross_entropy as backward_c
 from xentjax._losses.noise import forward_corrected_cross_entropy as forward_corrected_cross_entropy
 from xentjax._losses.ordinal import coral_loss as coral_loss
 from xentjax._losses.ordinal import cumulative_link_loss as cumulative_link_loss
+from xentjax._losses.overlap import boundary_loss as boundary_loss
+from xentjax._losses.overlap import dice_loss as dice_loss
+from xentjax._losses.overlap import jaccard_loss as jaccard_loss
+from xentjax._losses.overlap import lovasz_hinge_loss as lovasz_hinge_loss
+from xentjax._losses.overlap import lovasz_softmax_loss as lovasz_softmax_loss
+from xentjax._losses.overlap import present_classes as present_classes
+from xentjax._losses.overlap import tversky_loss as tversky_loss
 from xentjax._losses.robust import bootstrapped_cross_entropy as bootstrapped_cross_entropy
 from xentjax._losses.robust import confidence_penalized_cross_entropy as confidence_penalized_cross_entropy
 from xentjax._losses.robust import generalized_cross_entropy as generalized_cross_entropy

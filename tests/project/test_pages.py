@@ -102,6 +102,54 @@ def test_all_migration_tables_are_read():
     assert {row[1] for row in migration_rows() if row[0] != "optax"} == set(MEANING)
 
 
+def regions(include_background=True, squared=False, over_batch=False):
+    """Σ p t, Σ p and Σ t of every image and class, or of every class of the batch; with `squared`, the sums of squares."""
+    z = np.asarray(REGIONS["z"], np.float64)
+    p, t = np.exp(z) / np.exp(z).sum(-1, keepdims=True), np.eye(5)[np.asarray(REGIONS["y"])]
+    axes, power, first = (0, 1, 2) if over_batch else (1, 2), 1 + squared, 0 if include_background else 1
+    return (x.sum(axes)[..., first:] for x in (p * t, p**power, t**power))
+
+
+def monai(include_background=True, squared_pred=False, jaccard=False):
+    both, p, t = regions(include_background, squared_pred)
+    return (1 - (2 * both + 1e-5) / ((2 * (p + t - both) if jaccard else p + t) + 1e-5)).mean()
+
+
+def tversky(alpha, beta, smooth, **keywords):
+    both, p, t = regions(**keywords)
+    return 1 - (both + smooth) / (both + alpha * (p - both) + beta * (t - both) + smooth)
+
+
+def segmentation_models(jaccard=False):
+    both, p, t = regions(over_batch=True)
+    score = both / np.maximum(p + t - both, 1e-7) if jaccard else 2 * both / np.maximum(p + t, 1e-7)
+    return ((1 - score) * (t > 0)).mean()
+
+
+REGIONS = {"z": jnp.moveaxis(GIVEN["images"], 1, -1), "y": jnp.minimum(GIVEN["pixels"], 3), "jnp": jnp}  # class 4 is absent
+OF_REGIONS = {
+    "DiceLoss(softmax=True, to_onehot_y=True)": monai(),
+    "DiceLoss(softmax=True, to_onehot_y=True, include_background=False)": monai(include_background=False),
+    "DiceLoss(softmax=True, to_onehot_y=True, squared_pred=True)": monai(squared_pred=True),
+    "DiceLoss(softmax=True, to_onehot_y=True, jaccard=True)": monai(jaccard=True),
+    "TverskyLoss(softmax=True, to_onehot_y=True, alpha=0.3, beta=0.7)": tversky(0.3, 0.7, 1e-5).mean(),
+    'DiceLoss("multiclass")': segmentation_models(),
+    'JaccardLoss("multiclass")': segmentation_models(jaccard=True),
+    "dice_loss(z, one_hot(y))": tversky(0.5, 0.5, 1.0).mean(-1),
+    "dice_loss(z, one_hot(y), ignore_background=True)": tversky(0.5, 0.5, 1.0, include_background=False).mean(-1),
+}
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_regions_of_other_libraries():
+    rows = [
+        [CODE.findall(call)[0] for call in row[1:]] for row in pages.tables(DOCS / "regions-and-boxes.md", "library", "call", "xentjax")
+    ]
+    assert {theirs for theirs, _ in rows} == set(OF_REGIONS)
+    for theirs, ours in rows:
+        np.testing.assert_allclose(eval(ours, {**vars(xentjax), **REGIONS}), OF_REGIONS[theirs], rtol=60 * EPS)
+
+
 CALLS = [CODE.findall(call)[0] for _, call in pages.tables(DOCS / "choosing-a-loss.md", "task", "call")]
 
 
@@ -130,7 +178,9 @@ def test_every_public_function_is_on_the_page():
 
 
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("page", ["conventions.md", "how-it-works.md", "index.md", "metrics.md", "when-something-is-nan.md"])
+@pytest.mark.parametrize(
+    "page", ["conventions.md", "how-it-works.md", "index.md", "metrics.md", "regions-and-boxes.md", "when-something-is-nan.md"]
+)
 def test_the_examples_of_the_page_run(page):
     assert pages.names_of(DOCS / page)
 
@@ -157,6 +207,7 @@ def test_code_of_every_page_is_executed():
         "index.md",
         "metrics.md",
         "migration.md",
+        "regions-and-boxes.md",
         "when-something-is-nan.md",
         "fused-linear.md",
         "devices.md",

@@ -25,6 +25,7 @@ NUMBERS |= {"scale", "log_scale"}
 # Integers that are only compared with each other.
 IDENTIFIERS = {"candidate_ids", "supervised_contrastive_loss.labels", "clip_loss.labels", "siglip_loss.labels"}
 QUANTITIES = {"poisson_nll.targets", "sigmoid_cross_entropy.labels", "sigmoid_focal_loss.labels", "asymmetric_loss.labels"}
+QUANTITIES |= {"quality_focal_loss.labels", "varifocal_loss.labels"}
 NOT_NEGATIVE = {"p", "q", "joint", "class_weights", "class_counts", "pos_weight", "noise_matrix", "variance", "label_probs", "weights"}
 
 
@@ -78,6 +79,8 @@ ADAPTIVE = xentjax.AdaptiveSoftmax(_float(F, 3), (_float(F, 1),), (_float(1, 2),
 TREE = jax.tree.map(np.asarray, xentjax.huffman_tree([5, 1, 2, 1]))
 TREE = TREE._replace(nodes=TREE.nodes.astype(np.int32))
 
+REGIONS = ("dice_loss", "tversky_loss", "jaccard_loss", "lovasz_softmax_loss", "present_classes")
+
 _ARRAYS: dict[str, dict[str, Any]] = {
     **{case.name: CLASSES | case.of_classes(K) for case in cases.CLASSES + cases.STATISTICS},
     **dict.fromkeys((case.name for case in cases.BITS), BITS),
@@ -99,6 +102,10 @@ _ARRAYS: dict[str, dict[str, Any]] = {
     },
     "cumulative_link_loss": {"scores": _float(N), "labels": _indices(N), "thresholds": np.array([-1.0, 0.0, 2.0], np.float32)},
     "coral_loss": {"logits": _float(N, K - 1), "labels": _indices(N)},
+    **dict.fromkeys(REGIONS, CLASSES),
+    "boundary_loss": {"logits": _float(N, K), "distances": _float(N, K)},
+    "lovasz_hinge_loss": {"logits": _float(N), "labels": np.array([0, 1, 0], np.int32)},
+    "distribution_focal_loss": {"logits": _float(N, K), "targets": _float(N)},
     "linear_softmax_cross_entropy": HIDDEN | WEIGHTS | {"bias": _float(K), "weights": _float(N)},
     "sampled_softmax_cross_entropy": HIDDEN | {"samples": SAMPLES, "bias": _float(K)},
     "noise_contrastive_estimation_loss": HIDDEN | {"samples": SAMPLES, "label_log_expected_count": _float(N)},
@@ -129,7 +136,8 @@ _ARRAYS: dict[str, dict[str, Any]] = {
     **{f"information.{n}": {"joint": SIMPLEX} for n in ("conditional_entropy", "mutual_information")},
     **{f"information.{n}_from_logits": {"joint_logits": _float(N, K)} for n in ("conditional_entropy", "mutual_information")},
 }
-_STATIC = {
+_STATIC: dict[str, dict[str, Any]] = {
+    **{name: {"spatial": 1} for name in (*REGIONS, "boundary_loss", "lovasz_hinge_loss")},
     "linear_softmax_cross_entropy": {"reduction": "none"},
     "mixture_of_logistics_nll": {"levels": 4},
     "samplers.log_expected_count": {"sampler": samplers.uniform(K), "count": 3},

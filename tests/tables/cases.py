@@ -127,6 +127,8 @@ _CROSS_ENTROPY = (xentjax.softmax_cross_entropy, ref.cross_entropy, ref.cross_en
 _FOCAL = (xentjax.softmax_focal_loss, ref.focal, ref.focal_gradient)
 _BITS = (xentjax.sigmoid_cross_entropy, ref.bit_cross_entropy, ref.bit_cross_entropy_gradient)
 _BIT_FOCAL = (xentjax.sigmoid_focal_loss, ref.bit_focal, ref.bit_focal_gradient)
+_QUALITY = (xentjax.quality_focal_loss, ref.quality_focal, ref.quality_focal_gradient)
+_VARIFOCAL = (xentjax.varifocal_loss, ref.varifocal, ref.varifocal_gradient)
 _ASYMMETRIC = (xentjax.asymmetric_loss, ref.asymmetric, ref.asymmetric_gradient)
 
 CROSS_ENTROPY = (
@@ -225,6 +227,10 @@ BITS = (
     Case(
         "asymmetric_loss", *_ASYMMETRIC, family="bits", formula={"gamma_negative": 2.0, "gamma_positive": 0.0, "clip": 0.0}, tolerance=3.0
     ),
+    Case("quality_focal_loss", *_QUALITY, family="bits", tolerance=3.0),
+    Case("quality_focal_loss", *_QUALITY, family="bits", formula={"beta": 0.5}, tolerance=3.0, thorough=False),
+    Case("varifocal_loss", *_VARIFOCAL, family="bits", tolerance=3.0),
+    Case("varifocal_loss", *_VARIFOCAL, family="bits", formula={"alpha": 0.25, "gamma": 0.5}, tolerance=3.0, thorough=False),
 )
 LOSSES = CLASSES + TOP_K + STATISTICS + BITS
 CATEGORICAL = CLASSES + TOP_K + STATISTICS
@@ -243,6 +249,7 @@ ELSEWHERE = {
     "checked": "test_checked.py",
     "class_balanced_weights": "test_families.py",
     "inverse_frequency_weights": "test_families.py",
+    "present_classes": "test_overlap.py",
     **{f"samplers.{name}": "test_samplers.py" for name in ("Samples", "Uniform", "LogUniform", "Alias")},
     **{f"samplers.{name}": "test_samplers.py" for name in ("uniform", "log_uniform", "alias", "draw", "log_expected_count")},
     **dict.fromkeys(("AdaptiveSoftmax", "BinaryTree", "init_adaptive_softmax", "huffman_tree"), "test_hierarchical.py"),

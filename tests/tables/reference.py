@@ -181,6 +181,30 @@ def asymmetric_gradient(m, z, t, gamma_negative=4.0, gamma_positive=1.0, clip=0.
     return t * _bit_focal(m, z, gamma_positive)[1] + (1 - t) * _asymmetric_negative(m, z, gamma_negative, clip)[1]
 
 
+def _distance(m, z, t):
+    """p − t as p(1 − t) − t(1 − p), and the cross-entropy, p = σ(z)."""
+    return sigmoid(m, z) * (1 - t) - t * sigmoid(m, -z), t * minus_log_sigmoid(m, z) + (1 - t) * minus_log_sigmoid(m, -z)
+
+
+def quality_focal(m, z, t, beta=2.0):
+    distance, surprise = _distance(m, z, t)
+    return np.abs(distance) ** m.array(beta) * surprise
+
+
+def quality_focal_gradient(m, z, t, beta=2.0):
+    distance, surprise = _distance(m, z, t)
+    beta = m.array(beta)
+    return np.abs(distance) ** beta * (distance + beta * surprise * sigmoid(m, z) * sigmoid(m, -z) / distance)
+
+
+def varifocal(m, z, t, alpha=0.75, gamma=2.0):
+    return np.where(t > 0, t * _distance(m, z, t)[1], m.array(alpha) * _bit_focal(m, -z, gamma)[0])
+
+
+def varifocal_gradient(m, z, t, alpha=0.75, gamma=2.0):
+    return np.where(t > 0, t * _distance(m, z, t)[0], -m.array(alpha) * _bit_focal(m, -z, gamma)[1])
+
+
 # Sums -------------------------------------------------------------------------------------------------------------------
 
 
