@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics, rows, statistics, surprises, values
+from xentjax._core import checks, numerics, probabilities, rows, statistics, values
 
 
 def dice_loss(
@@ -100,7 +100,7 @@ def dice_loss(
 @functools.partial(jax.jit, static_argnames=("spatial", "squared"))
 def _dice(batch: rows.Examples, spatial: int, squared: bool, smooth: ArrayLike) -> Array:
     s = _sums(batch, spatial, squared)
-    return _finish(batch, spatial, _share(s.over + s.under, 2 * s.both + jnp.asarray(smooth, s.both.dtype)))
+    return _finish(batch, spatial, _share(s.wrong, 2 * s.both + jnp.asarray(smooth, s.both.dtype)))
 
 
 def tversky_loss(
@@ -166,9 +166,9 @@ def tversky_loss(
 
 @functools.partial(jax.jit, static_argnames=("spatial",))
 def _tversky(batch: rows.Examples, spatial: int, alpha: ArrayLike, beta: ArrayLike, smooth: ArrayLike, gamma: ArrayLike | None) -> Array:
-    s = _sums(batch, spatial, False)
-    a, b, smooth = (jnp.asarray(x, s.both.dtype) for x in (alpha, beta, smooth))
-    loss = _share(a * s.over + b * s.under, s.both + smooth)
+    dtype = numerics.accumulation_dtype(batch.logits.dtype)
+    s = _sums(batch, spatial, False, jnp.asarray(alpha, dtype), jnp.asarray(beta, dtype))
+    loss = _share(s.wrong, s.both + jnp.asarray(smooth, dtype))
     return _finish(batch, spatial, loss if gamma is None else _power(loss, jnp.asarray(gamma, loss.dtype)))
 
 
@@ -229,7 +229,7 @@ def jaccard_loss(
 @functools.partial(jax.jit, static_argnames=("spatial", "squared"))
 def _jaccard(batch: rows.Examples, spatial: int, squared: bool, smooth: ArrayLike) -> Array:
     s = _sums(batch, spatial, squared)
-    return _finish(batch, spatial, _share(s.over + s.under, s.both + jnp.asarray(smooth, s.both.dtype)))
+    return _finish(batch, spatial, _share(s.wrong, s.both + jnp.asarray(smooth, s.both.dtype)))
 
 
 def lovasz_softmax_loss(
@@ -286,8 +286,8 @@ def lovasz_softmax_loss(
 @functools.partial(jax.jit, static_argnames=("spatial",))
 def _lovasz_softmax(batch: rows.Examples, spatial: int) -> Array:
     r = rows.of(batch)
-    e = _per_pixel(r, False)
-    return _finish(batch, spatial, _lovasz(e.over + e.under, e.target, rows.full_mask(r), spatial))
+    e = _per_pixel(r)
+    return _finish(batch, spatial, _lovasz(e.wrong, e.target, rows.full_mask(r), spatial))
 
 
 def lovasz_hinge_loss(logits: ArrayLike, labels: ArrayLike, *, spatial: int = 2, where: ArrayLike | None = None) -> Array:
@@ -472,37 +472,34 @@ def _present(batch: rows.Examples, spatial: int) -> Array:
 class _Errors(NamedTuple):
     """How the prediction and the label of a class differ, per pixel [..., *spatial, classes] or summed over pixels [..., classes]."""
 
-    over: Array  # max(p − t, 0); with squares, (p − t)² where p > t
-    under: Array  # max(t − p, 0); with squares, (p − t)² where p < t
-    both: Array  # min(p, t); with squares, p·t
+    wrong: Array  # α·max(p − t, 0) + β·max(t − p, 0), or (p − t)²
+    both: Array  # min(p, t), or p·t
     target: Array  # t
 
 
-def _per_pixel(r: rows.Rows, squared: bool) -> _Errors:
+def _per_pixel(r: rows.Rows, squared: bool = False, alpha: Array | float = 1.0, beta: Array | float = 1.0) -> _Errors:
     """The errors of every pixel and class. They are 0 in pixels that do not count and in classes that do not exist.
 
-    Both p and 1 − p come from log-odds, each with a small relative error. The difference p − t is computed from the smaller of the two.
+    Both p and 1 − p have a small relative error. The difference p − t is computed from the smaller of the two.
     """
-    log_odds = surprises.class_log_odds(r)
-    p, rest = numerics.sigmoid(log_odds), numerics.sigmoid(-log_odds)
+    p, rest = probabilities.with_complements(r)
     if r.labels_are_indices:
         label = rows.on_label(r)
-        over, under, both = numerics.where(label, 0, p), numerics.where(label, rest, 0), numerics.where(label, p, 0)
-        t = label.astype(p.dtype)
+        t, both = label.astype(p.dtype), numerics.where(label, p, 0)
+        wrong = numerics.where(label, rest * rest, p * p) if squared else numerics.where(label, beta * rest, alpha * p)
     else:
         t = r.given_labels
         difference = numerics.where(p > 0.5, (1 - t) - rest, p - t)
-        above = difference > 0
-        over, under = numerics.where(above, difference, 0), numerics.where(difference < 0, -difference, 0)  # at p = t, the gradient is 0
+        above, below = difference > 0, difference < 0  # at p = t, the gradient is 0
         both = p * t if squared else numerics.where(above, t, p)
-    if squared:
-        over, under = over * over, under * under
-    return _Errors(*(rows.masked(x, r.where, r.class_mask) for x in (over, under, both, t)))
+        signed = numerics.where(above, alpha * difference, numerics.where(below, -beta * difference, 0))
+        wrong = difference * difference if squared else signed
+    return _Errors(*(rows.masked(x, r.where, r.class_mask) for x in (wrong, both, t)))
 
 
-def _sums(batch: rows.Examples, spatial: int, squared: bool) -> _Errors:
-    """The sums FP, FN and TP of the module docstring, and Σ t, each [..., classes]."""
-    return _Errors(*(_pixel_sum(x, spatial) for x in _per_pixel(rows.of(batch), squared)))
+def _sums(batch: rows.Examples, spatial: int, squared: bool, alpha: Array | float = 1.0, beta: Array | float = 1.0) -> _Errors:
+    """The sums of the errors over the pixels, each [..., classes]."""
+    return _Errors(*(_pixel_sum(x, spatial) for x in _per_pixel(rows.of(batch), squared, alpha, beta)))
 
 
 def _lovasz(error: Array, target: Array, keep: Array | None, spatial: int) -> Array:
