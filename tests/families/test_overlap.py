@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import xentjax
@@ -321,6 +321,22 @@ def test_classes_over_devices(loss, rng):
     found, slope = jax.jit(lambda z: jax.value_and_grad(lambda z: (sharded(z, second) * scale).sum())(z))(z)
     expected = jax.value_and_grad(lambda z: (loss(z, second) * scale).sum())(z)
     close((found, slope), expected)
+
+
+@pytest.mark.parametrize("loss", [LOSSES[0], xentjax.lovasz_softmax_loss], ids=name_of)
+def test_explicit_meshes(loss, rng):
+    """Images and classes split by their types; the pixels of an image stay together."""
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit, AxisType.Explicit))
+    z, y = draw(rng, (2,), (1, 4))
+
+    @jax.jit
+    def both(z, y):
+        return loss(z, y), jax.grad(lambda z: loss(z, y).sum())(z)
+
+    with jax.set_mesh(mesh):
+        split = (jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in ((z, P("data", None, None, "model")), (y, P("data"))))
+        found = jax.tree.map(np.asarray, both(*split))
+    close(found, both(z, y))
 
 
 def test_present_classes_over_devices(rng):

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from xentjax._core import checks, numerics, odds, rows, statistics, surprises, values
@@ -125,12 +125,11 @@ def distribution_focal_loss(
 ) -> Array:
     """Distribution focal loss per example, shape [...].
 
-    loss = (i + 1 − y)·(−log p_i) + (y − i)·(−log p_{i+1}) with i = ⌊y⌋ and p = softmax(z).
+    loss = (i + 1 − y)·(−log p_i) + (y − i)·(−log p_{i+1}) with i = ⌊y⌋, or i = y − 1 at the last bin, and p = softmax(z).
     Gradient: ∂loss/∂z_k = p_k − t_k with t_i = i + 1 − y, t_{i+1} = y − i and 0 elsewhere;  ∂loss/∂y = log p_i − log p_{i+1}.
 
     The distance from a point to one side of its box is modelled as a distribution over the bins 0, 1, …, classes − 1. The loss is the
-    cross-entropy of the two bins next to the target, which share its weight. Its minimum has the mean Σ_k k·p_k = y. At a whole number y,
-    ∂loss/∂y is the mean of the derivatives on both sides.
+    cross-entropy of the two bins next to the target, which share its weight. At its minimum, the mean Σ_k k·p_k of the distribution is y.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities of the bins.
@@ -171,8 +170,10 @@ def _distribution(batch: rows.Examples, targets: Array) -> Array:
     r = rows.of(batch)
     y = targets.astype(r.values.dtype)
     y = y if r.where is None else numerics.where(r.where, y, 0)
-    # 1 − |k − y|, or 0 if that is negative, is the weight of bin k
-    weight = jnp.maximum(1 - jnp.abs(rows.class_index(r, r.values.dtype) - rows.as_column(r, y)), 0)
+    low = lax.stop_gradient(jnp.clip(jnp.floor(y), 0, max(r.classes - 2, 0)))
+    share, place = rows.as_column(r, y - low), rows.class_index(r, y.dtype) - rows.as_column(r, low)
+    share = jnp.broadcast_to(share, place.shape)
+    weight = numerics.where(place == 0, 1 - share, numerics.where(place == 1, share, 0))
     loss = statistics.finish(r, statistics.of_row(r), surprises.expected(r, rows.masked(weight, r.where)))
     return numerics.nan_or_zero(loss, (y >= 0) & (y <= r.classes - 1), r.where)
 
@@ -196,23 +197,25 @@ def _finite(logits: Array, labels: Array, where: Array | None) -> tuple[Array, A
 def _distance_power(z: Array, y: Array, beta: Array) -> Array:
     """|σ(z) − y|^β, with the shape of `z`. For labels 0 and 1, all derivatives are finite at every logit."""
     above = (numerics.sigmoid(z) > y) | (y == 0)  # so the label 1 becomes 0, and 1 − y is never 0
-    z, y = numerics.where(above, z, -z), numerics.where(above, y, 1 - y)
-    return jnp.exp(-beta * numerics.softplus(-z)) * _power(1 - y, beta) * _power(_gap(z, y), beta)
+    z, y, rest = numerics.where(above, z, -z), numerics.where(above, y, 1 - y), numerics.where(above, 1 - y, y)
+    return jnp.exp(-beta * numerics.softplus(-z)) * _power(rest, beta) * _power(_gap(z, y, rest), beta)
 
 
 @jax.custom_jvp
-def _gap(z: Array, y: Array) -> Array:
-    """1 − h with h = e^(−z)·y/(1 − y). The bound on e^(−z) matters only where σ(z)^β is below e^(−80β)."""
+def _gap(z: Array, y: Array, rest: Array) -> Array:
+    """1 − h with h = e^(−z)·y/rest, where `rest` is 1 − y. The rule takes its tangent from that of y.
+
+    The bound on e^(−z) in the rule matters only where σ(z)^β is below e^(−80β).
+    """
     some = y > 0
-    safe = numerics.where(some, y, 0.5)
-    return numerics.where(some, -jnp.expm1(jnp.log(safe) - jnp.log1p(-safe) - z), 1)
+    return numerics.where(some, -jnp.expm1(jnp.log(numerics.where(some, y, 1)) - jnp.log(rest) - z), 1)
 
 
 @_gap.defjvp
-def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    z, y = primals
-    gap = _gap(z, y)
-    return gap, (1 - gap) * tangents[0] - jnp.exp(-jnp.maximum(z, -80)) / ((1 - y) * (1 - y)) * tangents[1]
+def _(primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+    z, _, rest = primals
+    gap = _gap(*primals)
+    return gap, (1 - gap) * tangents[0] - jnp.exp(-jnp.maximum(z, -80)) / (rest * rest) * tangents[1]
 
 
 @jax.custom_jvp

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics, probabilities, rows, statistics, values
+from xentjax._core import checks, mesh, numerics, probabilities, rows, statistics, values
 
 
 def dice_loss(
@@ -511,24 +511,26 @@ def _lovasz(error: Array, target: Array, keep: Array | None, spatial: int) -> Ar
 
     in which nothing cancels. If the class is absent, Δ_1 is 1. Within one order of the errors, these factors are constants.
     """
-    shape = (*error.shape[: error.ndim - 1 - spatial], -1, error.shape[-1])
-    axis = len(shape) - 2
     if error.size == 0:
         return _pixel_sum(error, spatial)
-    m, t = error.reshape(shape), lax.stop_gradient(target.reshape(shape))
-    descending = -lax.stop_gradient(m)
+
+    def last(x: Array) -> Array:  # [..., classes, pixels]
+        return jnp.moveaxis(x.reshape(*x.shape[: x.ndim - 1 - spatial], -1, x.shape[-1]), -1, -2)
+
+    m = last(error)
+    negative, axis = -lax.stop_gradient(m), m.ndim - 1
     if keep is not None:  # pixels that do not count come last
-        descending = numerics.where(jnp.broadcast_to(keep, error.shape).reshape(shape), descending, 1)
-    place = lax.broadcasted_iota(jnp.int32, m.shape, axis)
-    _, place, t = lax.sort((descending, place, t), dimension=axis, num_keys=1)
-    left = lax.cumsum(t, axis, reverse=True)
-    others = lax.cumsum(1 - t, axis)
-    total = lax.slice_in_dim(left, 0, 1, axis=axis)
+        negative = numerics.where(last(jnp.broadcast_to(keep, error.shape)), negative, 1)
+    place = lax.broadcasted_iota(jnp.int32, m.shape, axis, out_sharding=mesh.split_of(m))
+    _, place, t = lax.sort((negative, place, last(lax.stop_gradient(target))), dimension=axis, num_keys=1, is_stable=False)
+    left, others = lax.cumsum(t, axis, reverse=True), lax.cumsum(1 - t, axis)
+    total = left[..., :1]
     before, after = total + (others - (1 - t)), total + others
     first = before == 0
     factor = numerics.where(first, 1, (left * (1 - t) + before * t) / (numerics.where(first, 1, before) * after))
-    factor = lax.sort((place, factor), dimension=axis, num_keys=1)[1]
-    return jnp.sum(m * factor, axis=axis)
+    if mesh.is_explicit(m):  # JAX cannot look up values in an array that is split
+        return jnp.sum(m * lax.sort((place, factor), dimension=axis, num_keys=1)[1], axis=axis)
+    return jnp.sum(numerics.take_last(m, place, differentiated=True) * factor, axis=axis)
 
 
 # Quotients -----------------------------------------------------------------------------------------------------------------
