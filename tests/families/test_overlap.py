@@ -112,6 +112,18 @@ def test_classes_that_do_not_exist(loss, rng):
     assert (value[0, exists] > 0).all() and value[0, 2] == 0
 
 
+def test_classes_that_do_not_exist_at_some_pixels(rng):
+    """A class leaves the softmax and the sums at the pixels where it does not exist, whatever their label."""
+    z, y = draw(rng)
+    exists = rng.uniform(size=z.shape) < 0.7
+    exists[..., 0] = True
+    e = np.where(exists, np.exp(np.float64(z)), 0)
+    p, t = e / e.sum(-1, keepdims=True), np.eye(K)[np.asarray(y)] * exists
+    expected = 1 - 2 * (p * t).sum((1, 2)) / (p + t).sum((1, 2))
+    np.testing.assert_allclose(xentjax.dice_loss(z, y, class_mask=exists), expected, rtol=RTOL, atol=RTOL)
+    assert (t.sum() != y.size) and np.isfinite(expected).all()
+
+
 @each_loss
 def test_nothing_counts(loss, rng):
     z, y = draw(rng)
@@ -148,6 +160,22 @@ def test_one_hot_rows_are_indices(loss, rng):
     z, y = draw(rng)
     z = z.at[0].multiply(20.0)  # probabilities of almost 1
     close(derivatives(loss, z, jax.nn.one_hot(y, K)), derivatives(loss, z, y))
+
+
+@each_loss
+def test_soft_labels(loss, rng):
+    z, t = draw(rng, soft=True)
+    formula = {
+        "dice_loss": (table.dice, table.dice_gradient),
+        "jaccard_loss-squared": [functools.partial(f, squared=True) for f in (table.jaccard, table.jaccard_gradient)],
+        "tversky_loss-alpha-beta-gamma": (functools.partial(table.tversky, alpha=0.3, beta=0.7, gamma=0.75, smooth=0.0), None),
+        "lovasz_softmax_loss": (table.lovasz_softmax, table.lovasz_softmax_gradient),
+    }[name_of(loss)]
+    value, slope, _ = derivatives(loss, z, t)
+    arguments = np.asarray(z, np.float64), np.asarray(t, np.float64)
+    close([value], [formula[0](*arguments)])
+    if formula[1]:
+        close([slope], formula[1](*arguments))
 
 
 @each_loss
@@ -189,18 +217,21 @@ def test_a_nearly_perfect_prediction_keeps_its_tiny_loss(loss, rng):
         # a logit of size m has m roundings; the square and the order of magnitude of six terms add a few
         np.testing.assert_allclose(value[tiny], expected[tiny], rtol=(40 + 4 * margin) * EPS)
         assert np.isfinite(slope).all() and np.isfinite(product).all()
+        of_rows = derivatives(loss, jnp.asarray(z), jnp.asarray(t, jnp.float32))[0]
+        np.testing.assert_allclose(of_rows[tiny], value[tiny], rtol=8 * EPS)
         if name_of(loss) != "jaccard_loss-squared":
             assert (value[size > 0] > 0).all() and slope.any(-1).all()
     assert (size == 0).any()
 
 
 @each_quotient
-def test_gradient_of_a_tiny_loss(loss, x64):
-    """Float32 against float64, relative to each number: two pixels, both right with a margin of 30."""
-    z, y = np.array([[[30.0, 0.0], [-1.0, 29.0]]]), jnp.array([[0, 1]])
-    narrow, wide = (derivatives(loss, jnp.asarray(z, d), y) for d in (jnp.float32, jnp.float64))
-    for a, b in zip(narrow, wide, strict=True):
-        np.testing.assert_allclose(a, b, rtol=200 * EPS)
+def test_gradients_of_certain_predictions(loss, x64):
+    """Float32 against float64, relative to each number: two pixels with a margin of 30, both right, then both wrong."""
+    z = np.array([[[30.0, 0.0], [-1.0, 29.0]]])
+    for y in ([[0, 1]], [[1, 0]], [[0, 0]]):
+        narrow, wide = (derivatives(loss, jnp.asarray(z, d), jnp.array(y)) for d in (jnp.float32, jnp.float64))
+        for a, b in zip(narrow[:2], wide[:2], strict=True):
+            np.testing.assert_allclose(a, b, rtol=200 * EPS)
 
 
 @each_loss
