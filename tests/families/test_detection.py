@@ -27,9 +27,9 @@ def quality(z, y, beta):
 @pytest.mark.parametrize("beta", [1.0, 2.0, 3.5])
 def test_quality_at_any_distance(beta):
     """Values, gradients and second derivatives for labels inside (0, 1), at margins and next to the right quality."""
-    labels = np.float32([1e-6, 0.25, 0.5, 0.9, 1 - 1e-6])
+    labels = np.array([1e-6, 0.25, 0.5, 0.9, 1 - 1e-6], np.float32)
     right = np.log(labels / (1 - labels))
-    z = np.float32(np.concatenate([right + d for d in (-60, -3, -1e-3, 1e-2, 2, 60)]))
+    z = np.concatenate([right + d for d in (-60, -3, -1e-3, 1e-2, 2, 60)]).astype(np.float32)
     y = np.tile(labels, 6)
 
     @jax.jit
@@ -39,7 +39,7 @@ def test_quality_at_any_distance(beta):
 
         return xentjax.quality_focal_loss(z, y, beta=beta), *jax.jvp(slope, (z,), (jnp.ones_like(z),))
 
-    found = [np.asarray(x, np.float64) for x in everything(z)]
+    found = [np.asarray(x, np.float64) for x in everything(jnp.asarray(z))]
     for i, (logit, label) in enumerate(zip(z, y, strict=True)):
         run = functools.partial(quality, y=mpmath.mpf(float(label)), beta=mpmath.mpf(beta))
         exact = [float(mpmath.diff(run, mpmath.mpf(float(logit)), n)) for n in range(3)]
@@ -87,9 +87,9 @@ def test_bins_at_the_ends():
     value, (slope, by_target) = jax.value_and_grad(lambda *x: xentjax.distribution_focal_loss(*x).sum(), (0, 1))(z, y)
     exact = table.distribution_focal(np.float64(z), np.float64(y))
     np.testing.assert_allclose(value, exact.sum(), rtol=8 * EPS)
-    weight = np.maximum(1 - np.abs(np.arange(6) - np.float64(y)[:, None]), 0)
+    weight = np.maximum(1 - np.abs(np.arange(6) - np.asarray(y, np.float64)[:, None]), 0)
     np.testing.assert_allclose(slope, np.asarray(jax.nn.softmax(z)) - weight, rtol=20 * EPS, atol=8 * EPS)
-    log_p = np.asarray(jax.nn.log_softmax(z), np.float64)
+    log_p = np.array(jax.nn.log_softmax(z))
     low = np.array([0, 4, 2, 4, 0])
     np.testing.assert_allclose(by_target, log_p[np.arange(5), low] - log_p[np.arange(5), low + 1], rtol=20 * EPS)
     assert xentjax.distribution_focal_loss(jnp.ones((1, 1)), jnp.zeros(1)) == 0  # one bin
