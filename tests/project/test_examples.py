@@ -186,3 +186,14 @@ def test_gradient_descent_by_hand_lowers_the_loss(example):
     first, last = regression.logistic_by_hand(inputs, labels)[[0, -1]]
     loss = [np.mean(np.logaddexp(0, (1 - 2 * labels) * (inputs @ w[:-1] + w[-1]))) for w in (first, last)]
     assert loss[1] < loss[0] / 2 and loss[0] < np.log(2)
+
+
+@pytest.mark.exhaustive
+def test_scenes(example, tmp_path, capsys):
+    """Losses of regions raise the overlap, and detectors with half of the training find most boxes."""
+    picture = tmp_path / "scenes.png"
+    figures = example("scenes").main(["--quiet", "--steps", "400", "--output", str(picture)])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert min(figures["+ Dice"], figures["+ Lovász"]) > figures["cross-entropy"] + 0.05
+    assert min(figures[name] for name in ("focal", "quality focal", "varifocal")) > 0.7
+    assert "average precision" in capsys.readouterr().out
