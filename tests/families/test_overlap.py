@@ -110,6 +110,8 @@ def test_classes_that_do_not_exist(loss, rng):
     assert not any(x[..., 2].any() for x in (value, *slopes))
     value, _, _ = derivatives(loss, z, y.at[0].set(2), class_mask=exists)  # labels on the class: the others are false there
     assert (value[0, exists] > 0).all() and value[0, 2] == 0
+    value, _, _ = derivatives(loss, z, y.at[0].set(K), class_mask=exists)
+    assert np.isnan(value[0, exists]).all() and value[0, 2] == 0
 
 
 def test_classes_that_do_not_exist_at_some_pixels(rng):
