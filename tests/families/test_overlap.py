@@ -16,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import xentjax
+from tests.tables import subnormals
 from tests.tables import table_regions as table
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -435,3 +436,12 @@ Z, Y = np.zeros((2, 3, 4), np.float32), np.zeros((2, 3), np.int32)
 def test_errors(function, arguments, keywords, error, message):
     with pytest.raises(error, match=f"^{re.escape(message)}"):
         function(*arguments, **keywords)
+
+
+@pytest.mark.parametrize("loss", [xentjax.dice_loss, functools.partial(xentjax.tversky_loss, gamma=0.75), xentjax.jaccard_loss])
+def test_an_absent_class_whose_probabilities_are_subnormal_numbers(loss):
+    # GPUs keep such numbers, and the reciprocal of their sum overflows.
+    logits = jnp.array([[[0.0, 0.0, -95.0], [5.0, 0.0, -95.0]], [[1.0, 0.0, -95.0], [92.0, 0.0, -95.0]]])
+    slope = jax.grad(lambda z: jnp.sum(loss(z, jnp.array([[0, 1], [1, 0]]))))
+    kept, flushed = subnormals.evaluate(slope, logits), slope(logits)
+    np.testing.assert_allclose(kept, flushed, atol=1e-6)  # some eps of gradients below 1

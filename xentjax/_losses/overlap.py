@@ -544,7 +544,7 @@ def _share(part: Array, rest: Array) -> Array:
     themselves, so that no square can underflow.
     """
     total = part + rest
-    return part / numerics.where(total == 0, 1, total)
+    return part / numerics.where(numerics.underflows(total), 1, total)
 
 
 @_share.defjvp
@@ -557,7 +557,7 @@ def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Arra
 @jax.custom_jvp
 def _reciprocal(x: Array) -> Array:
     """1/x, and 1 at x = 0. The derivative is a product of two factors 1/x, of which none overflows if the tangent is as small as x."""
-    return 1 / numerics.where(x == 0, 1, x)
+    return 1 / numerics.where(numerics.underflows(x), 1, x)
 
 
 @_reciprocal.defjvp
@@ -569,7 +569,7 @@ def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
 @jax.custom_jvp
 def _log(x: Array) -> Array:
     """The logarithm of x, and 0 at x = 0. The derivative is `_reciprocal(x)`."""
-    return jnp.log(numerics.where(x == 0, 1, x))
+    return jnp.log(numerics.where(numerics.underflows(x), 1, x))
 
 
 _log.defjvp(lambda primals, tangents: (_log(*primals), _reciprocal(*primals) * tangents[0]))
@@ -577,7 +577,7 @@ _log.defjvp(lambda primals, tangents: (_log(*primals), _reciprocal(*primals) * t
 
 def _power(x: Array, exponent: Array) -> Array:
     """x^exponent for x ≥ 0 and an exponent above 0; at x = 0, it is 0 with derivative 0."""
-    return numerics.where(x == 0, 0, jnp.exp(exponent * _log(x)))
+    return numerics.where(numerics.underflows(x), 0, jnp.exp(exponent * _log(x)))
 
 
 # Arguments and results -----------------------------------------------------------------------------------------------------
