@@ -83,3 +83,5 @@ from xentjax._many_classes.sampled import sampled_softmax_cross_entropy as sampl
 from xentjax._reduction import WeightedSum as WeightedSum
 from xentjax._reduction import weighted_mean as weighted_mean
 from xentjax._reduction import weighted_sum as weighted_sum
+from xentjax._sequence.ctc import ctc_loss as ctc_loss
+from xentjax._sequence.ctc import ctc_loss_from_log_probs as ctc_loss_from_log_probs

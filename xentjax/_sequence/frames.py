@@ -1,0 +1,100 @@
+"""Log-probabilities of a few classes of a row, and the probability of all others, with one derivative rule.
+
+Let V be the classes of interest of a row of logits. The losses of sequences need log p_k for k ∈ V, and U = Σ_{k∉V} p_k, the probability of
+the classes that no path can take. U is a sum over the other classes, never 1 − Σ_{k∈V} p_k, which would cancel.
+
+Derivatives, with the pivot * as in `surprises` (the class with p_* > 1/2, if there is one) and q = 1 − p_* from the sum of all others:
+
+    d log p_k = dz_k − Σ_{j≠*} p_j dz_j − p_* dz_*   for k ≠ *        d log p_* = q dz_* − Σ_{j≠*} p_j dz_j
+    dU = Σ_{k∉V} p_k dz_k − U Σ_j p_j dz_j
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from xentjax._core import mesh, numerics, rows, statistics
+from xentjax._sequence import lattice
+
+
+def probabilities(r: rows.Rows, index: Array) -> tuple[Array, Array]:
+    """log p_k of the classes `index`, shape [..., n], and the probability U [...] of all classes that are not in `index`.
+
+    `index` [..., n] holds global class indices. Its axes may have length 1 where the rows have more. An index that is no class gives numbers
+    that callers must not use. A class of probability 0 gives ABSENT.
+    """
+    return _probabilities(r.values, r.raw, index, r.class_mask, r.where, r.axis_name)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
+def _probabilities(
+    values: Array, raw: Array, index: Array, class_mask: Array | None, where: Array | None, axis_name: mesh.AxisName
+) -> tuple[Array, Array]:
+    r = rows.Rows(raw, values, None, class_mask, where, axis_name)
+    e = statistics.exponentials(r)
+    gap = _at(r, index) - e.reference[..., None]
+    log_p = rows.masked(jnp.maximum(gap - e.log_sum[..., None], lattice.ABSENT), where)
+    others = numerics.where(e.marked < -0.5, -e.marked, e.marked)
+    rest = rows.class_sum(r, numerics.where(_member(r, index), 0, others)) / (1 + e.excess)
+    return log_p, rest
+
+
+@_probabilities.defjvp
+def _(axis_name: mesh.AxisName, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+    values, raw, index, class_mask, where = primals
+    log_p, rest = _probabilities(*primals, axis_name)
+
+    def linear(values: Array, raw: Array, tangent: Array) -> tuple[Array, Array]:
+        r = rows.Rows(raw, values, None, class_mask, where, axis_name)
+        c = statistics.of_row(r).log_sum
+        p, moved = statistics.softmax(r), rows.masked(tangent, where, class_mask)
+        confident = lax.stop_gradient(c) < math.log(2)
+        pivot = statistics.same_as_largest(r, rows.reference(r)) & confident[..., None]
+        weighed = p * moved
+        by_others, of_pivot = (rows.class_sum(r, numerics.where(pivot, *pair)) for pair in ((0, weighed), (moved, 0)))
+        by_rest = rows.class_sum(r, numerics.where(_member(r, index), 0, weighed))
+        on_pivot = (_at(r, index) == rows.reference(r)[..., None]) & confident[..., None]
+        general = _moved_at(r, moved, index) - (by_others + jnp.exp(-c) * of_pivot)[..., None]
+        log_p_dot = numerics.where(on_pivot, jnp.broadcast_to((-jnp.expm1(-c) * of_pivot - by_others)[..., None], general.shape), general)
+        return log_p_dot, by_rest - rest * (by_others + jnp.exp(-c) * of_pivot)
+
+    # In half precision, a separate backward pass gets the logits, not their softmax in float32.
+    linear = jax.checkpoint(linear, prevent_cse=False) if raw.dtype != values.dtype else linear
+    return (log_p, rest), linear(values, raw, tangents[0])
+
+
+def _at(r: rows.Rows, index: Array) -> Array:
+    """The logits of the classes `index` as finite numbers, shape [..., n]; no derivative."""
+    z = rows.at_index(r, lax.stop_gradient(r.raw), index).astype(r.values.dtype) if r.axis_name is None else _split_at(r, index)
+    z = numerics.finite(z)
+    if r.class_mask is not None:
+        z = numerics.where(rows.at_index(r, r.class_mask, index), z, -numerics.INFINITE)
+    return rows.masked(z, r.where)
+
+
+def _split_at(r: rows.Rows, index: Array) -> Array:
+    """`_at` over devices: infinite logits must be finite before they are multiplied or summed."""
+    return rows.at_index(r, numerics.finite(lax.stop_gradient(r.values)), index)
+
+
+def _moved_at(r: rows.Rows, moved: Array, index: Array) -> Array:
+    return rows.at_index(r, moved, index)
+
+
+def _member(r: rows.Rows, index: Array) -> Array:
+    """Whether a class is one of `index`, shape [..., classes]."""
+    local, _ = rows.local_index(r, index)
+    classes = lax.broadcasted_iota(local.dtype, (r.raw.shape[-1],), 0)
+    if index.shape[-1] <= 4:
+        found = functools.reduce(jnp.logical_or, [local[..., i, None] == _expanded(classes, local) for i in range(index.shape[-1])])
+    else:
+        found = jnp.any(local[..., None] == _expanded(classes, local[..., None]), axis=-2)
+    return jnp.broadcast_to(found, r.raw.shape)
+
+
+def _expanded(classes: Array, like: Array) -> Array:
+    return numerics.expand_leading(classes, like.ndim)
