@@ -1,14 +1,14 @@
 """Connectionist temporal classification (CTC). Conventions are documented in `xentjax.sequence`.
 
-Lattice. With U labels, there are U + 1 states "blank before label i", and U states "label i". A path starts in the first blank state.
-From blank i, a frame leads to blank i with the class blank, and to label i + 1. From label i, a frame stays with the class of the label, and
-leads to blank i + 1 with the class blank, and to label i + 1 unless it is the same class. A path ends in the last label or the last blank.
+Lattice. With U labels, there are U + 1 states "blank after label i" for i = 0, …, U, and U states "label i" for i = 1, …, U. A path starts
+in blank 0. From blank i, a frame stays with the class blank, or leads to label i + 1. From label i, a frame stays with the class of the
+label, or leads to blank i with the class blank, or to label i + 1 unless this is the same class. A path ends in label U or blank U.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,8 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from xentjax._core import checks, numerics, rows, values
-from xentjax._sequence import arguments, frames, lattice
+from xentjax._sequence import arguments, frames, lattice, scaled
+from xentjax._sequence.scaled import Scaled
 
 
 def ctc_loss(
@@ -73,8 +74,8 @@ def ctc_loss(
 
 @functools.partial(jax.jit, static_argnames="blank")
 def _ctc(batch: rows.Examples, sequences: arguments.Sequences, blank: int) -> Array:
-    weights, valid = from_logits(batch, sequences, blank)
-    return loss(SURE, weights, valid, sequences.where)
+    paths, valid = from_logits(batch, sequences, blank)
+    return loss(SURE, paths, valid, sequences.where)
 
 
 def ctc_loss_from_log_probs(
@@ -135,27 +136,14 @@ def ctc_loss_from_log_probs(
 
 @jax.jit
 def _ctc_from_log_probs(blanks: Array, of_labels: Array, sequences: arguments.Sequences) -> Array:
-    sequences = with_a_label(sequences)
-    if of_labels.shape[-1] < sequences.labels.shape[-1]:
-        of_labels = jnp.zeros((*blanks.shape, 1), of_labels.dtype)
     live, valid = alive(sequences, blanks.shape[-1])
     dtype = numerics.accumulation_dtype(blanks.dtype, of_labels.dtype)
-    blanks, of_labels = blanks.astype(dtype), of_labels.astype(dtype)
-    blanks = jnp.maximum(jnp.where(live, blanks, 0), lattice.ABSENT)
-    kept = live[..., None] & arguments.inside(sequences.counts, sequences.labels)[..., None, :]
-    of_labels = jnp.maximum(jnp.where(kept, of_labels, 0), lattice.ABSENT)
-    return loss(OPEN, _weights(blanks, of_labels, None, sequences, live), valid, sequences.where)
+    log_p = jnp.concatenate([blanks.astype(dtype)[..., None], of_labels.astype(dtype)], axis=-1)
+    log_p = jnp.maximum(jnp.where(live[..., None] & exists(sequences)[..., None, :], log_p, 0), scaled.ABSENT)
+    return loss(OPEN, weights(log_p, None, sequences, live), valid, sequences.where)
 
 
 # Shared with the decoders ------------------------------------------------------------------------------------------------
-
-
-class Frame(NamedTuple):
-    """The log-weights of one frame, or of all frames with a step axis first."""
-
-    blank: Array  # [...]
-    labels: Array  # [..., labels]
-    lost: tuple[Array, Array] | None  # probabilities [..., labels + 1] and [..., labels]: classes that leave all paths from each state
 
 
 def check(
@@ -179,14 +167,6 @@ def check(
     return batch, sequences, blank
 
 
-def with_a_label(sequences: arguments.Sequences) -> arguments.Sequences:
-    """The same sequences with room for at least one label, so that no array is empty."""
-    if sequences.labels.shape[-1]:
-        return sequences
-    none = jnp.zeros((*sequences.labels.shape[:-1], 1), sequences.labels.dtype)
-    return sequences._replace(labels=none, counts=jnp.zeros(none.shape[:-1], jnp.int32))
-
-
 def alive(sequences: arguments.Sequences, time: int) -> tuple[Array, Array]:
     """Which frames [..., time] belong to a sequence that counts, and which sequences [...] have valid lengths."""
     leading = sequences.labels.shape[:-1]
@@ -198,84 +178,90 @@ def alive(sequences: arguments.Sequences, time: int) -> tuple[Array, Array]:
     return live, arguments.valid_lengths(sequences, time)
 
 
-def from_logits(batch: rows.Examples, sequences: arguments.Sequences, blank: int) -> tuple[lattice.Arguments, Array]:
+def exists(sequences: arguments.Sequences) -> Array:
+    """Whether a label lies within its sequence, after an entry True for the blank, shape [..., 1 + labels]."""
+    kept = arguments.inside(sequences.counts, sequences.labels)
+    return jnp.concatenate([jnp.ones_like(kept, shape=(*kept.shape[:-1], 1)), kept], axis=-1)
+
+
+def from_logits(batch: rows.Examples, sequences: arguments.Sequences, blank: int) -> tuple[lattice.Weights, Array]:
     """The lattice of a batch, and which sequences [...] are valid."""
-    sequences = with_a_label(sequences)
     live, valid = alive(sequences, batch.logits.shape[-2])
     r = rows.of(batch)._replace(where=live)
-    y = sequences.labels
-    kept = arguments.inside(sequences.counts, y)
-    valid &= jnp.all(~kept | (rows.is_class(r, y) & (y != blank)), axis=-1)
-    y = jnp.where(kept, y, blank)
-    index = jnp.concatenate([jnp.full_like(y[..., :1], blank), y], axis=-1)  # [..., 1 + labels]
+    kept, y = exists(sequences), sequences.labels
+    valid &= jnp.all(~kept[..., 1:] | (rows.is_class(r, y) & (y != blank)), axis=-1)
+    index = jnp.where(kept[..., 1:], y, blank)
+    index = jnp.concatenate([jnp.full_like(index, blank, shape=(*y.shape[:-1], 1)), index], axis=-1)
     log_p, rest = frames.probabilities(r, index[..., None, :])
-    lost = _lost(jnp.exp(log_p), rest, index, kept)
-    return _weights(log_p[..., 0], log_p[..., 1:], lost, sequences, live), valid
+    return weights(log_p, _lost(jnp.exp(log_p), rest, index, kept), sequences, live), valid
 
 
-def _lost(p: Array, rest: Array, index: Array, kept: Array) -> tuple[Array, Array]:
-    """The probability of all classes that lead out of all paths, for the blank states and the label states of every frame.
+def _lost(p: Array, rest: Array, index: Array, kept: Array) -> Array:
+    """The probability of all classes that lead out of all paths, from every state [..., time, states].
 
     It is the sum over the classes outside `index`, plus a product with a matrix of 0 and 1 that selects the others of the sequence. Each
     class counts at its first position in `index` [..., 1 + labels].
     """
-    n = index.shape[-1]
     same = index[..., :, None] == index[..., None, :]
-    earlier = numerics.expand_leading(jnp.tri(n, k=-1, dtype=bool), same.ndim)
-    first = ~jnp.any(same & earlier, axis=-1)  # no earlier position has the same class
-    usable = jnp.concatenate([jnp.ones_like(kept[..., :1]), kept], axis=-1)
-    # Column i says whether the class of a row is that of label i, whether this label exists, and likewise for the label after it.
-    own = same & usable[..., None, :]  # [..., class, 1 + labels]; column 0 is the blank
-    to_label = own[..., 1:]
-    onward = jnp.concatenate([to_label[..., 1:], jnp.zeros_like(to_label[..., :1])], axis=-1)
-    from_blank = own[..., :1] | jnp.concatenate([to_label, jnp.zeros_like(own[..., :1])], axis=-1)
-    from_label = own[..., :1] | to_label | onward  # a repeated label is its own class, so staying covers it
-    out = [(first[..., None] & ~living).astype(p.dtype) for living in (from_blank, from_label)]
-    product = jnp.matmul(p, jnp.concatenate(out, axis=-1), precision=lax.Precision.HIGHEST) + rest[..., None]
-    return product[..., :n], product[..., n:]
+    earlier = numerics.expand_leading(jnp.tri(index.shape[-1], k=-1, dtype=bool), same.ndim)
+    first = ~jnp.any(same & earlier, axis=-1, keepdims=True)  # no earlier position has the same class
+    own = same & kept[..., None, :]  # whether the class of a row is that of a column
+    onward = jnp.concatenate([own[..., 1:], jnp.zeros_like(own, shape=(*own.shape[:-1], 1))], axis=-1)  # the label after that of a column
+    from_blank = own[..., :1] | onward
+    from_label = from_blank | own  # a label cannot lead to an equal one, but stays with its class
+    out = (first & ~states(from_label, from_blank)).astype(p.dtype)
+    return jnp.matmul(p, out, precision=lax.Precision.HIGHEST) + rest[..., None]
 
 
-def _weights(
-    blanks: Array, of_labels: Array, lost: tuple[Array, Array] | None, sequences: arguments.Sequences, live: Array
-) -> lattice.Arguments:
-    """The lattice from the log-probabilities of the blank [..., time] and the labels [..., time, labels]."""
-    y, kept = sequences.labels, arguments.inside(sequences.counts, sequences.labels)
-    of_labels = jnp.where(kept[..., None, :], of_labels, lattice.ABSENT)
-    skips = jnp.concatenate([jnp.zeros_like(kept[..., :1]), y[..., 1:] != y[..., :-1]], axis=-1)
-    count = jnp.sum(kept.astype(jnp.int32), axis=-1, keepdims=True)
-    positions = lax.broadcasted_iota(jnp.int32, (*y.shape[:-1], y.shape[-1] + 1), y.ndim - 1)
-    xs = Frame(blanks, of_labels, lost)
-    return lattice.Arguments(
-        start=(lattice.present(positions == 0, blanks), jnp.full(y.shape, lattice.ABSENT, blanks.dtype)),
-        xs=jax.tree.map(lambda x: jnp.moveaxis(x, live.ndim - 1, 0), xs),
+def states(label: Array, blank: Array) -> Array:
+    """The states label 0, blank 0, label 1, blank 1, … from arrays [..., 1 + labels] of the labels and the blanks."""
+    both = jnp.stack([label, jnp.broadcast_to(blank, label.shape)], axis=-1)
+    return both.reshape(*label.shape[:-1], 2 * label.shape[-1])
+
+
+def weights(log_p: Array, lost: Array | None, sequences: arguments.Sequences, live: Array) -> lattice.Weights:
+    """The lattice from the log-probabilities [..., time, 1 + labels] of the blank and the labels."""
+    y, kept, time = sequences.labels, exists(sequences), live.ndim - 1
+    skips = jnp.concatenate([jnp.zeros_like(kept, shape=(*y.shape[:-1], min(2, kept.shape[-1]))), y[..., 1:] != y[..., :-1]], axis=-1)
+    positions = lax.broadcasted_iota(jnp.int32, kept.shape, kept.ndim - 1)
+    last, labelled = positions == jnp.sum(kept, axis=-1, dtype=jnp.int32, keepdims=True) - 1, positions > 0
+    of_labels = jnp.where((kept & labelled)[..., None, :], log_p, scaled.ABSENT)
+    no = jnp.zeros_like(kept)
+    return lattice.Weights(
+        start=states(no, positions == 0),
+        xs=jnp.moveaxis(states(of_labels, log_p[..., :1]), time, 0),
         shared=(),
-        end=(lattice.present(positions == count, blanks), lattice.present(positions[..., :-1] + 1 == count, blanks)),
+        end=lattice.present(states(last & labelled, last), log_p.dtype),
+        lost=None if lost is None else jnp.moveaxis(lost, time, 0),
         fixed_xs=(),
-        fixed=lattice.present(skips, blanks),
-        live=jnp.moveaxis(live, -1, 0),
+        fixed=states(skips, no),
+        live=jnp.moveaxis(live, time, 0),
     )
 
 
-def advance(alpha: tuple[Array, Array], x: Frame, shared: Any, fixed_x: Any, skips: Array, add: Any = lattice.add) -> tuple[Array, Array]:
-    """α of the blank states [..., labels + 1] and the label states [..., labels] after a frame."""
-    blank, label = alpha
-    absent = jnp.full_like(blank[..., :1], lattice.ABSENT)
-    from_label = jnp.concatenate([absent, label], axis=-1)
-    to_blank = add(blank, from_label) + x.blank[..., None]
-    to_label = add(label, blank[..., :-1], from_label[..., :-1] + skips) + x.labels
-    return to_blank, to_label
+def advance(alpha: Scaled, x: Scaled, shared: Any, fixed_x: Any, skips: Array) -> Scaled:
+    """α of the states label 0, blank 0, label 1, blank 1, … after a frame. There is no label 0: its weight is 0."""
+    before, skipped = scaled.shifted(alpha, 2)
+    return scaled.times(scaled.add(alpha, before, scaled.selected(skips, skipped)), x)
 
 
-def _lost_mass(mass: tuple[Array, Array], x: Frame) -> Array:
-    assert x.lost is not None
-    return sum((jnp.sum(m * p, axis=-1) for m, p in zip(mass, x.lost, strict=True)), jnp.zeros_like(x.blank))
+def _retreat(bar: Array, alpha: Scaled, k: Array, x: Scaled, shared: Any, fixed_x: Any, skips: Array) -> tuple[Array, tuple[()]]:
+    edge = Scaled(bar * x.mantissa, x.exponent - k)  # of all edges that lead to a state, up to the exponent of α
+    onward, skipping = scaled.shifted(edge, -2)
+    skipping = scaled.selected(scaled.moved(skips, -2, fill=False), skipping)
+    parts = [y.mantissa * scaled.power(alpha.exponent + y.exponent) for y in (edge, onward, skipping)]
+    return parts[0] + parts[1] + parts[2], ()
 
 
-SURE = lattice.Lattice(advance, _lost_mass)  # probabilities, with all that is lost
-OPEN = lattice.Lattice(advance)  # weights alone
+def _slopes(bars: Array, before: Scaled, after: Scaled, xs: Scaled) -> Array:
+    return bars * after.mantissa
 
 
-def loss(lattice_: lattice.Lattice, weights: lattice.Arguments, valid: Array, where: Array | None) -> Array:
+SURE = lattice.Lattice(advance, _retreat, _slopes, normalized=True)
+OPEN = lattice.Lattice(advance, _retreat, _slopes, normalized=False)
+
+
+def loss(edges: lattice.Lattice, weights: lattice.Weights, valid: Array, where: Array | None) -> Array:
     """The loss [...] of a lattice."""
-    total, none = lattice.checked_total(lattice.log_total(lattice_, weights))
+    total, none = lattice.checked_total(lattice.log_total(edges, weights))
     return arguments.finish(-total, valid, none, where)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from xentjax._core import mesh, numerics, rows, statistics
-from xentjax._sequence import lattice
+from xentjax._sequence import scaled
 
 
 def probabilities(r: rows.Rows, index: Array) -> tuple[Array, Array]:
@@ -37,7 +37,7 @@ def _probabilities(
     r = rows.Rows(raw, values, None, class_mask, where, axis_name)
     e = statistics.exponentials(r)
     gap = _at(r, index) - e.reference[..., None]
-    log_p = rows.masked(jnp.maximum(gap - e.log_sum[..., None], lattice.ABSENT), where)
+    log_p = rows.masked(jnp.maximum(gap - e.log_sum[..., None], scaled.ABSENT), where)
     others = numerics.where(e.marked < -0.5, -e.marked, e.marked)
     rest = rows.class_sum(r, numerics.where(_member(r, index), 0, others)) / (1 + e.excess)
     return log_p, rest
