@@ -85,3 +85,6 @@ from xentjax._reduction import weighted_mean as weighted_mean
 from xentjax._reduction import weighted_sum as weighted_sum
 from xentjax._sequence.ctc import ctc_loss as ctc_loss
 from xentjax._sequence.ctc import ctc_loss_from_log_probs as ctc_loss_from_log_probs
+from xentjax._sequence.transducer import transducer_loss as transducer_loss
+from xentjax._sequence.transducer import transducer_loss_from_log_probs as transducer_loss_from_log_probs
+from xentjax._sequence.crf import crf_loss as crf_loss

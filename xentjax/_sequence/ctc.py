@@ -245,15 +245,15 @@ def advance(alpha: Scaled, x: Scaled, shared: Any, fixed_x: Any, skips: Array) -
     return scaled.times(scaled.add(alpha, before, scaled.selected(skips, skipped)), x)
 
 
-def _retreat(bar: Array, alpha: Scaled, k: Array, x: Scaled, shared: Any, fixed_x: Any, skips: Array) -> tuple[Array, tuple[()]]:
+def _retreat(bar: Array, alpha: Scaled, k: Array, x: Scaled, shared: Any, fixed_x: Any, skips: Array) -> tuple[Array, tuple[()], None]:
     edge = Scaled(bar * x.mantissa, x.exponent - k)  # of all edges that lead to a state, up to the exponent of α
     onward, skipping = scaled.shifted(edge, -2)
     skipping = scaled.selected(scaled.moved(skips, -2, fill=False), skipping)
     parts = [y.mantissa * scaled.power(alpha.exponent + y.exponent) for y in (edge, onward, skipping)]
-    return parts[0] + parts[1] + parts[2], ()
+    return parts[0] + parts[1] + parts[2], (), None
 
 
-def _slopes(bars: Array, before: Scaled, after: Scaled, xs: Scaled) -> Array:
+def _slopes(bars: Array, before: Scaled, after: Scaled, xs: Scaled, notes: None) -> Array:
     return bars * after.mantissa
 
 

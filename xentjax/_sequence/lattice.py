@@ -48,8 +48,8 @@ class Lattice(NamedTuple):
     """
 
     advance: Callable  # (α, x, shared, fixed_x, fixed) → α after the step, not normalized
-    retreat: Callable  # (ᾱ, α, k, x, shared, fixed_x, fixed) → the derivatives by the mantissas of α, and by the logarithms of `shared`
-    slopes: Callable  # (ᾱ of all steps, α before them, α after them, xs) → the derivatives by the logarithms of xs
+    retreat: Callable  # (ᾱ, α, k, x, shared, fixed_x, fixed) → ᾱ before the step, derivatives by the logarithms of `shared`, notes
+    slopes: Callable  # (ᾱ of all steps, α before them, α after them, xs, notes) → derivatives by the logarithms of xs
     normalized: bool  # whether the weights are probabilities, so that `Weights.lost` says what they lose
 
 
@@ -120,16 +120,16 @@ def value_and_slopes(lattice: Lattice, weights: Weights) -> tuple[Array, _Differ
         before, k, more, x, x_exponent, fixed_x, live = inputs
         moved = jnp.where(live[..., None], bar, jnp.zeros_like(bar))
         shared = _joined(mantissas.shared, exponents.shared)
-        earlier, of_shared = lattice.retreat(moved, before, k, _joined(x, x_exponent), shared, fixed_x, weights.fixed)
+        earlier, of_shared, notes = lattice.retreat(moved, before, k, _joined(x, x_exponent), shared, fixed_x, weights.fixed)
         earlier = jnp.where(live[..., None], earlier, bar)
-        return (earlier if more is None else earlier + more, jax.tree.map(jnp.add, shared_bar, of_shared)), moved
+        return (earlier if more is None else earlier + more, jax.tree.map(jnp.add, shared_bar, of_shared)), (moved, notes)
 
     start = _varying((last_bar, jax.tree.map(jnp.zeros_like, mantissas.shared)), weights)
     after = Scaled(*(jnp.concatenate([x[1:], y[None]]) for x, y in zip(kept, alpha, strict=True)))
     more = before_bar if lattice.normalized else None
     inputs = (kept, after.exponent, more, mantissas.xs, exponents.xs, weights.fixed_xs, weights.live)
-    (_, shared_bar), bars = lax.scan(backward, start, inputs, reverse=True)
-    xs_bar = lattice.slopes(bars, kept, after, _joined(mantissas.xs, exponents.xs))
+    (_, shared_bar), (bars, notes) = lax.scan(backward, start, inputs, reverse=True)
+    xs_bar = lattice.slopes(bars, kept, after, _joined(mantissas.xs, exponents.xs), notes)
     return value, _Differentiable(xs_bar, shared_bar, end_bar * mantissas.end, lost_bar)
 
 

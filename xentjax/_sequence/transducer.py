@@ -1,0 +1,269 @@
+"""The transducer loss. Conventions are documented in `xentjax.sequence`.
+
+Lattice. A path starts at frame 0 before label 0. At frame t before label u, the class blank leads to frame t + 1, and the class of label u
+leads to label u + 1 in the same frame. After all labels, the blank of the last frame ends the path. Both moves lead from one diagonal t + u
+to the next, so the steps of the lattice are diagonals, and its states are the numbers u.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from xentjax._core import checks, differences, numerics, rows
+from xentjax._sequence import arguments, frames, lattice, scaled
+from xentjax._sequence.scaled import Scaled
+
+
+def transducer_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    logit_lengths: ArrayLike | None = None,
+    label_lengths: ArrayLike | None = None,
+    blank: int = 0,
+    fastemit: ArrayLike = 0.0,
+    axis_name: str | tuple[str, ...] | None = None,
+    class_mask: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+) -> Array:
+    """Transducer (RNN-T) loss per sequence, shape [...].
+
+    loss = −(1 + λ) log Σ_π Π_i p_i(π_i), where λ is `fastemit`, and π runs over all paths: orders of the labels and one blank per frame
+    that end with a blank. Each p_i is the softmax of the logits at the frame and at the number of labels that the path has reached.
+    Gradient: ∂loss/∂z_tuk = γ_tu(blank)(p_k − [k = blank]) + (1 + λ)·γ_tu(label)(p_k − [k = y_u]), where γ is the posterior probability of
+    leaving frame t before label u by the blank or by the label.
+
+    For λ > 0, this is not the derivative of the value: FastEmit raises only the gradient of the labels, so that they are emitted earlier.
+    If the paths hold more than half of the probability, the loss is computed from the probability of everything else. So a loss of 1e-15
+    keeps its digits in float32, and is never negative.
+
+    Args:
+        logits: [..., time, max_labels + 1, classes], unnormalized log-probabilities after u = 0, …, max_labels labels.
+        labels: [..., max_labels] class indices without blanks. A label that is no class, or the blank, gives NaN.
+        logit_lengths: [...], number of frames of each sequence; None: all. Frames after the end may hold anything.
+        label_lengths: [...], number of labels of each sequence; None: all. Labels after the end may hold anything.
+        blank: class index of the blank.
+        fastemit: ≥ 0, λ.
+        axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
+        class_mask: [classes] or the shape of `logits`, True for classes that exist.
+        where: [...], True for sequences that count.
+
+    Returns:
+        [...], in nats, float32, or float64 if `logits` are float64. +∞ with gradient 0 if no path has a positive probability. NaN if a label
+        or a length is invalid.
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, `blank` is no class, or `fastemit` is negative.
+
+    Example:
+        >>> import jax.numpy as jnp, xentjax
+        >>> logits = jnp.zeros((2, 2, 4))  # 2 frames, 1 label, 4 classes with probability 1/4 each
+        >>> float(xentjax.transducer_loss(logits, jnp.array([3])))  # log(4³/2): the label is emitted in frame 0 or in frame 1
+        3.46573...
+
+    Reference:
+        Graves, Sequence Transduction with Recurrent Neural Networks, 2012, arXiv 1211.3711; Yu et al., FastEmit: Low-Latency Streaming ASR
+        with Sequence-Level Emission Regularization, 2021, arXiv 2010.11148.
+    """
+    name = "transducer_loss"
+    z = arguments.logits(name, "logits", logits, 3, "[..., time, max_labels + 1, classes]")
+    time, most = z.shape[-3], z.shape[-2] - 1
+    sequences = arguments.sequences(name, labels, z.shape[:-3], time, logit_lengths, label_lengths, where, "logits", most)
+    same = dict(zip(("labels", "logit_lengths", "label_lengths", "where"), sequences, strict=True))
+    batch = arguments.frames(name, z, class_mask, axis_name, same, _nodes(sequences, time).inside)
+    blank = arguments.blank(name, blank, batch.classes)
+    arguments.check_labels(name, sequences, batch.classes, blank)
+    return _transducer(batch, sequences, checks.number(name, "fastemit", fastemit), blank)
+
+
+@functools.partial(jax.jit, static_argnames="blank")
+def _transducer(batch: rows.Examples, sequences: arguments.Sequences, fastemit: ArrayLike | None, blank: int) -> Array:
+    nodes = _nodes(sequences, batch.logits.shape[-3])
+    r, y = rows.of(batch)._replace(where=nodes.inside), sequences.labels
+    kept = arguments.inside(sequences.counts, y)
+    valid = nodes.valid & jnp.all(~kept | (rows.is_class(r, y) & (y != blank)), axis=-1)
+    following = jnp.where(kept, y, blank)
+    following = jnp.concatenate([following, jnp.full_like(y, blank, shape=(*y.shape[:-1], 1))], axis=-1)
+    index = jnp.stack([jnp.full_like(following, blank), following], axis=-1)
+    log_p, rest = frames.probabilities(r, index[..., None, :, :])
+    blanks = log_p[..., 0]
+    lost = rest + jnp.where(nodes.blank, jnp.zeros_like(rest), jnp.exp(blanks))
+    return _loss(True, nodes, blanks, log_p[..., 1], lost, valid, sequences.where, fastemit)
+
+
+def transducer_loss_from_log_probs(
+    blank_log_probs: ArrayLike,
+    label_log_probs: ArrayLike,
+    *,
+    logit_lengths: ArrayLike | None = None,
+    label_lengths: ArrayLike | None = None,
+    fastemit: ArrayLike = 0.0,
+    where: ArrayLike | None = None,
+) -> Array:
+    """Transducer loss from log-probabilities of the blank and of the next label, shape [...].
+
+    loss = −(1 + λ) log Σ_π Π_i p_i(π_i) as in `transducer_loss`. The joint network is needed only for the blank and the next label. So these
+    log-probabilities can be computed without storing all joint logits, for example by `fuse_linear`.
+    Gradient: −γ_tu(blank) and −(1 + λ)·γ_tu(label), where γ is the posterior probability of the move.
+
+    The probabilities of all other classes are not known here. So a small loss has the rounding error of a sum of log-probabilities, and may
+    be slightly negative; only `transducer_loss` has a small relative error. Log-probabilities need not be normalized.
+
+    Args:
+        blank_log_probs: [..., time, max_labels + 1], log-probability of the blank after u = 0, …, max_labels labels.
+        label_log_probs: [..., time, max_labels], log-probability of label u after u labels.
+        logit_lengths: [...], number of frames of each sequence; None: all. Frames after the end may hold anything.
+        label_lengths: [...], number of labels of each sequence; None: all. Labels after the end may hold anything.
+        fastemit: ≥ 0, λ.
+        where: [...], True for sequences that count.
+
+    Returns:
+        [...], in nats, float32, or float64 if the log-probabilities are float64. +∞ with gradient 0 if no path has a positive probability,
+        NaN if a length is invalid.
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, or `fastemit` is negative.
+
+    Example:
+        >>> import jax.numpy as jnp, xentjax
+        >>> half = jnp.log(jnp.full((2, 2), 0.5))  # 2 frames, 1 label
+        >>> float(xentjax.transducer_loss_from_log_probs(half, half[:, :1]))  # log(2³/2)
+        1.38629...
+
+    Reference:
+        Graves, Sequence Transduction with Recurrent Neural Networks, 2012, arXiv 1211.3711.
+    """
+    name = "transducer_loss_from_log_probs"
+    blanks = arguments.logits(name, "blank_log_probs", blank_log_probs, 2, "[..., time, max_labels + 1]")
+    of_labels = checks.floating(name, "label_log_probs", label_log_probs)
+    leading, time, most = blanks.shape[:-2], blanks.shape[-2], blanks.shape[-1] - 1
+    if most < 0:
+        raise ValueError(f"{name}: blank_log_probs must have shape [..., time, max_labels + 1]; got {blanks.shape}.")
+    checks.shape(name, "label_log_probs", of_labels, (*leading, time, most), "one label fewer than blank_log_probs")
+    none = jnp.zeros((*leading, most), jnp.int32)
+    sequences = arguments.sequences(name, none, leading, time, logit_lengths, label_lengths, where, "blank_log_probs", most)
+    return _transducer_from_log_probs(blanks, of_labels, sequences, checks.number(name, "fastemit", fastemit))
+
+
+@jax.jit
+def _transducer_from_log_probs(blanks: Array, of_labels: Array, sequences: arguments.Sequences, fastemit: ArrayLike | None) -> Array:
+    nodes, dtype = _nodes(sequences, blanks.shape[-2]), numerics.accumulation_dtype(blanks.dtype, of_labels.dtype)
+    blanks, of_labels = blanks.astype(dtype), of_labels.astype(dtype)
+    of_labels = jnp.concatenate([of_labels, jnp.zeros_like(blanks[..., :1])], axis=-1)
+    blanks, of_labels = (
+        jnp.maximum(jnp.where(kept, x, 0), scaled.ABSENT) for x, kept in ((blanks, nodes.blank), (of_labels, nodes.label))
+    )
+    return _loss(False, nodes, blanks, of_labels, None, nodes.valid, sequences.where, fastemit)
+
+
+# The lattice -------------------------------------------------------------------------------------------------------------
+
+
+class _Nodes(NamedTuple):
+    """Where paths may go, with axes [..., time, max_labels + 1] except for `steps`, `last` and `valid`."""
+
+    inside: Array  # whether the node belongs to a sequence that counts
+    blank: Array  # whether paths that reach the end may leave the node by the blank
+    label: Array  # whether they may leave it by the next label
+    steps: Array  # [...], number of moves of a path
+    last: Array  # [..., max_labels + 1], whether u is the number of labels
+    valid: Array  # [...], whether the lengths are possible
+
+
+def _nodes(sequences: arguments.Sequences, time: int) -> _Nodes:
+    leading, most = sequences.labels.shape[:-1], sequences.labels.shape[-1]
+    frames_, labels = (
+        jnp.full(leading, n, jnp.int32) if x is None else x for n, x in ((time, sequences.steps), (most, sequences.counts))
+    )
+    shape = (*leading, time, most + 1)
+    t, u = (lax.broadcasted_iota(jnp.int32, shape, len(shape) - i) for i in (2, 1))
+    frames_, labels = frames_.astype(jnp.int32), labels.astype(jnp.int32)
+    ends, all_labels = frames_[..., None, None], labels[..., None, None]
+    inside = (t < ends) & (u <= all_labels)
+    if sequences.where is not None:
+        inside &= sequences.where[..., None, None]
+    last = lax.broadcasted_iota(jnp.int32, (*leading, most + 1), len(leading)) == labels[..., None]
+    blank = inside & ((t < ends - 1) | (u == all_labels))
+    return _Nodes(inside, blank, inside & (u < all_labels), frames_ + labels, last, arguments.valid_lengths(sequences, time))
+
+
+def _loss(
+    normalized: bool,
+    nodes: _Nodes,
+    blanks: Array,
+    of_labels: Array,
+    lost: Array | None,
+    valid: Array,
+    where: Array | None,
+    fastemit: ArrayLike | None,
+) -> Array:
+    def weights(blanks: Array, lost: Array | None) -> lattice.Weights:
+        time, states = nodes.inside.shape[-2:]
+        steps = lax.broadcasted_iota(jnp.int32, (time + states - 1, *nodes.steps.shape), 0)
+        xs = [jnp.where(kept, x, scaled.ABSENT) for kept, x in ((nodes.blank, blanks), (nodes.label, of_labels))]
+        first = jnp.zeros_like(nodes.last).at[..., 0].set(True)
+        return lattice.Weights(
+            start=first,
+            xs=tuple(_diagonals(x, scaled.ABSENT) for x in xs),
+            shared=(),
+            end=lattice.present(nodes.last, blanks.dtype),
+            lost=None if lost is None else _diagonals(lost, 0),
+            fixed_xs=(),
+            fixed=(),
+            live=steps < nodes.steps[None],
+        )
+
+    total, none = lattice.checked_total(lattice.log_total(SURE if normalized else OPEN, weights(blanks, lost)))
+    loss = -total
+    if fastemit is not None:
+        labels_only = lattice.checked_total(lattice.log_total(OPEN, weights(lax.stop_gradient(blanks), None)))[0]
+        loss += jnp.asarray(fastemit, loss.dtype) * differences.with_slope_of(loss, -labels_only)
+    return arguments.finish(loss, valid, none, where)
+
+
+def _diagonals(x: Array, fill: float) -> Array:
+    """`x` [..., time, n] with the diagonals t + u first, shape [time + n − 1, ..., n]; `fill` where a diagonal has no entry.
+
+    Every row u of the transposed array is padded to time + n entries. Read with rows shorter by one, row u starts u places later.
+    """
+    time, n = x.shape[-2:]
+    padded = lax.pad(jnp.swapaxes(x, -1, -2), jnp.asarray(fill, x.dtype), [(0, 0, 0)] * (x.ndim - 1) + [(0, n, 0)])
+    flat = padded.reshape(*x.shape[:-2], n * (time + n))[..., : n * (time + n - 1)]
+    return jnp.moveaxis(flat.reshape(*x.shape[:-2], n, time + n - 1), -1, 0)
+
+
+def _advance(alpha: Scaled, x: tuple[Scaled, Scaled], shared: Any, fixed_x: Any, fixed: Any) -> Scaled:
+    by_blank, by_label = (scaled.times(alpha, weight) for weight in x)
+    return scaled.add(by_blank, *scaled.shifted(by_label, 1))
+
+
+def _moves(bar: Array, exponent: Array, k: Array, x: tuple[Scaled, Scaled]) -> tuple[Array, Array]:
+    """The derivatives by the mantissas of α that arrive by the blank and by the label."""
+    arriving = Scaled(bar, -k)
+    edges = (scaled.times(arriving, x[0]), scaled.times(scaled.shifted(arriving, -1)[0], x[1]))
+    by_blank, by_label = (edge.mantissa * scaled.power(exponent + edge.exponent) for edge in edges)
+    return by_blank, by_label
+
+
+def _retreat(
+    bar: Array, alpha: Scaled, k: Array, x: tuple[Scaled, Scaled], shared: Any, fixed_x: Any, fixed: Any
+) -> tuple[Array, tuple[()], None]:
+    by_blank, by_label = _moves(bar, alpha.exponent, k, x)
+    return by_blank + by_label, (), None
+
+
+def _slopes(bars: Array, before: Scaled, after: Scaled, xs: tuple[Scaled, Scaled], notes: None) -> tuple[Array, Array]:
+    by_blank, by_label = _moves(bars, before.exponent, after.exponent, xs)
+    return before.mantissa * by_blank, before.mantissa * by_label
+
+
+SURE = lattice.Lattice(_advance, _retreat, _slopes, normalized=True)
+OPEN = lattice.Lattice(_advance, _retreat, _slopes, normalized=False)
