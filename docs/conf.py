@@ -57,7 +57,7 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 
-MODULES = ("information", "metrics", "samplers")
+MODULES = ("information", "metrics", "samplers", "sequence")
 COPIES = {  # pages that are stored elsewhere in the repository, and their names on the site
     "benchmarks/README.md": "benchmarks",
     "benchmarks/NOTES.md": "benchmark-notes",
@@ -166,6 +166,10 @@ ROOMS = {  # the file that defines a name, and the title of its group
     "_contrastive.losses": "Embeddings",
     "_many_classes.sampled": "Sampled softmax",
     "_many_classes.hierarchical": "Adaptive and hierarchical softmax",
+    "_sequence.ctc": "Sequences",
+    "_sequence.transducer": "Sequences",
+    "_sequence.crf": "Sequences",
+    "sequence": "Decoders of sequences: xentjax.sequence",
     "samplers": "Samplers of classes: xentjax.samplers",
     "_reduction": "Weighted sums and means",
     "_checked": "Value checks",

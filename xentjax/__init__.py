@@ -16,6 +16,7 @@ https://github.com/xentjax/xentjax/blob/main/docs/choosing-a-loss.md groups all 
 from xentjax import information as information
 from xentjax import metrics as metrics
 from xentjax import samplers as samplers
+from xentjax import sequence as sequence
 from xentjax._checked import checked as checked
 from xentjax._contrastive.losses import clip_loss as clip_loss
 from xentjax._contrastive.losses import info_nce as info_nce
@@ -83,8 +84,8 @@ from xentjax._many_classes.sampled import sampled_softmax_cross_entropy as sampl
 from xentjax._reduction import WeightedSum as WeightedSum
 from xentjax._reduction import weighted_mean as weighted_mean
 from xentjax._reduction import weighted_sum as weighted_sum
+from xentjax._sequence.crf import crf_loss as crf_loss
 from xentjax._sequence.ctc import ctc_loss as ctc_loss
 from xentjax._sequence.ctc import ctc_loss_from_log_probs as ctc_loss_from_log_probs
 from xentjax._sequence.transducer import transducer_loss as transducer_loss
 from xentjax._sequence.transducer import transducer_loss_from_log_probs as transducer_loss_from_log_probs
-from xentjax._sequence.crf import crf_loss as crf_loss

@@ -26,6 +26,7 @@ PROSE = set(  # words of one or two letters that are not names
 )
 SIGNS = {
     "Σ": r"\sum ",
+    "Π": r"\prod ",
     "·": r"\cdot ",
     "−": "-",
     "½": r"\tfrac12 ",

@@ -32,8 +32,8 @@ FLOORS = (
     {"_core"},
     {"_losses", "_reduction", "_checked", "information"},
     {"_linear", "metrics"},
-    {"_contrastive", "_many_classes"},  # to come: "_sequence"
-    {"samplers"},
+    {"_contrastive", "_many_classes", "_sequence"},
+    {"samplers", "sequence"},
 )
 
 

@@ -83,7 +83,9 @@ def crf(unary, labels, transitions, start=None, end=None):
         s, e = (numbers(np.zeros(tags) if x is None else x) for x in (start, end))
         scores = {}
         for path in itertools.product(range(tags), repeat=time):
-            score = sum((u[t, k] for t, k in enumerate(path)), mpmath.mpf(0)) + sum((w[a, b] for a, b in itertools.pairwise(path)), mpmath.mpf(0))
+            score = sum((u[t, k] for t, k in enumerate(path)), mpmath.mpf(0)) + sum(
+                (w[a, b] for a, b in itertools.pairwise(path)), mpmath.mpf(0)
+            )
             scores[path] = score + (s[path[0]] + e[path[-1]] if time else 0)
         weights = {path: mpmath.exp(v) for path, v in scores.items() if v != -mpmath.inf}
         total = sum(weights.values())

@@ -255,6 +255,10 @@ ELSEWHERE = {
     **dict.fromkeys(("AdaptiveSoftmax", "BinaryTree", "init_adaptive_softmax", "huffman_tree"), "test_hierarchical.py"),
     **dict.fromkeys(("metrics.Confusion", "metrics.confusion", "metrics.perplexity"), "test_metrics.py"),
     **dict.fromkeys(("metrics.Calibration", "metrics.calibration", "metrics.fit_temperature"), "test_metrics_calibration.py"),
+    **dict.fromkeys(("ctc_loss", "ctc_loss_from_log_probs", "sequence.ctc_alignment", "sequence.ctc_posteriors"), "test_ctc.py"),
+    **dict.fromkeys(("sequence.ctc_greedy_decode",), "test_ctc.py"),
+    **dict.fromkeys(("transducer_loss", "transducer_loss_from_log_probs", "sequence.transducer_greedy_decode"), "test_transducer.py"),
+    **dict.fromkeys(("crf_loss", "sequence.crf_marginals", "sequence.crf_decode"), "test_crf.py"),
     **dict.fromkeys(("metrics.Ranking", "metrics.ranking", "metrics.auroc"), "test_metrics_ranking.py"),
 }
 

@@ -41,7 +41,9 @@ def sequences(
         last = "max_labels" if most is None else str(most)
         expected = f"({''.join(f'{n}, ' for n in shape)}{last}{'' if shape else ','})"
         remedy = " Pad all label sequences to one length, and pass label_lengths." if y.ndim <= len(shape) else ""
-        raise ValueError(f"{function}: labels must have shape {expected}, one row of labels per sequence of {inputs}; got {y.shape}.{remedy}")
+        raise ValueError(
+            f"{function}: labels must have shape {expected}, one row of labels per sequence of {inputs}; got {y.shape}.{remedy}"
+        )
     steps = _lengths(function, "logit_lengths", logit_lengths, shape, inputs)
     counts = _lengths(function, "label_lengths", label_lengths, shape, inputs)
     mask = checks.where_mask(function, where, shape, f"one per sequence of {inputs}")
@@ -82,15 +84,17 @@ def logits(function: str, name: str, x: ArrayLike, axes: int, meaning: str) -> A
 
 
 def frames(
-    function: str, z: Array, class_mask: ArrayLike | None, axis_name: mesh.AxisName, same: dict[str, Array | None], live: Array
+    function: str, z: Array, class_mask: ArrayLike | None, axis_name: mesh.AxisName, sequences: Sequences, live: Array
 ) -> rows.Examples:
     """The frames `z` [..., classes] with their checked masks and no labels.
 
-    `same` are arrays that all devices must share. Inside `xentjax.checked`, the logits of frames where `live` is True are checked.
+    All devices must share `sequences`. Inside `xentjax.checked`, the logits of frames where `live` is True are checked.
     """
     with values.checking(False):
         batch = checks.examples(function, z, None, -1, axis_name, class_mask, None, labelled=False)
-    mesh.check_class_split(function, axis_name, {}, same)
+    same = (sequences.labels, sequences.steps, sequences.counts, sequences.where)
+    names = ("labels", "logit_lengths", "label_lengths", "where")
+    mesh.check_class_split(function, axis_name, {}, dict(zip(names, same, strict=True)))
     values.examples(function, dataclasses.replace(batch, where=live), "logits")
     return batch
 

@@ -33,9 +33,11 @@ def crf_loss(
 ) -> Array:
     """Negative log-probability of a tagging under a linear-chain conditional random field, shape [...].
 
-    loss = log Σ_y′ e^(score(y′)) − score(y), where score(y) = start_{y_1} + Σ_t unary_{t,y_t} + Σ_t transitions_{y_{t−1},y_t} + end_{y_T}.
-    Gradient: ∂loss/∂unary_tk = P(y_t = k) − [y_t = k], and likewise for transitions, start and end: the expected number of uses under
-    the model minus the number of uses by the labels.
+    loss = log Σ_v e^(s(v)) − s(y), with s(y) = a(y_1) + Σ_t z_t(y_t) + Σ_t w(y_{t−1}, y_t) + b(y_T)
+
+    Here v runs over all taggings, z is `unary`, w is `transitions`, a is `start` and b is `end`.
+    Gradient: ∂loss/∂z_t(k) = P(y_t = k) − [y_t = k]. The gradients of the other scores are also the expected number of uses under the model
+    minus the number of uses by the labels.
 
     A loss of 1e-15 keeps its digits in float32, and the loss is never negative.
 
@@ -97,7 +99,7 @@ def _crf(model: Model, labels: Array) -> Array:
     gold = [jnp.where(x < scaled.IMPOSSIBLE, jnp.zeros_like(x), x) for x in gold]
 
     def compared(same: Array, x: Array, gold: Array) -> Array:
-        """x minus that of the labels: exactly 0, with derivative 0, at the labels."""
+        """X minus that of the labels: exactly 0, with derivative 0, at the labels."""
         return jnp.maximum(jnp.where(same, jnp.zeros_like(x), x - gold[..., None]), scaled.ABSENT)
 
     xs = _Position(
@@ -134,7 +136,11 @@ def check(
     if tags == 0:
         raise ValueError(f"{function}: unary must have at least one tag; got shape {u.shape}.")
     w = checks.shape(
-        function, "transitions", checks.floating(function, "transitions", transitions), (tags, tags), "one row and one column per tag of unary"
+        function,
+        "transitions",
+        checks.floating(function, "transitions", transitions),
+        (tags, tags),
+        "one row and one column per tag of unary",
     )
     ends = [
         None if x is None else checks.shape(function, name, checks.floating(function, name, x), (tags,), "one score per tag of unary")
@@ -145,7 +151,7 @@ def check(
     for name, x in (("transitions", w), ("start", ends[0]), ("end", ends[1])):
         if x is not None:
             values.logits(function, name, x)
-    return Model(u, w, *ends, counts)
+    return Model(u, w, ends[0], ends[1], counts)
 
 
 def prepared(model: Model) -> Model:
@@ -170,6 +176,18 @@ def partition(model: Model) -> lattice.Weights:
     xs = _Position(model.unary, entering, jnp.zeros(live.shape, model.unary.dtype))
     ending = (*shape[:-2], shape[-1])
     return of(model, live, xs, (nothing, nothing), jnp.broadcast_to(_row(model.end, ending), ending))
+
+
+def score(model: Model, y: Array) -> Array:
+    """The score of a tagging [..., time] under a prepared model, shape [...]."""
+    live, tags = model.where, model.unary.shape[-1]
+    assert live is not None
+    first, before = _before(live, y)
+    tag = numerics.expand_leading(jnp.arange(tags, dtype=y.dtype), y.ndim + 1)
+    source = jnp.where(first[..., None], _row(model.start, model.unary.shape), model.transitions[before])
+    chosen = jnp.where((y[..., None] == tag) & live[..., None], model.unary + source, 0)
+    last = _last(live, y)[..., None] == tag[0]
+    return jnp.sum(chosen, axis=(-2, -1)) + jnp.sum(jnp.where(last, _row(model.end, last.shape), 0), axis=-1)
 
 
 def _row(x: Array | None, shape: tuple[int, ...]) -> Array:

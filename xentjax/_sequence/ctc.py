@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics, rows, values
+from xentjax._core import checks, numerics, rows
 from xentjax._sequence import arguments, frames, lattice, scaled
 from xentjax._sequence.scaled import Scaled
 
@@ -37,8 +37,8 @@ def ctc_loss(
     frame that become the labels when repeated classes are merged and blanks are removed.
     Gradient: ∂loss/∂z_tk = p_t(k) − γ_t(k), where γ_t(k) is the posterior probability of class k at frame t, given the labels.
 
-    If the alignments of the labels hold more than half of the probability, the loss is computed from the probability of all other sequences.
-    So a loss of 1e-15 keeps its digits in float32, and is never negative.
+    If the alignments of the labels hold more than half of the probability, the loss is computed from the probability of all other
+    sequences. So a loss of 1e-15 keeps its digits in float32, and is never negative.
 
     Args:
         logits: [..., time, classes], unnormalized log-probabilities.
@@ -126,9 +126,7 @@ def ctc_loss_from_log_probs(
     blanks = arguments.logits(name, "blank_log_probs", blank_log_probs, 1, "[..., time]")
     of_labels = checks.floating(name, "label_log_probs", label_log_probs)
     y = checks.identifiers(name, "labels", labels)
-    sequences = arguments.sequences(
-        name, y, blanks.shape[:-1], blanks.shape[-1], logit_lengths, label_lengths, where, "blank_log_probs"
-    )
+    sequences = arguments.sequences(name, y, blanks.shape[:-1], blanks.shape[-1], logit_lengths, label_lengths, where, "blank_log_probs")
     expected = (*blanks.shape, y.shape[-1])
     checks.shape(name, "label_log_probs", of_labels, expected, "the shape of blank_log_probs and one entry per label")
     return _ctc_from_log_probs(blanks, of_labels, sequences)
@@ -160,8 +158,7 @@ def check(
     """The checked arguments of a function of logits and labels."""
     z = arguments.logits(function, "logits", logits, 2, "[..., time, classes]")
     sequences = arguments.sequences(function, labels, z.shape[:-2], z.shape[-2], logit_lengths, label_lengths, where, "logits")
-    same = dict(zip(("labels", "logit_lengths", "label_lengths", "where"), sequences, strict=True))
-    batch = arguments.frames(function, z, class_mask, axis_name, same, alive(sequences, z.shape[-2])[0])
+    batch = arguments.frames(function, z, class_mask, axis_name, sequences, alive(sequences, z.shape[-2])[0])
     blank = arguments.blank(function, blank, batch.classes)
     arguments.check_labels(function, sequences, batch.classes, blank)
     return batch, sequences, blank

@@ -22,10 +22,10 @@ from xentjax._sequence import scaled
 
 
 def probabilities(r: rows.Rows, index: Array) -> tuple[Array, Array]:
-    """log p_k of the classes `index`, shape [..., n], and the probability U [...] of all classes that are not in `index`.
+    """Log p_k of the classes `index`, shape [..., n], and the probability U [...] of all classes that are not in `index`.
 
-    `index` [..., n] holds global class indices. Its axes may have length 1 where the rows have more. An index that is no class gives numbers
-    that callers must not use. A class of probability 0 gives ABSENT.
+    `index` [..., n] holds global class indices. Its axes may have length 1 where the rows have more. An index that is no class gives
+    numbers that callers must not use. A class of probability 0 gives ABSENT.
     """
     return _probabilities(r.values, r.raw, index, r.class_mask, r.where, r.axis_name)
 
@@ -50,17 +50,21 @@ def _(axis_name: mesh.AxisName, primals: tuple[Any, ...], tangents: tuple[Any, .
 
     def linear(values: Array, raw: Array, tangent: Array) -> tuple[Array, Array]:
         r = rows.Rows(raw, values, None, class_mask, where, axis_name)
-        c = statistics.of_row(r).log_sum
+        c, m = statistics.of_row(r).log_sum, rows.reference(r)
         p, moved = statistics.softmax(r), rows.masked(tangent, where, class_mask)
         confident = lax.stop_gradient(c) < math.log(2)
-        pivot = statistics.same_as_largest(r, rows.reference(r)) & confident[..., None]
+        pivot = statistics.same_as_largest(r, m) & confident[..., None]
+        # −log p of the pivot: m is a constant in c, so the difference to the logit is added, which is 0 but has a derivative
+        c += rows.class_sum(r, numerics.where(pivot, m[..., None] - rows.finite_values(r), 0))
         weighed = p * moved
-        by_others, of_pivot = (rows.class_sum(r, numerics.where(pivot, *pair)) for pair in ((0, weighed), (moved, 0)))
+        by_others, by_pivot = (rows.class_sum(r, numerics.where(pivot, *pair)) for pair in ((0, weighed), (moved, 0)))
         by_rest = rows.class_sum(r, numerics.where(_member(r, index), 0, weighed))
-        on_pivot = (_at(r, index) == rows.reference(r)[..., None]) & confident[..., None]
-        general = _moved_at(r, moved, index) - (by_others + jnp.exp(-c) * of_pivot)[..., None]
-        log_p_dot = numerics.where(on_pivot, jnp.broadcast_to((-jnp.expm1(-c) * of_pivot - by_others)[..., None], general.shape), general)
-        return log_p_dot, by_rest - rest * (by_others + jnp.exp(-c) * of_pivot)
+        on_pivot = (_at(r, index) == m[..., None]) & confident[..., None]
+        by_all = by_others + jnp.exp(-c) * by_pivot
+        of_pivot = -jnp.expm1(-c) * by_pivot - by_others
+        general = rows.at_index(r, moved, index) - by_all[..., None]
+        of_index = numerics.where(on_pivot, jnp.broadcast_to(of_pivot[..., None], general.shape), general)
+        return of_index, by_rest - rest * by_all
 
     # In half precision, a separate backward pass gets the logits, not their softmax in float32.
     linear = jax.checkpoint(linear, prevent_cse=False) if raw.dtype != values.dtype else linear
@@ -79,10 +83,6 @@ def _at(r: rows.Rows, index: Array) -> Array:
 def _split_at(r: rows.Rows, index: Array) -> Array:
     """`_at` over devices: infinite logits must be finite before they are multiplied or summed."""
     return rows.at_index(r, numerics.finite(lax.stop_gradient(r.values)), index)
-
-
-def _moved_at(r: rows.Rows, moved: Array, index: Array) -> Array:
-    return rows.at_index(r, moved, index)
 
 
 def _member(r: rows.Rows, index: Array) -> Array:

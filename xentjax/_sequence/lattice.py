@@ -42,9 +42,10 @@ from xentjax._sequence.scaled import Scaled
 class Lattice(NamedTuple):
     """The edges of a lattice, as functions of arrays with any leading axes.
 
-    α is a `Scaled` [..., states]. `advance` gets the weights as `Scaled`: `x` are those of one step, and `shared` those of all steps. `fixed_x`
-    and `fixed` are like `x` and `shared`, but hold arrays that are not differentiated. ᾱ are derivatives of the log-total by the mantissas of α
-    after a step, and k are the exponents of α after that step: the weight of an edge is multiplied by 2^−k when α is normalized.
+    α is a `Scaled` [..., states]. `advance` gets the weights as `Scaled`: `x` are those of one step, and `shared` those of all steps.
+    `fixed_x` and `fixed` are like `x` and `shared`, but hold arrays that are not differentiated. ᾱ are derivatives of the log-total by the
+    mantissas of α after a step, and k are the exponents of α after that step: the weight of an edge is multiplied by 2^−k when α is
+    normalized.
     """
 
     advance: Callable  # (α, x, shared, fixed_x, fixed) → α after the step, not normalized
@@ -88,7 +89,7 @@ def log_total(lattice: Lattice, weights: Weights) -> Array:
     """The logarithm of the sum of all paths, shape [...]; below IMPOSSIBLE if there is no path."""
     mantissas, exponents = _split(weights)
     alpha, kept = _forward(lattice, weights, mantissas, exponents, keep=lattice.normalized)
-    return _finish(lattice, weights.live, *alpha, kept, mantissas, exponents)
+    return _finish(lattice, weights.live, alpha.mantissa, alpha.exponent, kept, mantissas, exponents)
 
 
 @log_total.defjvp
@@ -181,9 +182,8 @@ def checked_total(log_total: Array) -> tuple[Array, Array]:
 
 def _split(weights: Weights) -> tuple[_Differentiable, _Differentiable]:
     """The weights as mantissas, which are differentiable, and as exponents."""
-    numbers = [jax.tree.map(scaled.of_log, x) for x in (weights.xs, weights.shared, weights.end)]
-    mantissas, exponents = zip(*map(_parted, numbers), strict=True)
-    return _Differentiable(*mantissas, weights.lost), _Differentiable(*exponents, None)
+    xs, shared, end = (_parted(jax.tree.map(scaled.of_log, x)) for x in (weights.xs, weights.shared, weights.end))
+    return _Differentiable(xs[0], shared[0], end[0], weights.lost), _Differentiable(xs[1], shared[1], end[1], None)
 
 
 def _is_scaled(x: Any) -> bool:

@@ -36,7 +36,7 @@ def of_log(x: Array) -> Scaled:
 
 
 def log(x: Scaled) -> Array:
-    """log x, and a number below IMPOSSIBLE if x is 0."""
+    """Log x, and a number below IMPOSSIBLE if x is 0."""
     zero = x.mantissa == 0
     m = jnp.where(zero, jnp.ones_like(x.mantissa), x.mantissa)
     return (jnp.log(m) + x.exponent * _LOW) + x.exponent * _HIGH

@@ -36,8 +36,8 @@ def transducer_loss(
 
     loss = −(1 + λ) log Σ_π Π_i p_i(π_i), where λ is `fastemit`, and π runs over all paths: orders of the labels and one blank per frame
     that end with a blank. Each p_i is the softmax of the logits at the frame and at the number of labels that the path has reached.
-    Gradient: ∂loss/∂z_tuk = γ_tu(blank)(p_k − [k = blank]) + (1 + λ)·γ_tu(label)(p_k − [k = y_u]), where γ is the posterior probability of
-    leaving frame t before label u by the blank or by the label.
+    Gradient at frame t after u labels: ∂loss/∂z_k = β·(p_k − [k = b]) + (1 + λ)·γ·(p_k − [k = y]), where b is the blank, y the next label,
+    and β and γ are the posterior probabilities that a path goes on from there by b and by y.
 
     For λ > 0, this is not the derivative of the value: FastEmit raises only the gradient of the labels, so that they are emitted earlier.
     If the paths hold more than half of the probability, the loss is computed from the probability of everything else. So a loss of 1e-15
@@ -55,8 +55,8 @@ def transducer_loss(
         where: [...], True for sequences that count.
 
     Returns:
-        [...], in nats, float32, or float64 if `logits` are float64. +∞ with gradient 0 if no path has a positive probability. NaN if a label
-        or a length is invalid.
+        [...], in nats, float32, or float64 if `logits` are float64. +∞ with gradient 0 if no path has a positive probability. NaN if a
+        label or a length is invalid.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -76,8 +76,7 @@ def transducer_loss(
     z = arguments.logits(name, "logits", logits, 3, "[..., time, max_labels + 1, classes]")
     time, most = z.shape[-3], z.shape[-2] - 1
     sequences = arguments.sequences(name, labels, z.shape[:-3], time, logit_lengths, label_lengths, where, "logits", most)
-    same = dict(zip(("labels", "logit_lengths", "label_lengths", "where"), sequences, strict=True))
-    batch = arguments.frames(name, z, class_mask, axis_name, same, _nodes(sequences, time).inside)
+    batch = arguments.frames(name, z, class_mask, axis_name, sequences, _nodes(sequences, time).inside)
     blank = arguments.blank(name, blank, batch.classes)
     arguments.check_labels(name, sequences, batch.classes, blank)
     return _transducer(batch, sequences, checks.number(name, "fastemit", fastemit), blank)
@@ -109,9 +108,9 @@ def transducer_loss_from_log_probs(
 ) -> Array:
     """Transducer loss from log-probabilities of the blank and of the next label, shape [...].
 
-    loss = −(1 + λ) log Σ_π Π_i p_i(π_i) as in `transducer_loss`. The joint network is needed only for the blank and the next label. So these
-    log-probabilities can be computed without storing all joint logits, for example by `fuse_linear`.
-    Gradient: −γ_tu(blank) and −(1 + λ)·γ_tu(label), where γ is the posterior probability of the move.
+    loss = −(1 + λ) log Σ_π Π_i p_i(π_i) as in `transducer_loss`. The joint network is needed only for the blank and the next label. So
+    these log-probabilities can be computed without storing all joint logits, for example by `fuse_linear`. Gradient: −γ_tu(blank) and −(1 +
+    λ)·γ_tu(label), where γ is the posterior probability of the move.
 
     The probabilities of all other classes are not known here. So a small loss has the rounding error of a sum of log-probabilities, and may
     be slightly negative; only `transducer_loss` has a small relative error. Log-probabilities need not be normalized.
@@ -158,9 +157,7 @@ def _transducer_from_log_probs(blanks: Array, of_labels: Array, sequences: argum
     nodes, dtype = _nodes(sequences, blanks.shape[-2]), numerics.accumulation_dtype(blanks.dtype, of_labels.dtype)
     blanks, of_labels = blanks.astype(dtype), of_labels.astype(dtype)
     of_labels = jnp.concatenate([of_labels, jnp.zeros_like(blanks[..., :1])], axis=-1)
-    blanks, of_labels = (
-        jnp.maximum(jnp.where(kept, x, 0), scaled.ABSENT) for x, kept in ((blanks, nodes.blank), (of_labels, nodes.label))
-    )
+    blanks, of_labels = (jnp.maximum(jnp.where(kept, x, 0), scaled.ABSENT) for x, kept in ((blanks, nodes.blank), (of_labels, nodes.label)))
     return _loss(False, nodes, blanks, of_labels, None, nodes.valid, sequences.where, fastemit)
 
 
@@ -180,9 +177,7 @@ class _Nodes(NamedTuple):
 
 def _nodes(sequences: arguments.Sequences, time: int) -> _Nodes:
     leading, most = sequences.labels.shape[:-1], sequences.labels.shape[-1]
-    frames_, labels = (
-        jnp.full(leading, n, jnp.int32) if x is None else x for n, x in ((time, sequences.steps), (most, sequences.counts))
-    )
+    frames_, labels = (jnp.full(leading, n, jnp.int32) if x is None else x for n, x in ((time, sequences.steps), (most, sequences.counts)))
     shape = (*leading, time, most + 1)
     t, u = (lax.broadcasted_iota(jnp.int32, shape, len(shape) - i) for i in (2, 1))
     frames_, labels = frames_.astype(jnp.int32), labels.astype(jnp.int32)

@@ -1,0 +1,278 @@
+"""Decoders and posteriors of CTC and of transducers. Conventions are documented in `xentjax.sequence`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from xentjax._core import checks, mesh, numerics, rows
+from xentjax._sequence import arguments, ctc, frames, lattice, scaled
+
+
+def ctc_greedy_decode(logits: ArrayLike, *, logit_lengths: ArrayLike | None = None, blank: int = 0) -> tuple[Array, Array]:
+    """Labels of the most probable class of each frame, with repeats merged and blanks removed, shape [..., time].
+
+    labels = the classes k_t = argmax_k logits_tk for which k_t ≠ blank and k_t ≠ k_{t−1}.
+    Gradient: none, since the results are integers.
+
+    Args:
+        logits: [..., time, classes], unnormalized log-probabilities.
+        logit_lengths: [...], number of frames of each sequence; None: all.
+        blank: class index of the blank.
+
+    Returns:
+        labels: [..., time], int32, −1 after the end.
+        lengths: [...], int32, the number of labels.
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, or `blank` is no class.
+
+    Example:
+        >>> import jax, xentjax
+        >>> logits = jax.nn.one_hot(jax.numpy.array([1, 1, 0, 1, 2]), 3)
+        >>> labels, length = xentjax.sequence.ctc_greedy_decode(logits)
+        >>> labels.tolist(), int(length)
+        ([1, 1, 2, -1, -1], 3)
+
+    Reference:
+        Graves et al., Connectionist Temporal Classification: Labelling Unsegmented Sequence Data with Recurrent Neural Networks, 2006.
+    """
+    name = "ctc_greedy_decode"
+    z = arguments.logits(name, "logits", logits, 2, "[..., time, classes]")
+    checks.class_axis(name, "logits", z.shape, -1)
+    none = jnp.zeros((*z.shape[:-2], 0), jnp.int32)
+    sequences = arguments.sequences(name, none, z.shape[:-2], z.shape[-2], logit_lengths, None, None, "logits")
+    return _greedy(z, sequences.steps, arguments.blank(name, blank, z.shape[-1]))
+
+
+@functools.partial(jax.jit, static_argnames="blank")
+def _greedy(logits: Array, lengths: Array | None, blank: int) -> tuple[Array, Array]:
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    before = jnp.concatenate([jnp.full_like(best[..., :1], blank), best[..., :-1]], axis=-1)
+    kept = (best != blank) & (best != before) & arguments.inside(lengths, best)
+    order = jnp.argsort(~kept, axis=-1, stable=True)
+    count = jnp.sum(kept, axis=-1, dtype=jnp.int32)
+    labels = jnp.take_along_axis(best, order, axis=-1)
+    return jnp.where(arguments.inside(count, best), labels, -1), count
+
+
+def ctc_alignment(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    logit_lengths: ArrayLike | None = None,
+    label_lengths: ArrayLike | None = None,
+    blank: int = 0,
+) -> tuple[Array, Array]:
+    """The most probable alignment of the labels, shape [..., time], and its log-probability, shape [...].
+
+    The path π maximizes ℓ = Σ_t log p_t(π_t) over the alignments of the labels, as in `ctc_loss`.
+    Gradient of the log-probability: ∂ℓ/∂z_tk = [k = π_t] − p_t(k). The path has no gradient.
+
+    Args:
+        logits: [..., time, classes], unnormalized log-probabilities.
+        labels: [..., max_labels] class indices without blanks.
+        logit_lengths: [...], number of frames of each sequence; None: all.
+        label_lengths: [...], number of labels of each sequence; None: all.
+        blank: class index of the blank.
+
+    Returns:
+        path: [..., time], int32, the class of every frame; −1 after the end, and everywhere if no alignment exists.
+        log_prob: [...], float32, or float64 if `logits` are float64; −∞ if no alignment exists, NaN if a label or a length is invalid.
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, or `blank` is no class.
+
+    Example:
+        >>> import jax.numpy as jnp, xentjax
+        >>> logits = jnp.array([[0.0, 3.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 2.0]])
+        >>> path, log_prob = xentjax.sequence.ctc_alignment(logits, jnp.array([1, 2]))
+        >>> path.tolist()
+        [1, 0, 2, 2]
+
+    Reference:
+        Viterbi, Error Bounds for Convolutional Codes and an Asymptotically Optimum Decoding Algorithm, 1967.
+    """
+    return _alignment(*ctc.check("ctc_alignment", logits, labels, logit_lengths, label_lengths, blank))
+
+
+@functools.partial(jax.jit, static_argnames="blank")
+def _alignment(batch: rows.Examples, sequences: arguments.Sequences, blank: int) -> tuple[Array, Array]:
+    weights, valid = ctc.from_logits(batch, sequences, blank)
+    weights = lax.stop_gradient(weights)
+    start = lattice.present(weights.start, weights.end.dtype)
+
+    def forward(alpha: Array, inputs: Any) -> tuple[Array, Array]:
+        x, live = inputs
+        moved = [alpha, *(scaled.moved(alpha, i, scaled.ABSENT) for i in (1, 2))]
+        moved[2] = jnp.where(weights.fixed, moved[2], scaled.ABSENT)
+        best = functools.reduce(jnp.maximum, moved)
+        back = jnp.where(best == moved[0], 0, jnp.where(best == moved[1], 1, 2)).astype(jnp.int8)
+        return jnp.where(live[..., None], jnp.maximum(best + x, scaled.ABSENT), alpha), back
+
+    alpha, back = lax.scan(forward, mesh.vary(start, mesh.axes_of(weights)), (weights.xs, weights.live))
+    last = alpha + weights.end
+    state = jnp.argmax(last, axis=-1).astype(jnp.int32)
+    none = jnp.max(last, axis=-1) < scaled.IMPOSSIBLE
+
+    def backward(state: Array, inputs: Any) -> tuple[Array, Array]:
+        back, live = inputs
+        step = jnp.take_along_axis(back, state[..., None], axis=-1).squeeze(-1)
+        return jnp.where(live, state - step.astype(state.dtype), state), state
+
+    _, states = lax.scan(backward, state, (back, weights.live), reverse=True)
+    y = jnp.concatenate([jnp.full_like(sequences.labels, blank, shape=(*state.shape, 1)), sequences.labels], axis=-1)
+    classes = ctc.states(y, jnp.full_like(y[..., :1], blank)).astype(jnp.int32)
+    path = jnp.take_along_axis(classes, jnp.moveaxis(states, 0, -1), axis=-1)
+    used = jnp.moveaxis(weights.live, 0, -1) & (valid & ~none)[..., None]
+    r = rows.of(batch)._replace(where=used)
+    log_p = frames.probabilities(r, jnp.where(used, path, blank)[..., None])[0].squeeze(-1)
+    total = numerics.where(none, -jnp.inf, jnp.sum(jnp.where(used, log_p, 0), axis=-1))
+    return jnp.where(used, path, -1), numerics.nan_unless(valid, total)
+
+
+def ctc_posteriors(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    logit_lengths: ArrayLike | None = None,
+    label_lengths: ArrayLike | None = None,
+    blank: int = 0,
+) -> Array:
+    """Posterior probabilities of the blank and of every label at every frame, given all labels, shape [..., time, 1 + max_labels].
+
+    γ_t(i) = Σ_π p(π)·[a_t = i] / Σ_π p(π), where π runs over the alignments of the labels, as in `ctc_loss`, and label a_t is that of frame
+    t. Gradient: a part of the second derivative of `ctc_loss`, whose gradient is ∂loss/∂z_tk = p_t(k) − γ_t(k).
+
+    Args:
+        logits: [..., time, classes], unnormalized log-probabilities.
+        labels: [..., max_labels] class indices without blanks.
+        logit_lengths: [...], number of frames of each sequence; None: all.
+        label_lengths: [...], number of labels of each sequence; None: all.
+        blank: class index of the blank.
+
+    Returns:
+        [..., time, 1 + max_labels], float32, or float64 if `logits` are float64. Entry 0 is the blank, and entry i is the i-th label. Every
+        frame sums to 1; 0 after the end, and everywhere if no alignment exists. NaN if a label or a length is invalid.
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, or `blank` is no class.
+
+    Example:
+        >>> import jax.numpy as jnp, xentjax
+        >>> posteriors = xentjax.sequence.ctc_posteriors(jnp.zeros((2, 4)), jnp.array([3]))  # 33, 3_ or _3
+        >>> posteriors.tolist()
+        [[0.333..., 0.666...], [0.333..., 0.666...]]
+
+    Reference:
+        Graves et al., Connectionist Temporal Classification: Labelling Unsegmented Sequence Data with Recurrent Neural Networks, 2006.
+    """
+    return _posteriors(*ctc.check("ctc_posteriors", logits, labels, logit_lengths, label_lengths, blank))
+
+
+@functools.partial(jax.jit, static_argnames="blank")
+def _posteriors(batch: rows.Examples, sequences: arguments.Sequences, blank: int) -> Array:
+    weights, valid = ctc.from_logits(batch, sequences, blank)
+    total, slopes = lattice.value_and_slopes(ctc.OPEN, weights._replace(lost=None))
+    of_states = jnp.moveaxis(slopes.xs, 0, -2)
+    of_states = of_states.reshape(*of_states.shape[:-1], -1, 2)
+    blanks = jnp.sum(of_states[..., 1], axis=-1, keepdims=True)
+    found = jnp.concatenate([blanks, of_states[..., 1:, 0]], axis=-1)
+    found = jnp.where(lattice.checked_total(total)[1][..., None, None], 0, found)
+    return numerics.nan_unless(jnp.broadcast_to(valid[..., None, None], found.shape), found)
+
+
+def transducer_greedy_decode(
+    joint: Callable[[Array, Any], Array],
+    predictor: Callable[[Array, Any], tuple[Any, Any]],
+    encoded: ArrayLike,
+    state: Any,
+    *,
+    max_labels: int,
+    max_labels_per_frame: int | None = None,
+    logit_lengths: ArrayLike | None = None,
+    blank: int = 0,
+) -> tuple[Array, Array]:
+    """Labels that a transducer emits if it always takes the most probable class, shape [..., max_labels].
+
+    At frame t after u labels, k = argmax joint(encoded_t, prediction_u). If k is the blank, then t ← t + 1, else k is emitted and u ← u +
+    1. Gradient: none, since the results are integers.
+
+    Args:
+        joint: (frames [..., features], prediction) → logits [..., classes].
+        predictor: (labels [...], state) → (prediction, next state). The first label is the blank, with the initial state.
+        encoded: [..., time, features], the output of the encoder.
+        state: pytree of arrays [..., any], the initial state of the predictor.
+        max_labels: number of labels after which decoding stops.
+        max_labels_per_frame: number of labels after which decoding goes on to the next frame; None: `max_labels`.
+        logit_lengths: [...], number of frames of each sequence; None: all.
+        blank: class index of the blank.
+
+    Returns:
+        labels: [..., max_labels], int32, −1 after the end.
+        lengths: [...], int32, the number of labels.
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, xentjax
+        >>> def predictor(label, last):  # remembers the last label
+        ...     return label, label
+        >>> def joint(frame, last):  # emits the class of the frame, unless it is the last label
+        ...     return jax.nn.one_hot(jnp.where(frame[..., 0] == last, 0, frame[..., 0]), 4)
+        >>> frames = jnp.array([[2], [2], [1], [3]])
+        >>> labels, length = xentjax.sequence.transducer_greedy_decode(joint, predictor, frames, jnp.array(0), max_labels=5)
+        >>> labels.tolist(), int(length)
+        ([2, 1, 3, -1, -1], 3)
+
+    Reference:
+        Graves, Sequence Transduction with Recurrent Neural Networks, 2012, arXiv 1211.3711.
+    """
+    name = "transducer_greedy_decode"
+    x = checks.asarray(name, "encoded", encoded)
+    if x.ndim < 2:
+        raise ValueError(f"{name}: encoded must have shape [..., time, features]; got {x.shape}.")
+    most, per_frame = checks.count(name, "max_labels", max_labels), max_labels_per_frame
+    per_frame = most if per_frame is None else checks.count(name, "max_labels_per_frame", per_frame)
+    leading, time = x.shape[:-2], x.shape[-2]
+    none = jnp.zeros((*leading, 0), jnp.int32)
+    steps = arguments.sequences(name, none, leading, time, logit_lengths, None, None, "encoded").steps
+    ends = jnp.full(leading, time, jnp.int32) if steps is None else jnp.clip(steps.astype(jnp.int32), 0, time)
+    zero = jnp.zeros(leading, jnp.int32)
+    labels = jnp.full((*leading, most), -1, jnp.int32)
+    if time == 0:
+        return labels, zero
+
+    def unfinished(carry: Any) -> Array:
+        return jnp.any((carry[0] < ends) & (carry[1] < most))
+
+    def step(carry: Any) -> Any:
+        t, count, in_frame, labels, prediction, state = carry
+        at = jnp.broadcast_to(jnp.minimum(t, time - 1)[..., None, None], (*leading, 1, x.shape[-1]))
+        logits = joint(jnp.take_along_axis(x, at, axis=-2).squeeze(-2), prediction)
+        best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        running = (t < ends) & (count < most)
+        emits = running & (best != blank) & (in_frame < per_frame)
+        place = lax.broadcasted_iota(jnp.int32, labels.shape, labels.ndim - 1) == count[..., None]
+        labels = jnp.where(place & emits[..., None], best[..., None], labels)
+        following = predictor(jnp.where(emits, best, blank), state)
+        prediction, state = jax.tree.map(
+            lambda new, old: jnp.where(emits.reshape(*leading, *[1] * (new.ndim - len(leading))), new, old), following, (prediction, state)
+        )
+        t = jnp.where(running & ~emits, t + 1, t)
+        return t, count + emits, jnp.where(emits, in_frame + 1, 0), labels, prediction, state
+
+    prediction, state = predictor(jnp.full(leading, blank, jnp.int32), state)
+    carry = lax.while_loop(unfinished, step, (zero, zero, zero, labels, prediction, state))
+    return carry[3], carry[1]
