@@ -199,6 +199,7 @@ def mentions() -> dict[str, str]:
         "devices",
         "metrics",
         "regions-and-boxes",
+        "sequences",
         "migration",
         "conventions",
         "when-something-is-nan",

@@ -14,7 +14,7 @@ import numpy as np
 
 import xentjax
 from tests.tables import cases
-from xentjax import information, metrics, samplers
+from xentjax import information, metrics, samplers, sequence
 
 N, K, F = 3, 4, 2  # examples, classes, features
 RNG = np.random.default_rng(7)
@@ -23,7 +23,13 @@ RNG = np.random.default_rng(7)
 NUMBERS = {"class_weights", "pos_weight", "class_counts", "noise_matrix", "class_log_prior", "thresholds", "variance", "log_variance"}
 NUMBERS |= {"scale", "log_scale"}
 # Integers that are only compared with each other.
-IDENTIFIERS = {"candidate_ids", "supervised_contrastive_loss.labels", "clip_loss.labels", "siglip_loss.labels"}
+IDENTIFIERS = {
+    "ctc_loss_from_log_probs.labels",
+    "candidate_ids",
+    "supervised_contrastive_loss.labels",
+    "clip_loss.labels",
+    "siglip_loss.labels",
+}
 QUANTITIES = {"poisson_nll.targets", "sigmoid_cross_entropy.labels", "sigmoid_focal_loss.labels", "asymmetric_loss.labels"}
 QUANTITIES |= {"quality_focal_loss.labels", "varifocal_loss.labels"}
 NOT_NEGATIVE = {"p", "q", "joint", "class_weights", "class_counts", "pos_weight", "noise_matrix", "variance", "label_probs", "weights"}
@@ -80,8 +86,24 @@ TREE = jax.tree.map(np.asarray, xentjax.huffman_tree([5, 1, 2, 1]))
 TREE = TREE._replace(nodes=TREE.nodes.astype(np.int32))
 
 REGIONS = ("dice_loss", "tversky_loss", "jaccard_loss", "lovasz_softmax_loss", "present_classes")
+FRAMES, WANTED = _float(N, 3, K), {"labels": np.array([[1, 2], [3, 1], [2, 2]], np.int32)}
+LENGTHS = {"logit_lengths": np.array([3, 2, 3], np.int32), "label_lengths": np.array([2, 2, 2], np.int32)}
+CHAIN = {"unary": FRAMES, "transitions": _float(K, K), "start": _float(K), "end": _float(K)}
 
 _ARRAYS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("ctc_loss", "sequence.ctc_alignment", "sequence.ctc_posteriors"), {"logits": FRAMES} | WANTED | LENGTHS),
+    "sequence.ctc_greedy_decode": {"logits": FRAMES, "logit_lengths": LENGTHS["logit_lengths"]},
+    "ctc_loss_from_log_probs": {
+        "blank_log_probs": _float(5),
+        "label_log_probs": _float(5, 3),
+        "labels": np.array([3, 1, 9], np.int32),
+        "logit_lengths": np.array(5, np.int32),
+        "label_lengths": np.array(3, np.int32),
+    },
+    "transducer_loss": {"logits": _float(N, 3, 3, K)} | WANTED | LENGTHS,
+    "transducer_loss_from_log_probs": {"blank_log_probs": _float(N, 3, 3), "label_log_probs": _float(N, 3, 2)} | LENGTHS,
+    "crf_loss": CHAIN | {"labels": _indices(N, 3)},
+    **dict.fromkeys(("sequence.crf_marginals", "sequence.crf_decode"), CHAIN),
     **{case.name: CLASSES | case.of_classes(K) for case in cases.CLASSES + cases.STATISTICS},
     **dict.fromkeys((case.name for case in cases.BITS), BITS),
     "softmax_cross_entropy": CLASSES | WEIGHTS,
@@ -153,12 +175,17 @@ _SETTINGS = {  # of those whose default is None, or that have none
 }
 # Public functions without arrays, or that pass them on to a function of the caller.
 WITHOUT = {"checked", "fuse_linear", "fuse_linear_sharded", "plan_linear", "metrics.perplexity", "huffman_tree"}
-WITHOUT |= {"init_adaptive_softmax", *(f"samplers.{name}" for name in ("uniform", "log_uniform", "alias", "draw"))}
+WITHOUT |= {
+    "sequence.transducer_greedy_decode",
+    "init_adaptive_softmax",
+    *(f"samplers.{name}" for name in ("uniform", "log_uniform", "alias", "draw")),
+}
 
 
 def public():
     """Every public function by its name."""
-    for prefix, module in (("", xentjax), ("metrics.", metrics), ("information.", information), ("samplers.", samplers)):
+    rooms = {"": xentjax, "metrics.": metrics, "information.": information, "samplers.": samplers, "sequence.": sequence}
+    for prefix, module in rooms.items():
         for name, x in vars(module).items():
             if inspect.isfunction(x) and not name.startswith("_"):
                 yield prefix + name, x

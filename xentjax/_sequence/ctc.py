@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics, rows
+from xentjax._core import checks, numerics, rows, values
 from xentjax._sequence import arguments, frames, lattice, scaled
 from xentjax._sequence.scaled import Scaled
 
@@ -129,6 +129,9 @@ def ctc_loss_from_log_probs(
     sequences = arguments.sequences(name, y, blanks.shape[:-1], blanks.shape[-1], logit_lengths, label_lengths, where, "blank_log_probs")
     expected = (*blanks.shape, y.shape[-1])
     checks.shape(name, "label_log_probs", of_labels, expected, "the shape of blank_log_probs and one entry per label")
+    live, kept = alive(sequences, blanks.shape[-1])[0], exists(sequences)[..., None, 1:]
+    values.logits(name, "blank_log_probs", blanks, live)
+    values.logits(name, "label_log_probs", of_labels, live[..., None] & kept)
     return _ctc_from_log_probs(blanks, of_labels, sequences)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, mesh, numerics, rows
+from xentjax._core import checks, mesh, numerics, rows, values
 from xentjax._sequence import arguments, ctc, frames, lattice, scaled
 
 
@@ -28,7 +28,7 @@ def ctc_greedy_decode(logits: ArrayLike, *, logit_lengths: ArrayLike | None = No
 
     Returns:
         labels: [..., time], int32, −1 after the end.
-        lengths: [...], int32, the number of labels.
+        lengths: [...], int32, the number of labels; 0 if the number of frames is invalid.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -49,14 +49,16 @@ def ctc_greedy_decode(logits: ArrayLike, *, logit_lengths: ArrayLike | None = No
     checks.class_axis(name, "logits", z.shape, -1)
     none = jnp.zeros((*z.shape[:-2], 0), jnp.int32)
     sequences = arguments.sequences(name, none, z.shape[:-2], z.shape[-2], logit_lengths, None, None, "logits")
-    return _greedy(z, sequences.steps, arguments.blank(name, blank, z.shape[-1]))
+    live, valid = ctc.alive(sequences, z.shape[-2])
+    values.logits(name, "logits", z, live)
+    return _greedy(z, live & valid[..., None], arguments.blank(name, blank, z.shape[-1]))
 
 
 @functools.partial(jax.jit, static_argnames="blank")
-def _greedy(logits: Array, lengths: Array | None, blank: int) -> tuple[Array, Array]:
+def _greedy(logits: Array, live: Array, blank: int) -> tuple[Array, Array]:
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     before = jnp.concatenate([jnp.full_like(best[..., :1], blank), best[..., :-1]], axis=-1)
-    kept = (best != blank) & (best != before) & arguments.inside(lengths, best)
+    kept = (best != blank) & (best != before) & live
     order = jnp.argsort(~kept, axis=-1, stable=True)
     count = jnp.sum(kept, axis=-1, dtype=jnp.int32)
     labels = jnp.take_along_axis(best, order, axis=-1)
@@ -271,7 +273,7 @@ def transducer_greedy_decode(
             lambda new, old: jnp.where(emits.reshape(*leading, *[1] * (new.ndim - len(leading))), new, old), following, (prediction, state)
         )
         t = jnp.where(running & ~emits, t + 1, t)
-        return t, count + emits, jnp.where(emits, in_frame + 1, 0), labels, prediction, state
+        return t, count + emits.astype(count.dtype), jnp.where(emits, in_frame + 1, 0), labels, prediction, state
 
     prediction, state = predictor(jnp.full(leading, blank, jnp.int32), state)
     carry = lax.while_loop(unfinished, step, (zero, zero, zero, labels, prediction, state))

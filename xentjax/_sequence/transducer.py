@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, differences, numerics, rows
+from xentjax._core import checks, differences, numerics, rows, values
 from xentjax._sequence import arguments, frames, lattice, scaled
 from xentjax._sequence.scaled import Scaled
 
@@ -149,6 +149,9 @@ def transducer_loss_from_log_probs(
     checks.shape(name, "label_log_probs", of_labels, (*leading, time, most), "one label fewer than blank_log_probs")
     none = jnp.zeros((*leading, most), jnp.int32)
     sequences = arguments.sequences(name, none, leading, time, logit_lengths, label_lengths, where, "blank_log_probs", most)
+    nodes = _nodes(sequences, time)
+    values.logits(name, "blank_log_probs", blanks, nodes.blank)
+    values.logits(name, "label_log_probs", of_labels, nodes.label[..., :-1])
     return _transducer_from_log_probs(blanks, of_labels, sequences, checks.number(name, "fastemit", fastemit))
 
 
