@@ -1,9 +1,9 @@
-"""What losses store and move on an NVIDIA H200, from programs compiled without one.
+"""Memory and memory traffic of losses on an NVIDIA H200. The programs are compiled on a machine without a GPU.
 
 Value and gradient of the mean at 8,192 x 32,000. `temporary MB`: memory beside arguments and results, as the compiler reports it.
-`GB moved`: bytes that the kernels read and write, one after another, as if nothing stayed in a cache. The time of a large loss is about
-these bytes, divided by the rate of the memory. Nothing runs, so no GPU is needed. JAX's plugin for CUDA 12 is needed: the extra
-`gpu-compiler`.
+`GB moved`: the sum of the bytes that each kernel reads and writes, as if no data stayed in a cache. The time of a large loss is about this
+number divided by the memory bandwidth. The programs are compiled but not run, so no GPU is needed. JAX's plugin for CUDA 12 is needed:
+install the extra `gpu-compiler`.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import xentjax
 from benchmarks import families, measure, published, report
 
 SIZE = (8_192, 32_000)
-# Of an NVIDIA H200. Its rates decide what the compiler fuses.
+# The description of an NVIDIA H200. The compiler uses its rates to decide which operations to fuse.
 TARGET = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
@@ -37,7 +37,7 @@ _KERNELS = ("fusion", "custom-call", "copy", "reduce", "convert", "transpose", "
 
 
 def moved(program: str) -> int:
-    """Bytes that the kernels of a compiled program read and write. A loop counts as if it never ran."""
+    """Bytes that the kernels of a compiled program read and write. Kernels inside loops are not counted."""
     sizes: dict[str, int] = {}
     total = 0
     for name, result, operation, operands in _OPERATION.findall(program[program.index("ENTRY") :]):

@@ -3,15 +3,15 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/xentjax/xentjax/blob/main/examples/notebooks/sequences_and_regions.ipynb)
 #
-# Cross-entropy judges each prediction on its own. Some problems have structure that it cannot see:
+# Cross-entropy compares each prediction with its label separately. Some problems have a structure that cross-entropy does not use:
 #
 # | problem | structure | loss |
 # |---|---|---|
-# | speech: a few labels for many frames | nobody says which frame belongs to which label | `ctc_loss` |
+# | speech: a few labels for many frames | it is not known which frame belongs to which label | `ctc_loss` |
 # | tagging: one tag for each position | a tag depends on the tag before it | `crf_loss` |
-# | segmentation: one class for each pixel | a region counts as a whole, however small it is | `dice_loss` |
+# | segmentation: one class for each pixel | a small region is as important as a large one | `dice_loss` |
 #
-# This notebook trains one small model for each of them. All data is made here, or comes with scikit-learn.
+# For each problem, this notebook trains a small model. The data is generated here, or comes with scikit-learn.
 
 # %% [markdown]
 # ## Install
@@ -46,7 +46,7 @@ rng = np.random.default_rng(0)
 
 
 # %% [markdown]
-# All three models are trained by the same loop. A model is a list of arrays.
+# The same loop trains all models. A model is a list of arrays.
 
 
 # %%
@@ -81,11 +81,12 @@ def convolve(x, kernel):
 # %% [markdown]
 # ## Speech: labels without an alignment
 #
-# Each of six sounds has a spectrum of 20 numbers. A recording holds five sounds. Each sound lasts 2 to 5 frames, and there are pauses and
-# noise. The labels say which sounds follow each other, but not when.
+# There are six sounds, and each has a spectrum of 20 numbers. A recording has five sounds. Each sound lasts 2 to 5 frames, and there are
+# pauses and noise. The labels give the order of the sounds, but not their times.
 #
-# CTC adds one class, the blank, for frames without a new label. Its loss is $-\log \sum_\pi \prod_t p_t(\pi_t)$. The sum runs over all
-# alignments $\pi$: one class for each frame, such that merging repeats and removing blanks gives the labels.
+# CTC adds one class, the blank, for frames without a label. Its loss is $-\log \sum_\pi \prod_t p_t(\pi_t)$. The sum runs over all
+# alignments $\pi$ of the labels. An alignment has one class for each frame. If repeats are merged and then blanks are removed, the result
+# is the labels.
 
 # %%
 SOUNDS, FRAMES, SAID = 6, 40, 5
@@ -118,8 +119,8 @@ speech, losses = train(speech_loss, start, (recordings(32)[:2] for _ in range(30
 print(f"loss: {losses[0]:.1f} nats per recording at the start, {losses[-20:].mean():.2f} at the end")
 
 # %% [markdown]
-# `ctc_greedy_decode` takes the best class of each frame, merges repeats, and removes blanks. The label error rate is the number of
-# insertions, deletions and substitutions that turn its result into the labels, divided by the number of labels.
+# `ctc_greedy_decode` takes the best class of each frame, merges repeats, and removes blanks. The label error rate is the smallest number of
+# insertions, deletions and substitutions that change the result into the labels, divided by the number of labels.
 
 
 # %%
@@ -143,8 +144,8 @@ print(f"label error rate on new recordings: {100 * before:.0f} % at the start, {
 assert after < 0.05
 
 # %% [markdown]
-# The posterior probabilities show what the model has learned about time, although no label ever said it. `ctc_posteriors` gives the
-# probability that a frame belongs to a label, under the condition that the labels are right.
+# The model has learned the times of the sounds, although the labels do not contain times. The posterior probabilities show this.
+# `ctc_posteriors` returns the probability that a frame belongs to a label, under the condition that the labels are right.
 
 # %%
 logits = speech_model(speech, x[:1])[0]
@@ -163,8 +164,9 @@ plt.show()
 # %% [markdown]
 # ### When the model is certain
 #
-# The usual algorithm computes $\log p$ of the labels. If $p$ is near 1, its logarithm is a sum of rounding errors. `ctc_loss` adds up the
-# probability of everything else instead, so a small loss keeps its digits. The next cell compares both with float64, at growing margins.
+# The usual algorithm computes the probability $p$ of the labels, and then $-\log p$. If $p$ is near 1, the result consists mostly of
+# rounding errors. `ctc_loss` adds up the probability of everything else instead, so a small loss has a small relative error. The next cell
+# compares both results with the exact loss, which it computes with 60 decimal digits. The margin of the right classes grows.
 
 
 # %%
@@ -200,13 +202,13 @@ plt.show()
 assert errors[:, 1].max() < 1e-5 and errors[-1, 0] > 0.5
 
 # %% [markdown]
-# ## Tags that depend on their neighbours
+# ## Tags that depend on their neighbors
 #
-# Words are tagged one by one: O for a word outside of every name, B for the first word of a name, and I for all other words of a name.
-# After O, the tag I is impossible. A classifier that looks at one position at a time does not know that.
+# Each word has a tag: O for a word outside of every name, B for the first word of a name, and I for all other words of a name. After O, the
+# tag I is impossible. A classifier that predicts each tag separately cannot use this rule.
 #
-# A conditional random field adds a score for each pair of neighbouring tags. Its loss is
-# $-\log \big( e^{s(y)} / \sum_v e^{s(v)} \big)$, where $s$ adds up the scores of a tagging, and $v$ runs over all taggings.
+# A conditional random field adds a score for each pair of neighboring tags. Its loss is $-\log \big( e^{s(y)} / \sum_v e^{s(v)} \big)$,
+# where $s(y)$ is the sum of the scores of tagging $y$, and $v$ runs over all taggings.
 
 # %%
 TAGS, WORDS = ("O", "B", "I"), 24
@@ -246,7 +248,7 @@ for name, guess in guesses.items():
 assert accuracy["conditional random field"] > accuracy["each word alone"] + 0.05
 
 # %% [markdown]
-# The learned scores of neighbouring tags say the same as the chances that made the data: I never follows O.
+# The learned scores of neighboring tags agree with the probabilities that generated the data. For example, I never follows O.
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(6, 2.8))
@@ -262,9 +264,10 @@ plt.show()
 # %% [markdown]
 # ## Regions in pictures
 #
-# A scene has three handwritten digits. The model predicts for each pixel which digit covers it, or that it is background. Most pixels are
-# background, so cross-entropy is small even if the model misses a digit. The Dice loss compares regions:
-# $1 - 2\sum_n p_n t_n / (\sum_n p_n + \sum_n t_n)$ for each image and class. It is added to the cross-entropy.
+# A scene has three handwritten digits. For each pixel, the model predicts which digit covers it, or that the pixel is background. Most
+# pixels are background, so cross-entropy is small even if the model misses a digit. The Dice loss compares regions. For each image and
+# class, it is $1 - 2\sum_n p_n t_n / (\sum_n p_n + \sum_n t_n)$. The second model is trained with the sum of cross-entropy and the Dice
+# loss.
 
 # %%
 DIGITS = load_digits()
@@ -307,8 +310,9 @@ batches = [scenes(12, 0, 1400) for _ in range(600)]
 models = {"cross-entropy": train(pixels, begin, batches)[0], "cross-entropy + Dice": train(pixels_and_regions, begin, batches)[0]}
 
 # %% [markdown]
-# The intersection over union is the number of pixels that are in both regions, divided by the number of pixels in at least one. It is
-# measured for each digit on new scenes, made of digits that the models have not seen.
+# The intersection over union of the predicted and the labelled region is the number of pixels that are in both regions, divided by the
+# number of pixels that are in at least one of them. It is measured for each digit on new scenes. The models have not seen the images of
+# these digits.
 
 # %%
 pictures, classes = scenes(200, 1400, len(DIGITS.images))
@@ -335,9 +339,11 @@ plt.show()
 # %% [markdown]
 # ## What to take away
 #
-# - `ctc_loss` needs no alignment, and learns one. `transducer_loss` does the same for models that also read the labels before.
-# - `crf_loss` learns which tags follow each other, and `sequence.crf_decode` finds the best tagging.
-# - `dice_loss` and its relatives return one value for each image and class. `present_classes` and `weighted_mean` choose the mean.
-# - All of them have exact gradients, also when the model is nearly certain.
+# - `ctc_loss` needs no alignment, and the model learns one. The same is true of `transducer_loss`, for models that also read the previous
+#   labels.
+# - With `crf_loss`, a model learns which tags follow each other. `sequence.crf_decode` finds the best tagging.
+# - `dice_loss` and most other losses of regions return one value for each image and class. With `present_classes` and `weighted_mean`, the
+#   mean is computed over the classes that are present.
+# - The losses `ctc_loss`, `transducer_loss`, `crf_loss` and `dice_loss` have accurate gradients, also if the model is nearly certain.
 #
 # The pages *Sequences* and *Regions and boxes* of the documentation have the details.

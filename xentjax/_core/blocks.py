@@ -202,9 +202,9 @@ _every = Primitive("every_example")
 
 
 def every(condition: Array) -> Array:
-    """Whether `condition` [...] is True for every example, shape []. It is False in a program for several devices.
+    """Whether `condition` [...] is True for every example, shape []. In a program for several devices, it is always False.
 
-    There, the examples may be split over the devices, and each device would have to wait for the others.
+    In such a program, the examples may be split over the devices, and each device would have to wait for the others.
     """
     return _every.bind(condition)
 

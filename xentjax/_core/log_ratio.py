@@ -1,8 +1,8 @@
 """The log-ratio of two softmax probabilities, accurate relative to its own size.
 
 Let p = softmax(z) and q = softmax(y) be nearly equal. The log-ratio log p_k − log q_k could be computed as a difference of two surprises.
-This difference would have the rounding errors of both surprises, which may be larger than the result. The log-ratio is instead computed in
-two steps:
+This difference would have the rounding errors of both surprises, which may be larger than the result. So the log-ratio is computed in two
+steps:
 
     δ_k = (z_k − y_k) − (lse(z) − lse(y))    from exact differences of logits
     d_k = δ_k − L                            where L corrects the constant lse(z) − lse(y)
@@ -69,9 +69,9 @@ class Pair(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """Two rows for each example, and what `pair` needs besides. `operands` makes them.
+    """Two rows for each example, and the other inputs of `pair`. Made by `operands`.
 
-    The rows have the same masks. `numbers` are functions of the rows. No rule uses their tangents.
+    The rows have the same masks. `numbers` are computed from the rows, but the derivative rule does not use their tangents.
     """
 
     p_values: Array  # [..., classes], logits divided by the temperature
@@ -125,11 +125,12 @@ def pair(x: Operands, axis_name: mesh.AxisName, after: Array) -> Pair:
     """The distributions of two rows of logits.
 
     The result is computed from the logits `raw`: the difference of two logits has a smaller error before the division by the temperature.
-    The derivative rule uses the tangents of `values`. It ignores the tangents of `raw` and of `temperature`, on which `values` depend. The
-    derivatives are also accurate if the distributions are nearly equal, or if one class has nearly all of the probability.
+    The derivative rule uses the tangents of `values`. It ignores the tangents of `raw` and of `temperature`, because the tangents of
+    `values` contain them. The derivatives are also accurate if the distributions are nearly equal, or if one class has nearly all of the
+    probability.
 
-    Each sum over classes calls this function again, with the result of the sum before it as `after`. On CPUs, XLA computes equal calls
-    once. On GPUs and TPUs, each sum reads the logits, and no array of their size is stored (see `numerics.fresh`).
+    Each sum over classes calls this function again. `after` is the result of the previous sum. On CPUs, XLA computes equal calls once. On
+    GPUs and TPUs, each sum reads the logits, and no array of their size is stored (see `numerics.fresh`).
     """
     return _pair(_fresh(x, after), axis_name)
 
@@ -176,9 +177,9 @@ def centred(r: rows.Rows, terms: Callable[[Array], tuple[Array, Array]], after: 
 
     `terms(after)` computes p and x (see `pair`).
 
-    The mean is subtracted twice. If one class has nearly all of the probability, its x and the first mean are nearly equal, so their
-    difference is exact. After the first subtraction, the true mean is 0, so the second mean is the rounding error of the first mean. The
-    second subtraction removes this error. Otherwise, the error could be larger than the result.
+    The mean is subtracted twice. If one class has nearly all of the probability, x of this class and the first mean are nearly equal, so
+    their difference is exact. After the first subtraction, the true mean is 0, so the second mean is the rounding error of the first mean.
+    The second subtraction removes this error. Otherwise, the error could be larger than the result.
     """
 
     def product(after: Array, *means: Array) -> Array:
@@ -193,7 +194,7 @@ def centred(r: rows.Rows, terms: Callable[[Array], tuple[Array, Array]], after: 
 
 
 def centred_tangent(r: rows.Rows, p: Array, x: Array) -> Array:
-    """`centred` of the tangent x. This function is slower, but its transpose is accurate too.
+    """The result of `centred` for a tangent x. This function is slower, but its transpose is also accurate.
 
     The transpose of `centred` uses one difference in two places, in a sum and in the result. XLA may round the difference differently in
     the two places, and then the rounding errors do not cancel. So here a class that holds more than half of the probability has its own

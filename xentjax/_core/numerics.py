@@ -76,7 +76,7 @@ def finite(x: Array) -> Array:
 finite.defjvp(lambda primals, tangents: (finite(*primals), tangents[0]))
 
 
-# Equal barriers with equal operands would be merged. So a barrier also has an operand that the next computation must wait for.
+# XLA would merge two barriers with the same operand. So each barrier also has the operand `after`, which differs between barriers.
 _fresh = Primitive("fresh")
 _fresh.def_impl(lambda x, after: x)
 _fresh.def_abstract_eval(lambda x, after: x)
@@ -87,10 +87,11 @@ batching.primitive_batchers[_fresh] = lambda arrays, axes: (_fresh.bind(*arrays)
 
 
 def fresh(x: Array, after: Array) -> Array:
-    """`x`. On GPUs and TPUs, what follows is computed from `x` again, once `after` is known.
+    """`x`, as a new array that is available after `after` has been computed. On CPUs, it is `x` itself.
 
-    Without it, XLA stores an array that an earlier computation from `x` has made. Reading the logits again takes less time than storing and
-    loading such an array in float32. On CPUs, equal computations are done once.
+    Several sums need the same array, which is computed from `x`. If XLA on GPUs and TPUs recognizes this, it stores the array in float32.
+    With a new `x` for each sum, each sum computes the array again and does not store it. Reading the logits again takes less time than
+    storing and loading the array. On CPUs, XLA does equal computations only once.
     """
     return _fresh.bind(x, after)
 
@@ -101,9 +102,10 @@ def expand_leading(x: Array, ndim: int) -> Array:
 
 
 def underflows(x: Array) -> Array:
-    """Whether x ≥ 0 is less than the smallest normal number.
+    """Whether x, a number ≥ 0, is smaller than the smallest normal number.
 
-    CPUs replace such a number by 0. GPUs keep it, and its reciprocal may overflow there. So it is treated as 0 on every device.
+    XLA on CPUs replaces such a number by 0. GPUs keep such a number, and its reciprocal may overflow. So callers treat it as 0 on every
+    device.
     """
     return x < jnp.finfo(x.dtype).tiny
 

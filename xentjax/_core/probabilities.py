@@ -1,14 +1,15 @@
 """The probability p_k of every class, and 1 − p_k, both with a small relative error at any margin.
 
 Let m be the largest logit, and s = Σ_{z_k<m} e^(z_k − m) + (number of classes with z_k = m) − 1 as in `statistics`. Then
-p_k = e^(z_k − m)/(1 + s). Only a class with p_k > 1/2 can have a small 1 − p_k. At most one class does. It is called the pivot and has the
-index *. Its 1 − p_* is s/(1 + s), from the sum of the exponentials of all other classes.
+p_k = e^(z_k − m)/(1 + s). Only a class with p_k > 1/2 can have a small 1 − p_k. There is at most one such class. It is called the pivot and
+has the index *. For it, 1 − p_* is s/(1 + s), where s is the sum of the exponentials of all other classes.
 
 Derivatives. With the tangent dz of the logits and b = Σ_{j≠*} p_j dz_j,
 
     dp_k = p_k (dz_k − b − p_* dz_*)  for k ≠ *        dp_* = p_* ((1 − p_*) dz_* − b)
 
-The second line is the first one with 1 − p_* written out. So the gradient at the pivot is not a difference of numbers of the size of p_*.
+The second line is the first one with 1 − p_* written out. So the gradient at the pivot is not a difference of nearly equal numbers of the
+size of p_*.
 """
 
 import functools

@@ -1,15 +1,15 @@
 """Losses of dense object detectors: the quality of a box, and the distance to its sides.
 
-`quality_focal_loss` and `varifocal_loss` have one logit per box and class. Their labels are numbers in [0, 1]: the overlap of the predicted
-box with the true box for the class of the true box, and 0 for all other classes. `distribution_focal_loss` has one row of logits per side
-of a box. All functions here share these conventions:
+`quality_focal_loss` and `varifocal_loss` take one logit per predicted box and class. A label is a number in [0, 1]. For the class of the
+true box, it is the overlap of the predicted box and the true box. For all other classes, and for boxes without an object, it is 0.
+`distribution_focal_loss` takes one row of logits per side of a box. All functions here share these conventions:
 
 - `logits` have a floating dtype. Arithmetic and results are float32, or float64 if `logits` are float64. The gradient with respect to
   `logits` has the dtype of `logits`.
 - `where` has the shape of the result, and is True for elements that count. The loss and the gradient of every other element are exactly 0,
   whatever the element contains.
 - A wrong dtype raises TypeError. A wrong shape, or a Python number out of range, raises ValueError.
-- Detectors divide the sum of these losses by the number of objects, and not by the number of elements.
+- The papers of detectors divide the sum of these losses by the number of objects, and not by the number of elements.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def quality_focal_loss(logits: ArrayLike, labels: ArrayLike, *, beta: ArrayLike 
     Gradient: with d = p − y and the cross-entropy H, ∂loss/∂z = |d|^β·(d + β·H·p(1 − p)/d), and 0 at d = 0.
 
     The label is the quality of a box, for example its overlap with the true box. For labels 0 and 1, this is `sigmoid_focal_loss` with
-    γ = β. The loss and its gradient are finite for every β ≥ 0 and all logits. At d = 0, the loss is 0, although the cross-entropy is not.
+    γ = β. The loss and its gradient are finite for every β ≥ 0 and all finite logits. If β > 0, the loss is 0 at d = 0, although the
+    cross-entropy H is above 0 for a label between 0 and 1. If 0 < β < 1, the gradient near d = 0 is unbounded for such a label.
 
     Args:
         logits: [...], the log-odds z.
@@ -77,7 +78,7 @@ def varifocal_loss(
     Gradient: ∂loss/∂z = y·(p − y) for y > 0, and α·p^γ·(p − γ·(1 − p)·log(1 − p)) for y = 0.
 
     The label is the quality of a box, for example its overlap with the true box. Boxes of high quality get more weight, and easy negative
-    boxes get less weight. The loss and all its derivatives are finite for every γ ≥ 0 and all logits.
+    boxes get less weight. The loss and all its derivatives are finite for every γ ≥ 0 and all finite logits.
 
     Args:
         logits: [...], the log-odds z.
@@ -126,15 +127,16 @@ def distribution_focal_loss(
     """Distribution focal loss per example, shape [...].
 
     loss = (i + 1 − y)·(−log p_i) + (y − i)·(−log p_{i+1}) with i = ⌊y⌋, or i = y − 1 at the last bin, and p = softmax(z).
-    Gradient: ∂loss/∂z_k = p_k − t_k with t_i = i + 1 − y, t_{i+1} = y − i and 0 elsewhere;  ∂loss/∂y = log p_i − log p_{i+1}.
+    Gradient: ∂loss/∂z_k = p_k − t_k with t_i = i + 1 − y, t_{i+1} = y − i and t_k = 0 elsewhere. ∂loss/∂y = log p_i − log p_{i+1}.
 
-    The distance from a point to one side of its box is modelled as a distribution over the bins 0, 1, …, classes − 1. The loss is the
-    cross-entropy of the two bins next to the target, which share its weight. At its minimum, the mean Σ_k k·p_k of the distribution is y.
+    The distance from a point to one side of its box is modelled as a distribution over the bins 0, 1, …, classes − 1. The numbers t_k above
+    are a distribution over the two bins next to y, with mean y. The loss is the cross-entropy of p and t. At its minimum, p also has the
+    mean Σ_k k·p_k = y.
 
     Args:
         logits: [..., classes], unnormalized log-probabilities of the bins.
-        targets: [...], the distances y in [0, classes − 1], in units of a bin. If a target is outside, the value and the gradient of its
-            example are NaN.
+        targets: [...], the distances y in [0, classes − 1], in units of a bin. If a target is outside this range, the value and the
+            gradient of its example are NaN.
         axis: axis of the bins of `logits`.
         axis_name: mesh axis over which the bins are sharded, inside `jax.shard_map`.
         class_mask: [classes] or [..., classes], True for bins that exist.
@@ -203,9 +205,10 @@ def _distance_power(z: Array, y: Array, beta: Array) -> Array:
 
 @jax.custom_jvp
 def _gap(z: Array, y: Array, rest: Array) -> Array:
-    """1 − h with h = e^(−z)·y/rest, where `rest` is 1 − y. The rule takes its tangent from that of y.
+    """1 − h with h = e^(−z)·y/rest, where `rest` is 1 − y.
 
-    The bound on e^(−z) in the rule matters only where σ(z)^β is below e^(−80β).
+    The derivative rule ignores the tangent of `rest`, because it is minus the tangent of y. The bound on e^(−z) in the rule matters only
+    where σ(z)^β is below e^(−80β).
     """
     some = y > 0
     return numerics.where(some, -jnp.expm1(jnp.log(numerics.where(some, y, 1)) - jnp.log(rest) - z), 1)

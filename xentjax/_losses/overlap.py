@@ -1,30 +1,31 @@
-"""Losses of regions, for segmentation: how well the predicted region of each class overlaps with the labelled region.
+"""Losses of regions, for segmentation: they compare the predicted region of each class with the labelled region.
 
 All functions here except `lovasz_hinge_loss` share these conventions:
 
-- `logits` [..., *spatial, classes] hold one row of logits per pixel, or per voxel. `spatial` is the number of spatial axes: 2 for images,
-  3 for volumes, 1 for sequences. The axes before them are examples, for example a batch of images.
+- `logits` [..., *spatial, classes] hold one row of logits per pixel, or per voxel. `spatial` is the number of spatial axes: 2 for images, 3
+  for volumes, 1 for sequences. All axes before the spatial axes are batch axes. In the following, an image is one element of the batch.
 - `axis` is the class axis of `logits`. For logits [..., classes, height, width], pass `axis=-3`.
-- `labels` [..., *spatial] are class indices of an integer dtype. Labels of a floating dtype are soft labels, with the shape of `logits`.
-  If the index of a pixel that counts is outside [0, classes), the value and the gradient of its whole image are NaN.
+- `labels` [..., *spatial] of an integer dtype are class indices. Labels of a floating dtype are soft labels, with the shape of `logits`.
+  `boundary_loss` takes distances instead of labels. If the index of a pixel that counts is outside [0, classes), the value and the gradient
+  of its whole image are NaN.
 - The result [..., classes] has one value per image and class. The classes are on its last axis, whatever `axis` is. Arithmetic and results
   are float32, or float64 if `logits` are float64. The gradient with respect to `logits` has the dtype of `logits`.
 - `class_mask` [classes] is True for classes that exist. The loss and the gradient of every other class are exactly 0. The softmax leaves
-  these classes out. So do not use `class_mask` to leave the background out of a mean: the background is a class that the model can
-  predict. Use `loss[..., 1:]` instead.
+  these classes out. So do not use `class_mask` to leave the background out of a mean, because the model must be able to predict the
+  background. Use `loss[..., 1:]` instead.
 - `where` [..., *spatial] is True for pixels that count. All other pixels are left out of every sum, and their gradient is exactly 0,
   whatever they contain. If no pixel of an image counts, its loss is 0.
 - A wrong dtype raises TypeError. A wrong shape, or a Python number out of range, raises ValueError.
 
-The formulas are for one image and one class. p_n is the probability of the class at pixel n, and t_n is its label: 1, 0 or a number
+The formulas are for one image and one class. p_n is the probability of the class at pixel n, and t_n is the label: 1, 0 or a number in
 between. The sums run over the pixels that count:
 
     TP = Σ_n min(p_n, t_n)        FP = Σ_n max(p_n − t_n, 0)        FN = Σ_n max(t_n − p_n, 0)
 
 For class indices, these are Σ p t, Σ p(1 − t) and Σ (1 − p)t. A perfect prediction has FP = FN = 0, for soft labels too.
 
-Accuracy: each loss is a quotient of sums of numbers ≥ 0. It is never computed as 1 minus an index. So a nearly perfect prediction keeps
-its tiny loss and its gradient.
+Accuracy: no loss is computed as 1 minus an index. The Dice, Jaccard and Tversky losses are quotients of sums of numbers ≥ 0, and the Lovász
+losses are sums of numbers ≥ 0. So the loss and the gradient of a nearly perfect prediction have a small relative error.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def dice_loss(
     ∂loss/∂p_n = 2((p_n − t_n)(D − E) − E t_n)/D², where E is the numerator and D is the denominator.
 
     The loss is 1 minus the Dice coefficient, which is the F1 score of the pixels. If a class is absent from an image and `smooth` is 0, its
-    loss is 1 with gradient 0, or 0 if its probability (with `squared`, the square of it) is 0 everywhere. `present_classes` tells which
+    loss is 1 with gradient 0, or 0 if its probability (with `squared`, the square of it) is 0 everywhere. `present_classes` returns which
     classes are present.
 
     Args:
@@ -119,9 +120,9 @@ def tversky_loss(
 ) -> Array:
     """Tversky loss or focal Tversky loss, one value per image and class, shape [..., classes].
 
-    loss = T^γ with T = (α FP + β FN)/(TP + α FP + β FN + s) and s = `smooth`. So T is 1 − (TP + s)/(TP + α FP + β FN + s).
-    Gradient: with E = α FP + β FN and D = TP + E + s, ∂T/∂p_n = α TP'/D² for p_n > t_n and −(β TP' + E)/D² for p_n < t_n, where
-    TP' = D − E. The gradient of the loss has the factor γ T^(γ − 1).
+    loss = T^γ with T = (α FP + β FN)/(TP + α FP + β FN + s) and s = `smooth`. So T equals 1 − (TP + s)/(TP + α FP + β FN + s).
+    Gradient: with E = α FP + β FN and D = TP + E + s, ∂T/∂p_n = α (D − E)/D² for p_n > t_n, and −(β (D − E) + E)/D² for p_n < t_n.
+    ∂loss/∂p_n = γ T^(γ − 1)·∂T/∂p_n.
 
     α = β = 1/2 gives the Dice loss, and α = β = 1 gives the Jaccard loss. If β is larger than α, a missed pixel costs more than a false
     alarm.
@@ -191,8 +192,8 @@ def jaccard_loss(
     Gradient: with E = FP + FN and D = TP + E + s, ∂loss/∂p_n = ((D − E) sign(p_n − t_n) − E [p_n < t_n])/D². With `squared`,
     ∂loss/∂p_n = (2(p_n − t_n)(D − E) − E t_n)/D², where E is the numerator and D is the denominator.
 
-    The loss is 1 minus the intersection over union. If a class is absent from an image and `smooth` is 0, its loss is 1 with gradient 0,
-    or 0 if its probability is 0 everywhere. `present_classes` tells which classes are present.
+    The loss is 1 minus the intersection over union. If a class is absent from an image and `smooth` is 0, its loss is 1 with gradient 0, or
+    0 if its probability is 0 everywhere. `present_classes` returns which classes are present.
 
     Args:
         logits: [..., *spatial, classes], unnormalized log-probabilities.
@@ -249,10 +250,10 @@ def lovasz_softmax_loss(
     F_i is the number of the first i pixels that are not of the class. Δ_0 is 0.
     Gradient: ∂loss/∂p_n = ±(Δ_i − Δ_{i−1}) for the pixel at position i. The sign is that of p_n − t_n.
 
-    The loss is the Lovász extension of the Jaccard loss: it equals the Jaccard loss wherever all errors are 0 or 1, and is linear between,
-    for each order of the errors. If a class is absent from an image, its loss is the largest probability of the class. For soft labels,
-    each pixel counts as t_n pixels of the class and 1 − t_n other pixels: T = Σ t_n, F_i is the sum of 1 − t_n over the first i pixels, and
-    i in the numerator is replaced by F_i plus the sum of t_n over the first i pixels.
+    The loss is the Lovász extension of the Jaccard loss: if all errors are 0 or 1, it equals the Jaccard loss. As long as the order of the
+    errors does not change, it is linear in the errors. If a class is absent from an image, its loss is the largest probability of the
+    class. For soft labels, each pixel counts as t_n pixels of the class and 1 − t_n other pixels: T = Σ t_n, F_i is the sum of 1 − t_n over
+    the first i pixels, and Δ_i = i/(T + F_i) as before.
 
     Args:
         logits: [..., *spatial, classes], unnormalized log-probabilities.
@@ -362,12 +363,13 @@ def boundary_loss(
     pixels that count.
     Gradient: ∂loss/∂p_n = φ_n/N, so ∂loss_k/∂z_j = Σ_n φ_n p_k([j = k] − p_j)/N with the probabilities p_k and p_j of pixel n.
 
-    The distance is negative inside the region, and positive outside. So the loss is smallest for the right region. A false pixel costs more
-    the farther it is from the region. The loss may be negative. It is meant to be added to another loss of regions.
+    The distance is negative inside the region, and positive outside. So the loss is smallest if the prediction equals the region. A false
+    pixel costs more if it is farther from the region. The loss may be negative. It is meant to be added to another loss of regions.
 
     Args:
         logits: [..., *spatial, classes], unnormalized log-probabilities.
-        distances: the shape of `logits`, φ. `scipy.ndimage.distance_transform_edt` computes such distances.
+        distances: the shape of `logits`, φ. With `edt = scipy.ndimage.distance_transform_edt`, the distances from a region are
+            `edt(~region) - edt(region)`.
         spatial: number of spatial axes.
         axis: class axis of `logits` and `distances`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
@@ -424,12 +426,12 @@ def present_classes(
     present = (Σ_n t_n > 0), where the sum runs over the pixels that count. Classes that do not exist are not present.
     Gradient: none, because the result is boolean.
 
-    The arguments are those of the losses of regions. Only the shape of `logits` is used. The result is the `where` of `weighted_mean` for a
-    mean over the classes that are present.
+    The arguments are those of the losses of regions. Only the shape of `logits` is used. To compute a mean over the classes that are
+    present, pass the result to `weighted_mean` as `where`.
 
     Args:
         logits: [..., *spatial, classes], unnormalized log-probabilities.
-        labels: [..., *spatial] class indices, or [..., *spatial, classes] soft labels. An index out of range is no class.
+        labels: [..., *spatial] class indices, or [..., *spatial, classes] soft labels. An index out of range is ignored.
         spatial: number of spatial axes.
         axis: class axis of `logits`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
@@ -505,11 +507,13 @@ def _sums(batch: rows.Examples, spatial: int, squared: bool, alpha: Array | floa
 def _lovasz(error: Array, target: Array, keep: Array | None, spatial: int) -> Array:
     """Σ_i m_i (Δ_i − Δ_{i−1}) over the pixels, shape [..., classes], from errors and labels [..., *spatial, classes].
 
-    Let I be the part of the class that the first i − 1 pixels leave, U its union with them, and t the label of pixel i. Then
+    Let I be the number of pixels of the class without the first i − 1 pixels, U the number of pixels in the union of the class and the
+    first i − 1 pixels, and t the label of pixel i. Then
 
         Δ_i − Δ_{i−1} = I/U − (I − t)/(U + 1 − t) = (I (1 − t) + U t)/(U (U + 1 − t)),
 
-    in which nothing cancels. If the class is absent, Δ_1 is 1. Within one order of the errors, these factors are constants.
+    in which nothing cancels. If the class is absent, Δ_1 is 1. These factors depend only on the order of the errors, so they are treated as
+    constants.
     """
     if error.size == 0:
         return _pixel_sum(error, spatial)
@@ -528,7 +532,7 @@ def _lovasz(error: Array, target: Array, keep: Array | None, spatial: int) -> Ar
     before, after = total + (others - (1 - t)), total + others
     first = before == 0
     factor = numerics.where(first, 1, (left * (1 - t) + before * t) / (numerics.where(first, 1, before) * after))
-    if mesh.is_explicit(m):  # JAX cannot look up values in an array that is split
+    if mesh.is_explicit(m):  # JAX cannot look up values in an array that is split over devices
         return jnp.sum(m * lax.sort((place, factor), dimension=axis, num_keys=1)[1], axis=axis)
     return jnp.sum(numerics.take_last(m, place, differentiated=True) * factor, axis=axis)
 
@@ -540,8 +544,8 @@ def _lovasz(error: Array, target: Array, keep: Array | None, spatial: int) -> Ar
 def _share(part: Array, rest: Array) -> Array:
     """part/(part + rest) for numbers ≥ 0, and 0 with derivative 0 where both are 0.
 
-    The derivatives rest/(part + rest)² and −part/(part + rest)² are written without a difference. They are computed from the shares
-    themselves, so that no square can underflow.
+    The derivatives rest/(part + rest)² and −part/(part + rest)² contain no difference. They are computed from shares, without the square of
+    a sum, which could underflow.
     """
     total = part + rest
     return part / numerics.where(numerics.underflows(total), 1, total)
@@ -556,7 +560,10 @@ def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Arra
 
 @jax.custom_jvp
 def _reciprocal(x: Array) -> Array:
-    """1/x, and 1 at x = 0. The derivative is a product of two factors 1/x, of which none overflows if the tangent is as small as x."""
+    """1/x, and 1 at x = 0.
+
+    The derivative −dx/x² is computed as −(1/x)·((1/x)·dx). It does not overflow if |dx| is at most of the size of x, but 1/x² may overflow.
+    """
     return 1 / numerics.where(numerics.underflows(x), 1, x)
 
 

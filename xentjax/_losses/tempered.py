@@ -1,10 +1,10 @@
 """Bi-tempered loss. It generalizes cross-entropy. If t1 < 1, its logarithm is bounded. If t2 > 1, its softmax has heavy tails.
 
 Definitions. The tempered logarithm is log_t(x) = (x^(1 − t) − 1)/(1 − t). Its inverse is exp_t(x) = (1 + (1 − t)x)^(1/(1 − t)). At t = 1,
-these functions are log and exp. The probabilities are p_k = exp_t2(z_k − λ). The normalizer λ is the number for which they sum to 1. The
+these functions are log and exp. The probabilities are p_k = exp_t2(z_k − λ). The normalizer λ is the number for which the p_k sum to 1. The
 loss is −log_t1 p_y − (1 − Σ_k p_k^(2 − t1))/(2 − t1). At t1 = t2 = 1, it is cross-entropy.
 
-Normalizer. λ is the root of log_t2 Z(λ), where
+Normalizer. λ is the root of the function log_t2 Z(λ), where
 
     Z(λ) = Σ_k p_k = Σ_k (1 + (t2 − 1)(λ − z_k))^(−1/(t2 − 1))        log_t2 Z = (1 − Z^(1 − t2))/(t2 − 1)
 
@@ -32,7 +32,7 @@ from jax.typing import ArrayLike
 
 from xentjax._core import blocks, checks, differences, log_ratio, mesh, numerics, rows, statistics
 
-_STEPS = 7  # at most; after them, float64 is exact for logits up to 10⁹ apart among 100,000 classes, at any t2 in [1, 4]
+_STEPS = 7  # the largest number of steps. In float64, they are exact for logits up to 10⁹ apart among 100,000 classes, at any t2 in [1, 4]
 
 
 def bi_tempered_cross_entropy(
@@ -170,8 +170,9 @@ def _slope_in_heavy(u: Array, heavy: Array) -> Array:
 def _solve(r: rows.Rows, heavy: Array) -> Array:
     """λ − m [...] for the largest logit m, by Halley's method.
 
-    The starting point is the root if all logits are equal. Each step triples the number of correct digits. So after a change below
-    eps^(1/3) only one step is left, and in a program for one device the steps then end.
+    The starting point is the root if all logits are equal. Each step triples the number of correct digits. So if a step changes λ by less
+    than eps^(1/3), one more step is enough. In a program for one device, the loop ends then. In a program for several devices, the number
+    of steps is fixed.
     """
     below, keep = rows.reference(r)[..., None] - r.values, rows.full_mask(r)
     below = below if keep is None else numerics.where(keep, below, jnp.inf)

@@ -13,7 +13,7 @@ from xentjax._core import checks, mesh, numerics, rows, values
 
 
 class Sequences(NamedTuple):
-    """The checked labels and lengths of a batch of sequences; `...` are its axes."""
+    """The checked labels and lengths of a batch of sequences; `...` are the axes of the batch."""
 
     labels: Array  # [..., max_labels], int
     steps: Array | None  # [...], lengths in frames; None: all frames
@@ -34,7 +34,8 @@ def sequences(
 ) -> Sequences:
     """The checked labels, lengths and mask of sequences with axes `shape`.
 
-    `time` is the number of frames of the argument `inputs`, and `most` the number of labels per sequence if `inputs` fixes it.
+    `inputs` is the name of the argument that has the frames, and `time` is the number of frames. `most` is the number of labels per
+    sequence, or None if the shape of `inputs` does not determine it.
     """
     y = checks.integers(function, "labels", labels)
     if y.ndim != len(shape) + 1 or y.shape[:-1] != shape or most not in (None, y.shape[-1]):
@@ -64,7 +65,7 @@ def _outside(x: Array, high: int) -> Array:
 
 
 def blank(function: str, index: int, classes: int) -> int:
-    """The checked class of the blank."""
+    """The checked class index of the blank."""
     try:
         found = operator.index(index)
     except TypeError as error:
@@ -88,7 +89,7 @@ def frames(
 ) -> rows.Examples:
     """The frames `z` [..., classes] with their checked masks and no labels.
 
-    All devices must share `sequences`. Inside `xentjax.checked`, the logits of frames where `live` is True are checked.
+    All devices must have the same `sequences`. Inside `xentjax.checked`, the logits of frames where `live` is True are checked.
     """
     with values.checking(False):
         batch = checks.examples(function, z, None, -1, axis_name, class_mask, None, labelled=False)
@@ -100,7 +101,7 @@ def frames(
 
 
 def check_labels(function: str, sequences: Sequences, classes: int, blank: int | None) -> None:
-    """Inside `xentjax.checked`, report labels within their length that are no class or the blank."""
+    """Inside `xentjax.checked`, report labels that are outside [0, classes) or are the blank. Labels after the end are not checked."""
 
     def bad(y: Array) -> Array:
         return (y < 0) | (y >= classes) | (False if blank is None else y == blank)
@@ -116,7 +117,7 @@ def check_labels(function: str, sequences: Sequences, classes: int, blank: int |
 
 
 def inside(lengths: Array | None, like: Array) -> Array:
-    """Whether a position lies within its sequence, in the shape of `like` [..., n]."""
+    """Whether a position is before the end of its sequence, in the shape of `like` [..., n]."""
     if lengths is None:
         return jnp.ones(like.shape, bool)
     position = lax.broadcasted_iota(lengths.dtype, like.shape, like.ndim - 1)
@@ -133,6 +134,6 @@ def valid_lengths(sequences: Sequences, time: int) -> Array:
 
 
 def finish(loss: Array, valid: Array | None, none: Array, where: Array | None) -> Array:
-    """The loss [...]: +∞ where there is no path, NaN where the sequence is not valid, 0 where it does not count."""
+    """The loss [...]: +∞ for sequences without a path, NaN for sequences that are not valid, and 0 for sequences that do not count."""
     loss = numerics.where(none, jnp.full_like(loss, jnp.inf), loss)
     return numerics.nan_or_zero(loss, valid, where)

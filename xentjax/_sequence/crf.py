@@ -1,11 +1,13 @@
 """Linear-chain conditional random fields (CRF). Conventions are documented in `xentjax.sequence`.
 
-Loss. Every tagging is compared with the labels: the weight of a tagging is e^(its score − the score of the labels), so the weight of the
-labels is 1. Let R be the sum of the weights of all other taggings. Then loss = log(1 + R) = softplus(log R), which is accurate for every R.
+Loss. The score of every tagging is compared with the score of the labels. The weight of a tagging is e^(its score − the score of the
+labels), so the weight of the labels is 1. Let R be the sum of the weights of all other taggings. Then loss = log(1 + R) = softplus(log R),
+which is accurate for every R.
 
-Lattice. The states are the tags, for taggings that have differed from the labels at some earlier position. A tagging that has not differed
-yet has weight 1 and needs no state. It enters the lattice at the first position where it differs. The weight of each step is a difference
-to the labels, which is 0 with derivative 0 where the tagging agrees with the labels. So no derivative is a difference of large numbers.
+Lattice. The lattice contains the taggings that have differed from the labels at this position or before. Its states are their tags. A
+tagging that has not differed yet has weight 1 and needs no state. It enters the lattice at the first position where it differs from the
+labels. The log-weight of each step is a score minus the score of the labels. Where the tagging agrees with the labels, this difference is 0
+and its derivative is 0. So no derivative is a difference of large numbers.
 """
 
 from __future__ import annotations
@@ -36,22 +38,22 @@ def crf_loss(
     loss = log Σ_v e^(s(v)) − s(y), with s(y) = a(y_1) + Σ_t z_t(y_t) + Σ_t w(y_{t−1}, y_t) + b(y_T)
 
     Here v runs over all taggings, z is `unary`, w is `transitions`, a is `start` and b is `end`.
-    Gradient: ∂loss/∂z_t(k) = P(y_t = k) − [y_t = k]. The gradients of the other scores are also the expected number of uses under the model
-    minus the number of uses by the labels.
+    Gradient: ∂loss/∂z_t(k) = P(y_t = k) − [y_t = k]. Likewise, the gradient of every other score is the expected number of times that a
+    tagging uses it, under the model, minus the number of times that the labels use it.
 
-    A loss of 1e-15 keeps its digits in float32, and the loss is never negative.
+    Even a loss of 1e-15 has a small relative error in float32. The loss is never negative.
 
     Args:
         unary: [..., time, tags], scores of the tags at every position.
-        labels: [..., time] tag indices. A label that is no tag gives NaN.
+        labels: [..., time] tag indices. A label outside the range of tags gives NaN.
         transitions: [tags, tags], scores of a tag (row) followed by another (column). −∞ forbids a transition.
         start: [tags], scores of the first tag; None: 0.
         end: [tags], scores of the last tag; None: 0.
-        where: [..., time], True for positions that count. Other positions are left out, as if the sequence were shorter.
+        where: [..., time], True for positions that count. Other positions are left out, as if the sequence did not contain them.
 
     Returns:
-        [...], in nats, float32, or float64 if `unary` or `transitions` are float64. +∞ with gradient 0 if the labels are forbidden. 0 for
-        a sequence without positions.
+        [...], in nats, float32, or float64 if any of the scores are float64. +∞ with gradient 0 if the labels are forbidden. 0 for a
+        sequence without positions that count.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -99,7 +101,7 @@ def _crf(model: Model, labels: Array) -> Array:
     gold = [jnp.where(x < scaled.IMPOSSIBLE, jnp.zeros_like(x), x) for x in gold]
 
     def compared(same: Array, x: Array, gold: Array) -> Array:
-        """X minus that of the labels: exactly 0, with derivative 0, at the labels."""
+        """`x` minus the score of the labels. At the tag of the labels, it is exactly 0, with derivative 0."""
         return jnp.maximum(jnp.where(same, jnp.zeros_like(x), x - gold[..., None]), scaled.ABSENT)
 
     xs = _Position(
@@ -219,8 +221,8 @@ class _Position(NamedTuple):
     """The log-weights of a position."""
 
     unary: Any  # [..., tags]
-    entering: Any  # [..., tags], of a tagging that enters the lattice here
-    transition: Any  # [...], added to the weights of all transitions except that of the labels, whose weight is 1
+    entering: Any  # [..., tags], of a tagging that enters the lattice at this position
+    transition: Any  # [...], added to the log-weights of all transitions except that of the labels, whose log-weight is 0
 
 
 def of(model: Model, live: Array, xs: _Position, gold: tuple[Array, Array], end: Array) -> lattice.Weights:

@@ -1,8 +1,9 @@
 """Connectionist temporal classification (CTC). Conventions are documented in `xentjax.sequence`.
 
 Lattice. With U labels, there are U + 1 states "blank after label i" for i = 0, …, U, and U states "label i" for i = 1, …, U. A path starts
-in blank 0. From blank i, a frame stays with the class blank, or leads to label i + 1. From label i, a frame stays with the class of the
-label, or leads to blank i with the class blank, or to label i + 1 unless this is the same class. A path ends in label U or blank U.
+in blank 0. In state blank i, a path stays if the class of the next frame is the blank, and moves to label i + 1 if it is the class of that
+label. In state label i, a path stays if the class of the next frame is that of label i, and moves to blank i if it is the blank. It moves
+to label i + 1 if the class is that of label i + 1, and differs from that of label i. A path ends in label U or blank U.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ def ctc_loss(
 ) -> Array:
     """Connectionist temporal classification loss per sequence, shape [...].
 
-    loss = −log Σ_π Π_t p_t(π_t), where p_t = softmax(logits_t), and π runs over all alignments of the labels: sequences with one class per
-    frame that become the labels when repeated classes are merged and blanks are removed.
+    loss = −log Σ_π Π_t p_t(π_t), where p_t = softmax(logits_t), and π runs over all alignments of the labels. An alignment is a sequence
+    with one class per frame. It becomes the labels when repeated classes are merged and then blanks are removed.
     Gradient: ∂loss/∂z_tk = p_t(k) − γ_t(k), where γ_t(k) is the posterior probability of class k at frame t, given the labels.
 
-    If the alignments of the labels hold more than half of the probability, the loss is computed from the probability of all other
-    sequences. So a loss of 1e-15 keeps its digits in float32, and is never negative.
+    If the alignments of the labels hold more than half of the probability, the loss is computed from the probability of all other sequences
+    of classes. So even a loss of 1e-15 has a small relative error in float32. The loss is never negative.
 
     Args:
         logits: [..., time, classes], unnormalized log-probabilities.
-        labels: [..., max_labels] class indices without blanks. A label that is no class, or the blank, gives NaN.
+        labels: [..., max_labels] class indices without blanks. A label outside the range of classes, or equal to the blank, gives NaN.
         logit_lengths: [...], number of frames of each sequence; None: all. Frames after the end may hold anything.
         label_lengths: [...], number of labels of each sequence; None: all. Labels after the end may hold anything.
         blank: class index of the blank.
@@ -51,8 +52,8 @@ def ctc_loss(
         where: [...], True for sequences that count.
 
     Returns:
-        [...], in nats, float32, or float64 if `logits` are float64. +∞ with gradient 0 if no alignment exists, for example for more labels
-        than frames. NaN if a label or a length is invalid.
+        [...], in nats, float32, or float64 if `logits` are float64. +∞ with gradient 0 if no alignment exists, for example if there are
+        more labels than frames. NaN if a label or a length is invalid.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -89,17 +90,18 @@ def ctc_loss_from_log_probs(
 ) -> Array:
     """Connectionist temporal classification loss from log-probabilities of the blank and the labels, shape [...].
 
-    loss = −log Σ_π Π_t p_t(π_t) as in `ctc_loss`. Each frame needs only the probabilities of the blank and of the labels of its sequence.
-    So they can be computed without storing the logits of all classes, for example by `fuse_linear`.
-    Gradient: ∂loss/∂log p_t(k) = −γ_t(k), minus the posterior probability of class k at frame t; for a label, of this position.
+    loss = −log Σ_π Π_t p_t(π_t) as in `ctc_loss`. Only the log-probabilities of the blank and of the labels of the sequence are needed. So
+    they can be computed without storing the logits of all classes, for example by `fuse_linear`.
+    Gradient: −γ, where γ is the posterior probability that the frame belongs to the blank, or to the label at this position.
 
-    The probabilities of all other classes are not known here. So a small loss has the rounding error of a sum of log-probabilities, about
-    eps·time, and may be slightly negative; only `ctc_loss` has a small relative error. Log-probabilities need not be normalized.
+    This function does not get the probabilities of the other classes. So the absolute error of a small loss is that of a sum of
+    log-probabilities, about eps·time, and the loss may be slightly negative. Only `ctc_loss` has a small relative error. Log-probabilities
+    need not be normalized.
 
     Args:
         blank_log_probs: [..., time], log-probability of the blank.
         label_log_probs: [..., time, max_labels], log-probability of each label of the sequence. Equal labels have equal entries.
-        labels: [..., max_labels], any integers. They are only compared with each other: equal neighbors need a blank between them.
+        labels: [..., max_labels], any integers. Only their equality matters: equal neighbors need a blank between them.
         logit_lengths: [...], number of frames of each sequence; None: all. Frames after the end may hold anything.
         label_lengths: [...], number of labels of each sequence; None: all. Labels after the end may hold anything.
         where: [...], True for sequences that count.
@@ -168,7 +170,7 @@ def check(
 
 
 def alive(sequences: arguments.Sequences, time: int) -> tuple[Array, Array]:
-    """Which frames [..., time] belong to a sequence that counts, and which sequences [...] have valid lengths."""
+    """Which frames [..., time] are before the end of a sequence that counts, and which sequences [...] have valid lengths."""
     leading = sequences.labels.shape[:-1]
     live = jnp.ones((*leading, time), bool)
     if sequences.steps is not None:
@@ -179,7 +181,7 @@ def alive(sequences: arguments.Sequences, time: int) -> tuple[Array, Array]:
 
 
 def exists(sequences: arguments.Sequences) -> Array:
-    """Whether a label lies within its sequence, after an entry True for the blank, shape [..., 1 + labels]."""
+    """Whether a label is before the end of its sequence, shape [..., 1 + labels]. Entry 0 stands for the blank, and is True."""
     kept = arguments.inside(sequences.counts, sequences.labels)
     return jnp.concatenate([jnp.ones_like(kept, shape=(*kept.shape[:-1], 1)), kept], axis=-1)
 
@@ -197,10 +199,10 @@ def from_logits(batch: rows.Examples, sequences: arguments.Sequences, blank: int
 
 
 def _lost(p: Array, rest: Array, index: Array, kept: Array) -> Array:
-    """The probability of all classes that lead out of all paths, from every state [..., time, states].
+    """The probability, at every state, of the classes with which no path continues, shape [..., time, states].
 
-    It is the sum over the classes outside `index`, plus a product with a matrix of 0 and 1 that selects the others of the sequence. Each
-    class counts at its first position in `index` [..., 1 + labels].
+    It is the sum over the classes outside `index` [..., 1 + labels], plus a sum over those classes of `index` with which no path continues.
+    A matrix of 0 and 1 selects these classes. If a class occurs several times in `index`, only its first position counts.
     """
     same = index[..., :, None] == index[..., None, :]
     earlier = numerics.expand_leading(jnp.tri(index.shape[-1], k=-1, dtype=bool), same.ndim)

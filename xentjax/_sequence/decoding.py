@@ -16,9 +16,9 @@ from xentjax._sequence import arguments, ctc, frames, lattice, scaled
 
 
 def ctc_greedy_decode(logits: ArrayLike, *, logit_lengths: ArrayLike | None = None, blank: int = 0) -> tuple[Array, Array]:
-    """Labels of the most probable class of each frame, with repeats merged and blanks removed, shape [..., time].
+    """The most probable class of each frame, with repeats merged and blanks removed, shape [..., time], and their number, shape [...].
 
-    labels = the classes k_t = argmax_k logits_tk for which k_t ≠ blank and k_t ≠ k_{t−1}.
+    The labels are those classes k_t = argmax_k logits_tk for which k_t ≠ blank and k_t ≠ k_{t−1}.
     Gradient: none, since the results are integers.
 
     Args:
@@ -75,7 +75,7 @@ def ctc_alignment(
 ) -> tuple[Array, Array]:
     """The most probable alignment of the labels, shape [..., time], and its log-probability, shape [...].
 
-    The path π maximizes ℓ = Σ_t log p_t(π_t) over the alignments of the labels, as in `ctc_loss`.
+    The path π maximizes ℓ = Σ_t log p_t(π_t) over all alignments of the labels. Alignments are defined in `ctc_loss`.
     Gradient of the log-probability: ∂ℓ/∂z_tk = [k = π_t] − p_t(k). The path has no gradient.
 
     Args:
@@ -86,7 +86,8 @@ def ctc_alignment(
         blank: class index of the blank.
 
     Returns:
-        path: [..., time], int32, the class of every frame; −1 after the end, and everywhere if no alignment exists.
+        path: [..., time], int32, the class of every frame; −1 after the end, and everywhere if no alignment exists or an argument is
+            invalid.
         log_prob: [...], float32, or float64 if `logits` are float64; −∞ if no alignment exists, NaN if a label or a length is invalid.
 
     Raises:
@@ -151,8 +152,10 @@ def ctc_posteriors(
 ) -> Array:
     """Posterior probabilities of the blank and of every label at every frame, given all labels, shape [..., time, 1 + max_labels].
 
-    γ_t(i) = Σ_π p(π)·[a_t = i] / Σ_π p(π), where π runs over the alignments of the labels, as in `ctc_loss`, and label a_t is that of frame
-    t. Gradient: a part of the second derivative of `ctc_loss`, whose gradient is ∂loss/∂z_tk = p_t(k) − γ_t(k).
+    γ_t(i) = Σ_π p(π)·[a_t = i] / Σ_π p(π), where π runs over all alignments of the labels, as in `ctc_loss`. If frame t of π is a blank,
+    then a_t = 0; otherwise frame t belongs to the a_t-th label.
+    Gradient: the gradient of `ctc_loss` is ∂loss/∂z_tk = p_t(k) − γ_t(k), where γ_t(k) adds up the entries of class k. So the derivatives
+    of γ_t(k) are a part of the second derivatives of `ctc_loss`.
 
     Args:
         logits: [..., time, classes], unnormalized log-probabilities.
@@ -162,8 +165,9 @@ def ctc_posteriors(
         blank: class index of the blank.
 
     Returns:
-        [..., time, 1 + max_labels], float32, or float64 if `logits` are float64. Entry 0 is the blank, and entry i is the i-th label. Every
-        frame sums to 1; 0 after the end, and everywhere if no alignment exists. NaN if a label or a length is invalid.
+        [..., time, 1 + max_labels], float32, or float64 if `logits` are float64. Entry 0 is the blank, and entry i is the i-th label. The
+        entries of a frame sum to 1. All entries are 0 after the end, and in all frames if no alignment exists. NaN if a label or a length
+        is invalid.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -204,16 +208,17 @@ def transducer_greedy_decode(
     logit_lengths: ArrayLike | None = None,
     blank: int = 0,
 ) -> tuple[Array, Array]:
-    """Labels that a transducer emits if it always takes the most probable class, shape [..., max_labels].
+    """Labels of a transducer that always takes the most probable class, shape [..., max_labels], and their number, shape [...].
 
-    At frame t after u labels, k = argmax joint(encoded_t, prediction_u). If k is the blank, then t ← t + 1, else k is emitted and u ← u +
-    1. Gradient: none, since the results are integers.
+    At frame t after u labels, k = argmax joint(encoded_t, prediction_u). If k is the blank, then t ← t + 1. Otherwise, k is emitted, and
+    u ← u + 1.
+    Gradient: none, since the results are integers.
 
     Args:
         joint: (frames [..., features], prediction) → logits [..., classes].
-        predictor: (labels [...], state) → (prediction, next state). The first label is the blank, with the initial state.
+        predictor: (labels [...], state) → (prediction, next state). The first call gets the blank as label, and the initial state.
         encoded: [..., time, features], the output of the encoder.
-        state: pytree of arrays [..., any], the initial state of the predictor.
+        state: the initial state of the predictor, a pytree of arrays whose leading axes are `...`.
         max_labels: number of labels after which decoding stops.
         max_labels_per_frame: number of labels after which decoding goes on to the next frame; None: `max_labels`.
         logit_lengths: [...], number of frames of each sequence; None: all.

@@ -1,9 +1,11 @@
-"""Log-probabilities of a few classes of a row, and the probability of all others, with one derivative rule.
+"""Log-probabilities of a few classes of a row, and the probability of all other classes, with one derivative rule.
 
-Let V be the classes of interest of a row of logits. The losses of sequences need log p_k for k ∈ V, and U = Σ_{k∉V} p_k, the probability of
-the classes that no path can take. U is a sum over the other classes, never 1 − Σ_{k∈V} p_k, which would cancel.
+Let V be the set of the blank and the labels that paths may take in a row of logits. The losses of sequences need log p_k for k ∈ V, and
+U = Σ_{k∉V} p_k, the probability of the classes that no path can take. U is computed as a sum over the other classes. The difference
+1 − Σ_{k∈V} p_k would lose digits by cancellation if U is small.
 
-Derivatives, with the pivot * as in `surprises` (the class with p_* > 1/2, if there is one) and q = 1 − p_* from the sum of all others:
+Derivatives. As in `surprises`, the pivot * is the class with p_* > 1/2, if there is one. q = 1 − p_* is computed from the sum over all
+other classes.
 
     d log p_k = dz_k − Σ_{j≠*} p_j dz_j − p_* dz_*   for k ≠ *        d log p_* = q dz_* − Σ_{j≠*} p_j dz_j
     dU = Σ_{k∉V} p_k dz_k − U Σ_j p_j dz_j
@@ -24,8 +26,8 @@ from xentjax._sequence import scaled
 def probabilities(r: rows.Rows, index: Array) -> tuple[Array, Array]:
     """Log p_k of the classes `index`, shape [..., n], and the probability U [...] of all classes that are not in `index`.
 
-    `index` [..., n] holds global class indices. Its axes may have length 1 where the rows have more. An index that is no class gives
-    numbers that callers must not use. A class of probability 0 gives ABSENT.
+    `index` [..., n] holds global class indices. Its axes may have length 1 where the rows have more. If an index is outside the range of
+    classes, callers must not use its result. The logarithm of a probability of 0 is ABSENT.
     """
     return _probabilities(r.values, r.raw, index, r.class_mask, r.where, r.axis_name)
 
@@ -54,7 +56,7 @@ def _(axis_name: mesh.AxisName, primals: tuple[Any, ...], tangents: tuple[Any, .
         p, moved = statistics.softmax(r), rows.masked(tangent, where, class_mask)
         confident = lax.stop_gradient(c) < math.log(2)
         pivot = statistics.same_as_largest(r, m) & confident[..., None]
-        # −log p of the pivot: m is a constant in c, so the difference to the logit is added, which is 0 but has a derivative
+        # Now c becomes −log p of the pivot. c was computed with m as a constant. So m − z_* is added, which is 0 but has a derivative.
         c += rows.class_sum(r, numerics.where(pivot, m[..., None] - rows.finite_values(r), 0))
         weighed = p * moved
         by_others, by_pivot = (rows.class_sum(r, numerics.where(pivot, *pair)) for pair in ((0, weighed), (moved, 0)))
@@ -66,7 +68,7 @@ def _(axis_name: mesh.AxisName, primals: tuple[Any, ...], tangents: tuple[Any, .
         of_index = numerics.where(on_pivot, jnp.broadcast_to(of_pivot[..., None], general.shape), general)
         return of_index, by_rest - rest * by_all
 
-    # In half precision, a separate backward pass gets the logits, not their softmax in float32.
+    # In half precision, a separate backward pass stores the logits, and computes their softmax in float32 again.
     linear = jax.checkpoint(linear, prevent_cse=False) if raw.dtype != values.dtype else linear
     return (log_p, rest), linear(values, raw, tangents[0])
 
@@ -81,7 +83,7 @@ def _at(r: rows.Rows, index: Array) -> Array:
 
 
 def _split_at(r: rows.Rows, index: Array) -> Array:
-    """`_at` over devices: infinite logits must be finite before they are multiplied or summed."""
+    """`_at` for classes that are split over devices. A sum over devices follows, so infinite logits are made finite first."""
     return rows.at_index(r, numerics.finite(lax.stop_gradient(r.values)), index)
 
 

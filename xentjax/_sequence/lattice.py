@@ -5,24 +5,28 @@ weight w_t(s′, s) of the edge from s′ to s,
 
     α_t(s) = Σ_{s′} α_{t−1}(s′) w_t(s′, s)        total p = Σ_s α_T(s) e(s)
 
-where e(s) is the weight of ending in s. All numbers are kept as mantissas and exponents (`scaled`). So a sum of any size keeps its digits,
-and a step needs no exponentials and no logarithms.
+where e(s) is the weight of ending in s. All numbers are stored as mantissas and exponents (`scaled`). So a sum of any size has a small
+relative error, and a step needs no exponentials and no logarithms.
 
-Lost mass. In a lattice of probabilities, the total is the probability p of the labels. A certain sequence has p ≈ 1, and −log p as the
-logarithm of a sum near 1 has no digits left. Let ℓ_t(s) be the probability that step t, taken in state s, leaves all paths of the lattice.
-All paths start with probability 1, so whatever does not arrive is lost somewhere:
+Lost mass. In a lattice of probabilities, the total is the probability p of the labels. If the labels are nearly certain, p ≈ 1. Then
+−log p, computed as the logarithm of a sum near 1, has no correct digits. Let ℓ_t(s) be the probability that step t from state s does not
+continue any path of the lattice. The probability is 1 at the start. What does not arrive at the end is lost in a step, or in a state where
+paths do not end:
 
     1 − p = Σ_t Σ_s α_{t−1}(s) ℓ_t(s) + Σ_s α_T(s) (1 − e(s))
 
-No term of this sum is negative, so it keeps its relative accuracy. Where p > 1/2, log p is log1p(−(1 − p)).
+No term of this sum is negative, so the sum has a small relative error. Where p > 1/2, log p is computed as log1p(−(1 − p)).
 
-Derivatives. The derivative of log p with respect to log α_t(s) comes from a backward recursion over the same edges: every state divides its
-derivative among the edges that lead to it, in proportion to their shares of the sum. Without lost mass, these derivatives are the posterior
-probabilities of the states. With lost mass, they are minus the probability of being in the state and getting lost later, divided by p, and
-each step adds what it loses itself. In both cases all terms have the same sign, so the derivatives are as accurate as the sums.
-The rule makes all derivatives of one sequence in one backward pass, keeps α of every step, and gives JAX a tangent that it can transpose.
+Derivatives. The derivative of log p with respect to log α_t(s) follows from a backward recursion over the same edges. The derivative of
+each state is divided among the edges that lead to the state, in proportion to their shares of the sum. If log p is computed from the total,
+these derivatives are the posterior probabilities of the states. If log p is computed from the lost mass, the derivative is −1/p times the
+probability that a path is in state s after step t and is lost later. In the recursion, each step then adds the mass that is lost in this
+step. In both cases all terms have the same sign, so the derivatives are as accurate as the sums.
 
-No path. A weight of 0 is the logarithm `scaled.ABSENT`, a large negative number, so that no difference of infinities occurs.
+One backward pass computes all derivatives of a sequence. It needs α of every step, so the forward pass stores them. The tangent is linear
+in the tangents of the weights, so JAX can transpose it.
+
+No path. The logarithm of a weight of 0 is represented by `scaled.ABSENT`, a large negative number, so no difference of infinities occurs.
 """
 
 import functools
@@ -42,16 +46,16 @@ from xentjax._sequence.scaled import Scaled
 class Lattice(NamedTuple):
     """The edges of a lattice, as functions of arrays with any leading axes.
 
-    α is a `Scaled` [..., states]. `advance` gets the weights as `Scaled`: `x` are those of one step, and `shared` those of all steps.
-    `fixed_x` and `fixed` are like `x` and `shared`, but hold arrays that are not differentiated. ᾱ are derivatives of the log-total by the
-    mantissas of α after a step, and k are the exponents of α after that step: the weight of an edge is multiplied by 2^−k when α is
-    normalized.
+    α is a `Scaled` [..., states]. The weights are also `Scaled`: `x` has the weights of one step, and `shared` has the weights that all
+    steps use. `fixed_x` and `fixed` are like `x` and `shared`, but hold arrays that are not differentiated. ᾱ are the derivatives of the
+    log-total with respect to the mantissas of α after a step. k are the exponents of α after this step. The normalization of α multiplies
+    the weight of each edge by 2^−k.
     """
 
     advance: Callable  # (α, x, shared, fixed_x, fixed) → α after the step, not normalized
-    retreat: Callable  # (ᾱ, α, k, x, shared, fixed_x, fixed) → ᾱ before the step, derivatives by the logarithms of `shared`, notes
-    slopes: Callable  # (ᾱ of all steps, α before them, α after them, xs, notes) → derivatives by the logarithms of xs
-    normalized: bool  # whether the weights are probabilities, so that `Weights.lost` says what they lose
+    retreat: Callable  # (ᾱ, α, k, x, shared, fixed_x, fixed) → ᾱ before the step, derivatives with respect to log `shared`, notes
+    slopes: Callable  # (ᾱ of all steps, α before them, α after them, xs, notes) → derivatives with respect to log xs
+    normalized: bool  # whether the weights are probabilities and `Weights.lost` has the lost probabilities
 
 
 class Weights(NamedTuple):
@@ -80,13 +84,13 @@ class _Differentiable(NamedTuple):
 
 
 def present(condition: Array, dtype: Any) -> Array:
-    """The log-weight 0 where `condition` is True, and ABSENT elsewhere: it keeps or removes an edge."""
+    """The log-weight 0 where `condition` is True, and ABSENT elsewhere. So paths may start or end only where `condition` is True."""
     return jnp.where(condition, jnp.zeros((), dtype), jnp.asarray(scaled.ABSENT, dtype))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def log_total(lattice: Lattice, weights: Weights) -> Array:
-    """The logarithm of the sum of all paths, shape [...]; below IMPOSSIBLE if there is no path."""
+    """The logarithm of the sum of the weights of all paths, shape [...]; below IMPOSSIBLE if there is no path."""
     mantissas, exponents = _split(weights)
     alpha, kept = _forward(lattice, weights, mantissas, exponents, keep=lattice.normalized)
     return _finish(lattice, weights.live, alpha.mantissa, alpha.exponent, kept, mantissas, exponents)
@@ -135,7 +139,7 @@ def value_and_slopes(lattice: Lattice, weights: Weights) -> tuple[Array, _Differ
 
 
 def _forward(lattice: Lattice, weights: Weights, mantissas: _Differentiable, exponents: _Differentiable, keep: bool) -> Any:
-    """α after the last step; and with `keep`, α before every step [steps, ..., states]."""
+    """α after the last step, and α before every step [steps, ..., states] if `keep` is True, otherwise None."""
     shared = _joined(mantissas.shared, exponents.shared)
 
     def forward(alpha: Scaled, inputs: Any) -> Any:
@@ -175,7 +179,7 @@ def _finish(
 
 
 def checked_total(log_total: Array) -> tuple[Array, Array]:
-    """The log-total, but 0 with derivative 0 where there is no path; and whether there is none."""
+    """The log-total, or 0 with derivative 0 if there is no path; and whether there is no path."""
     none = lax.stop_gradient(log_total) < scaled.IMPOSSIBLE
     return numerics.where(none, jnp.zeros_like(log_total), log_total), none
 

@@ -1,11 +1,11 @@
 """Numbers m·2^k of any size. A sum of such numbers needs no exponential and no logarithm.
 
-The mantissa m is an ordinary floating-point number between 1 and 2, or 0. The exponent k is a whole number, stored as a floating-point
-number. So a path of probability e^(−100,000) has as many digits as one of probability 1, where the logarithm −100,000 has only two digits
-after the point in float32. Above 2²⁴ in float32, k is rounded as a logarithm of this size would be.
+The mantissa m is a floating-point number. After `normalized`, it is 0 or at least 1 and below 2; before, it is of similar size. The
+exponent k is a whole number, stored as a floating-point number. So a path of probability e^(−100,000) has as many correct digits as a
+likely path. In float32, the logarithm −100,000 itself has only two digits after the decimal point. If |k| exceeds 2²⁴ in float32, k is
+rounded, just as a logarithm of this size is rounded.
 
-Derivatives. The exponent is constant wherever the number is differentiable, so only mantissas have derivatives. Powers of 2 are made of
-bits.
+Derivatives. The exponent is treated as a constant, so only the mantissa has a derivative. Powers of 2 are constructed from bits.
 """
 
 import functools
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 ABSENT = -(2.0**100)  # the exponent, and the logarithm, of a number that is 0
-IMPOSSIBLE = -(2.0**90)  # a sum below e^IMPOSSIBLE has only terms with a factor of 0; finite logits are far smaller
-_HIGH, _LOW = 2839 / 4096, 3.1946184945309415e-05  # their sum is log 2; products of the first with exponents below 4096 are exact
+IMPOSSIBLE = -(2.0**90)  # only a sum of terms with a factor of 0 is below e^IMPOSSIBLE; the logits of a model are far smaller than 2⁹⁰
+_HIGH, _LOW = 2839 / 4096, 3.1946184945309415e-05  # their sum is log 2; products of _HIGH with exponents below 4096 are exact
 
 
 class Scaled(NamedTuple):
@@ -30,13 +30,13 @@ def of_log(x: Array) -> Scaled:
     """e^x for numbers that are finite or ABSENT. The derivative of the mantissa is the mantissa."""
     fixed = lax.stop_gradient(x)
     k = jnp.round(fixed * 1.4426950408889634)
-    # if x is too large for its dtype to have digits after the point, neither has the remainder
+    # If x is so large that it has no digits after the point, the remainder has no correct digits. The bound only keeps it small.
     remainder = jnp.clip((fixed - k * _HIGH) - k * _LOW, -1, 1)
     return Scaled(jnp.exp(remainder + (x - fixed)), k)
 
 
 def log(x: Scaled) -> Array:
-    """Log x, and a number below IMPOSSIBLE if x is 0."""
+    """The logarithm of x. If x is 0, the result is a number below IMPOSSIBLE."""
     zero = x.mantissa == 0
     m = jnp.where(zero, jnp.ones_like(x.mantissa), x.mantissa)
     return (jnp.log(m) + x.exponent * _LOW) + x.exponent * _HIGH
@@ -66,7 +66,7 @@ def normalized(x: Scaled) -> Scaled:
 
 
 def plain(x: Scaled) -> Array:
-    """The number itself, in its dtype: 0 if it is too small, and at most 2¹²⁷."""
+    """The number as one floating-point number: 0 for exponents below −126, and too small for exponents above 127."""
     return x.mantissa * power(x.exponent)
 
 

@@ -1,4 +1,4 @@
-"""Marginals and the best tagging of a conditional random field. Conventions are documented in `xentjax.sequence`."""
+"""Marginal probabilities and the best tagging of a conditional random field. Conventions are documented in `xentjax.sequence`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def crf_marginals(
         where: [..., time], True for positions that count. Other positions are left out, and their result is 0.
 
     Returns:
-        [..., time, tags], float32, or float64 if `unary` or `transitions` are float64. 0 if every tagging is forbidden.
+        [..., time, tags], float32, or float64 if any of the scores are float64. 0 if every tagging is forbidden.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -69,7 +69,7 @@ def crf_decode(
 ) -> tuple[Array, Array]:
     """The tagging with the largest score, shape [..., time], and its score, shape [...].
 
-    The tagging y maximizes s(y) = a(y_1) + Σ_t z_t(y_t) + Σ_t w(y_{t−1}, y_t) + b(y_T), the score as in `crf_loss`.
+    The tagging y maximizes the score s(y) = a(y_1) + Σ_t z_t(y_t) + Σ_t w(y_{t−1}, y_t) + b(y_T), as in `crf_loss`.
     Gradient of the score: ∂s/∂z_t(k) = [y_t = k], and likewise for the other scores. The tags have no gradient.
 
     Args:
@@ -81,7 +81,7 @@ def crf_decode(
 
     Returns:
         tags: [..., time], int32; −1 at positions that do not count, and everywhere if every tagging is forbidden.
-        score: [...], float32, or float64 if `unary` or `transitions` are float64; −∞ if every tagging is forbidden.
+        score: [...], float32, or float64 if any of the scores are float64; −∞ if every tagging is forbidden, and 0 if no position counts.
 
     Raises:
         TypeError: an argument has the wrong dtype.

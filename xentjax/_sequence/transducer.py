@@ -1,8 +1,8 @@
 """The transducer loss. Conventions are documented in `xentjax.sequence`.
 
-Lattice. A path starts at frame 0 before label 0. At frame t before label u, the class blank leads to frame t + 1, and the class of label u
-leads to label u + 1 in the same frame. After all labels, the blank of the last frame ends the path. Both moves lead from one diagonal t + u
-to the next, so the steps of the lattice are diagonals, and its states are the numbers u.
+Lattice. A path starts at frame t = 0 after u = 0 labels. There are two moves: the blank leads to frame t + 1, and the class of the next
+label leads to u + 1 labels in the same frame. After all labels, the blank of the last frame ends the path. Each move increases t + u by 1.
+So a step of the lattice is a step from one diagonal t + u to the next, and the states are the numbers u.
 """
 
 from __future__ import annotations
@@ -34,18 +34,19 @@ def transducer_loss(
 ) -> Array:
     """Transducer (RNN-T) loss per sequence, shape [...].
 
-    loss = −(1 + λ) log Σ_π Π_i p_i(π_i), where λ is `fastemit`, and π runs over all paths: orders of the labels and one blank per frame
-    that end with a blank. Each p_i is the softmax of the logits at the frame and at the number of labels that the path has reached.
-    Gradient at frame t after u labels: ∂loss/∂z_k = β·(p_k − [k = b]) + (1 + λ)·γ·(p_k − [k = y]), where b is the blank, y the next label,
-    and β and γ are the posterior probabilities that a path goes on from there by b and by y.
+    loss = −(1 + λ) log Σ_π Π_i p_i(π_i), where λ is `fastemit`, and π runs over all paths. A path consists of the labels in their order and
+    of one blank per frame, and ends with a blank. p_i is the softmax of the logits at the frame and at the number of labels that the path
+    has reached before element i.
+    Gradient at frame t after u labels: ∂loss/∂z_k = β·(p_k − [k = b]) + (1 + λ)·γ·(p_k − [k = y]), where b is the blank, and y is the next
+    label. β and γ are the posterior probabilities that a path is at t and u and continues with b or with y.
 
-    For λ > 0, this is not the derivative of the value: FastEmit raises only the gradient of the labels, so that they are emitted earlier.
-    If the paths hold more than half of the probability, the loss is computed from the probability of everything else. So a loss of 1e-15
-    keeps its digits in float32, and is never negative.
+    For λ > 0, this gradient is not the derivative of the value. FastEmit increases only the gradient through the labels, so that labels are
+    emitted earlier. If the paths together have a probability above 1/2, the loss is computed from the probability of everything else. So
+    even a loss of 1e-15 has a small relative error in float32. The loss is never negative.
 
     Args:
         logits: [..., time, max_labels + 1, classes], unnormalized log-probabilities after u = 0, …, max_labels labels.
-        labels: [..., max_labels] class indices without blanks. A label that is no class, or the blank, gives NaN.
+        labels: [..., max_labels] class indices without blanks. A label outside the range of classes, or equal to the blank, gives NaN.
         logit_lengths: [...], number of frames of each sequence; None: all. Frames after the end may hold anything.
         label_lengths: [...], number of labels of each sequence; None: all. Labels after the end may hold anything.
         blank: class index of the blank.
@@ -108,16 +109,17 @@ def transducer_loss_from_log_probs(
 ) -> Array:
     """Transducer loss from log-probabilities of the blank and of the next label, shape [...].
 
-    loss = −(1 + λ) log Σ_π Π_i p_i(π_i) as in `transducer_loss`. The joint network is needed only for the blank and the next label. So
-    these log-probabilities can be computed without storing all joint logits, for example by `fuse_linear`. Gradient: −γ_tu(blank) and −(1 +
-    λ)·γ_tu(label), where γ is the posterior probability of the move.
+    loss = −(1 + λ) log Σ_π Π_i p_i(π_i) as in `transducer_loss`. Only the log-probabilities of the blank and of the next label are needed.
+    They can be computed without storing all joint logits, for example by `fuse_linear`.
+    Gradient: −γ_tu(blank) and −(1 + λ)·γ_tu(label), where γ_tu is the posterior probability of the move at frame t after u labels.
 
-    The probabilities of all other classes are not known here. So a small loss has the rounding error of a sum of log-probabilities, and may
-    be slightly negative; only `transducer_loss` has a small relative error. Log-probabilities need not be normalized.
+    This function does not get the probabilities of the other classes. So the absolute error of a small loss is that of a sum of
+    log-probabilities, and the loss may be slightly negative. Only `transducer_loss` has a small relative error. Log-probabilities need not
+    be normalized.
 
     Args:
         blank_log_probs: [..., time, max_labels + 1], log-probability of the blank after u = 0, …, max_labels labels.
-        label_log_probs: [..., time, max_labels], log-probability of label u after u labels.
+        label_log_probs: [..., time, max_labels], log-probability of the next label after u = 0, …, max_labels − 1 labels.
         logit_lengths: [...], number of frames of each sequence; None: all. Frames after the end may hold anything.
         label_lengths: [...], number of labels of each sequence; None: all. Labels after the end may hold anything.
         fastemit: ≥ 0, λ.
@@ -168,11 +170,11 @@ def _transducer_from_log_probs(blanks: Array, of_labels: Array, sequences: argum
 
 
 class _Nodes(NamedTuple):
-    """Where paths may go, with axes [..., time, max_labels + 1] except for `steps`, `last` and `valid`."""
+    """Which nodes and moves paths may use, with axes [..., time, max_labels + 1] except for `steps`, `last` and `valid`."""
 
     inside: Array  # whether the node belongs to a sequence that counts
-    blank: Array  # whether paths that reach the end may leave the node by the blank
-    label: Array  # whether they may leave it by the next label
+    blank: Array  # whether the blank may follow at this node on a path that reaches the end
+    label: Array  # whether the next label may follow at this node on such a path
     steps: Array  # [...], number of moves of a path
     last: Array  # [..., max_labels + 1], whether u is the number of labels
     valid: Array  # [...], whether the lengths are possible
@@ -230,7 +232,8 @@ def _loss(
 def _diagonals(x: Array, fill: float) -> Array:
     """`x` [..., time, n] with the diagonals t + u first, shape [time + n − 1, ..., n]; `fill` where a diagonal has no entry.
 
-    Every row u of the transposed array is padded to time + n entries. Read with rows shorter by one, row u starts u places later.
+    Each row u of the transposed array is padded to time + n entries. Then all rows are joined, and cut into rows of time + n − 1 entries.
+    So row u moves by u places, and entry t of row u comes to column t + u.
     """
     time, n = x.shape[-2:]
     padded = lax.pad(jnp.swapaxes(x, -1, -2), jnp.asarray(fill, x.dtype), [(0, 0, 0)] * (x.ndim - 1) + [(0, n, 0)])
@@ -244,7 +247,7 @@ def _advance(alpha: Scaled, x: tuple[Scaled, Scaled], shared: Any, fixed_x: Any,
 
 
 def _moves(bar: Array, exponent: Array, k: Array, x: tuple[Scaled, Scaled]) -> tuple[Array, Array]:
-    """The derivatives by the mantissas of α that arrive by the blank and by the label."""
+    """The derivative with respect to the mantissas of α in two parts: through the blank, and through the next label."""
     arriving = Scaled(bar, -k)
     edges = (scaled.times(arriving, x[0]), scaled.times(scaled.shifted(arriving, -1)[0], x[1]))
     by_blank, by_label = (edge.mantissa * scaled.power(exponent + edge.exponent) for edge in edges)

@@ -1,22 +1,24 @@
-"""Sequences: decoders, alignments and posterior probabilities for CTC, transducers and conditional random fields.
+"""Sequences: decoders, alignments and posterior probabilities of CTC, transducers and conditional random fields.
 
 The losses are `xentjax.ctc_loss`, `xentjax.ctc_loss_from_log_probs`, `xentjax.transducer_loss`, `xentjax.transducer_loss_from_log_probs`
 and `xentjax.crf_loss`.
 
 Conventions that the losses and the functions here share:
 
-- Every function treats each sequence alone. The leading axes `...` are the axes of the sequences, and losses have shape [...].
+- The result of a sequence does not depend on the other sequences of the batch. The leading axes `...` are the axes of the batch, and losses
+  have shape [...].
 - `logit_lengths` and `label_lengths` [...] are the numbers of frames and of labels of each sequence. Frames and labels after the end may
-  hold anything, also NaN. Their gradient is exactly 0.
-- `where` [...] is True for sequences that count. All other sequences cost 0 with gradient 0. In the functions of conditional random fields,
-  `where` [..., time] is True for positions that count, in any pattern.
-- A label within its sequence that is no class, or the blank, makes the loss and the gradient of its sequence NaN, and so does a length that
-  is below 0 or too large.
+  hold anything, also NaN. The gradient of these frames is exactly 0.
+- `where` [...] is True for sequences that count. The loss and the gradient of all other sequences are 0. In the functions of conditional
+  random fields, `where` [..., time] is True for positions that count, in any pattern.
+- Labels before the end must be classes other than the blank, and lengths must be between 0 and the size of the axis. Otherwise the loss and
+  the gradient of the sequence are NaN.
 - If no alignment, path or tagging has a positive probability, the loss is +∞ and its gradient is exactly 0.
-- Logits of −∞ are classes of probability 0.
+- A logit of −∞ gives its class the probability 0.
 - Arithmetic and results are float32, or float64 if an argument is float64. Each gradient has the dtype of its argument.
-- Losses are accurate for sequences that are recognized with certainty. A loss of 1e-15 keeps its digits in float32. It is computed from the
-  probability of everything that does not give the labels. The functions `…_from_log_probs` do not know this probability.
+- Losses are also accurate for sequences that are recognized with certainty: even a loss of 1e-15 has a small relative error in float32.
+  Such a loss is computed from the probability of everything that does not give the labels. The functions `…_from_log_probs` do not get this
+  probability, so their small losses have only a small absolute error.
 - A wrong dtype raises TypeError. A wrong shape, or a Python number out of range, raises ValueError.
 """
 
