@@ -250,10 +250,10 @@ def _advance(alpha: Scaled, x: _Position, transitions: Scaled, gold: tuple[Array
 
 
 def _retreat(
-    bar: Array, alpha: Scaled, k: Array, x: _Position, transitions: Scaled, gold: tuple[Array, Array], fixed: Any
-) -> tuple[Array, Array, Array]:
+    bar: Array, alpha: Scaled, after: Scaled, x: _Position, transitions: Scaled, gold: tuple[Array, Array], fixed: Any
+) -> tuple[Array, _Position, Array]:
     source, target = _masks(alpha, gold)
-    arriving = scaled.times(Scaled(bar, -k), x.unary)
+    arriving = scaled.times(Scaled(bar, -after.exponent), x.unary)
     step = Scaled(*(part[..., None] for part in x.transition))
     onward = Scaled(*(part[..., None, :] for part in scaled.times(arriving, step)))
     flow = scaled.times(transitions, onward)
@@ -263,12 +263,9 @@ def _retreat(
     mantissa, exponent = (jnp.sum(part, axis=-1, keepdims=True) for part in kept)
     by_gold = jnp.where(source, mantissa * scaled.power(exponent + alpha.exponent), jnp.zeros_like(bar))
     moved = jnp.sum(flow, axis=-1)
-    return moved + by_gold, alpha.mantissa[..., None] * flow, jnp.sum(alpha.mantissa * moved, axis=-1)
+    entering = scaled.times(arriving, x.entering)
+    of_x = _Position(bar * after.mantissa, entering.mantissa * scaled.power(entering.exponent), jnp.sum(alpha.mantissa * moved, axis=-1))
+    return moved + by_gold, of_x, alpha.mantissa[..., None] * flow
 
 
-def _slopes(bars: Array, before: Scaled, after: Scaled, xs: _Position, moved: Array) -> _Position:
-    entering = scaled.times(scaled.times(xs.entering, xs.unary), Scaled(bars, -after.exponent))
-    return _Position(bars * after.mantissa, entering.mantissa * scaled.power(entering.exponent), moved)
-
-
-CHAIN = lattice.Lattice(_advance, _retreat, _slopes, normalized=False)
+CHAIN = lattice.Lattice(_advance, _retreat, normalized=False)

@@ -9,7 +9,7 @@ to label i + 1 if the class is that of label i + 1, and differs from that of lab
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -198,69 +198,84 @@ def from_logits(batch: rows.Examples, sequences: arguments.Sequences, blank: int
     return weights(log_p, _lost(jnp.exp(log_p), rest, index, kept), sequences, live), valid
 
 
-def _lost(p: Array, rest: Array, index: Array, kept: Array) -> Array:
-    """The probability, at every state, of the classes with which no path continues, shape [..., time, states].
+def _lost(p: Array, rest: Array, index: Array, kept: Array) -> States:
+    """The probability of all classes that lead out of all paths, from every state [..., time, 1 + labels].
 
-    It is the sum over the classes outside `index` [..., 1 + labels], plus a sum over those classes of `index` with which no path continues.
-    A matrix of 0 and 1 selects these classes. If a class occurs several times in `index`, only its first position counts.
+    It is the sum over the classes outside `index`, plus a product with a matrix of 0 and 1 that selects the others of the sequence. Each
+    class counts at its first position in `index` [..., 1 + labels]. A label loses less than the blank after it by its own class, with which
+    a path can stay in the label, but not go on from the blank.
     """
     same = index[..., :, None] == index[..., None, :]
     earlier = numerics.expand_leading(jnp.tri(index.shape[-1], k=-1, dtype=bool), same.ndim)
     first = ~jnp.any(same & earlier, axis=-1, keepdims=True)  # no earlier position has the same class
     own = same & kept[..., None, :]  # whether the class of a row is that of a column
     onward = jnp.concatenate([own[..., 1:], jnp.zeros_like(own, shape=(*own.shape[:-1], 1))], axis=-1)  # the label after that of a column
-    from_blank = own[..., :1] | onward
-    from_label = from_blank | own  # a label cannot lead to an equal one, but stays with its class
-    out = (first & ~states(from_label, from_blank)).astype(p.dtype)
-    return jnp.matmul(p, out, precision=lax.Precision.HIGHEST) + rest[..., None]
+    out = (first & ~(own[..., :1] | onward | own)).astype(p.dtype)
+    of_label = jnp.matmul(p, out, precision=lax.Precision.HIGHEST) + rest[..., None]
+    repeated = jnp.concatenate([index[..., 1:] == index[..., :-1], jnp.zeros_like(kept[..., :1])], axis=-1)
+    staying = kept & ~(repeated & jnp.concatenate([kept[..., 1:], jnp.zeros_like(kept[..., :1])], axis=-1)) & (index != index[..., :1])
+    return States(of_label, of_label + jnp.where(staying[..., None, :], p, jnp.zeros_like(p)))
 
 
-def states(label: Array, blank: Array) -> Array:
+def interleaved(label: Array, blank: Array) -> Array:
     """The states label 0, blank 0, label 1, blank 1, … from arrays [..., 1 + labels] of the labels and the blanks."""
     both = jnp.stack([label, jnp.broadcast_to(blank, label.shape)], axis=-1)
     return both.reshape(*label.shape[:-1], 2 * label.shape[-1])
 
 
-def weights(log_p: Array, lost: Array | None, sequences: arguments.Sequences, live: Array) -> lattice.Weights:
+class States(NamedTuple):
+    """What belongs to the states label 0, label 1, … and blank 0, blank 1, … There is no label 0: its weight is 0.
+
+    The two kinds are separate arrays, because XLA on CPUs then computes a step in long vectors.
+    """
+
+    label: Any  # [..., 1 + labels]
+    blank: Any  # [..., 1 + labels], or [..., 1] if all blanks have the same
+
+
+def weights(log_p: Array, lost: States | None, sequences: arguments.Sequences, live: Array) -> lattice.Weights:
     """The lattice from the log-probabilities [..., time, 1 + labels] of the blank and the labels."""
     y, kept, time = sequences.labels, exists(sequences), live.ndim - 1
     skips = jnp.concatenate([jnp.zeros_like(kept, shape=(*y.shape[:-1], min(2, kept.shape[-1]))), y[..., 1:] != y[..., :-1]], axis=-1)
     positions = lax.broadcasted_iota(jnp.int32, kept.shape, kept.ndim - 1)
     last, labelled = positions == jnp.sum(kept, axis=-1, dtype=jnp.int32, keepdims=True) - 1, positions > 0
-    of_labels = jnp.where((kept & labelled)[..., None, :], log_p, scaled.ABSENT)
-    no = jnp.zeros_like(kept)
+    log_p = jnp.moveaxis(log_p, time, 0)
     return lattice.Weights(
-        start=states(no, positions == 0),
-        xs=jnp.moveaxis(states(of_labels, log_p[..., :1]), time, 0),
+        start=States(jnp.zeros_like(kept), positions == 0),
+        xs=States(jnp.where(kept & labelled, log_p, scaled.ABSENT), log_p[..., :1]),
         shared=(),
-        end=lattice.present(states(last & labelled, last), log_p.dtype),
-        lost=None if lost is None else jnp.moveaxis(lost, time, 0),
+        end=States(lattice.present(last & labelled, log_p.dtype), lattice.present(last, log_p.dtype)),
+        lost=jax.tree.map(lambda x: jnp.moveaxis(x, time, 0), lost),
         fixed_xs=(),
-        fixed=states(skips, no),
+        fixed=skips,
         live=jnp.moveaxis(live, time, 0),
     )
 
 
-def advance(alpha: Scaled, x: Scaled, shared: Any, fixed_x: Any, skips: Array) -> Scaled:
-    """α of the states label 0, blank 0, label 1, blank 1, … after a frame. There is no label 0: its weight is 0."""
-    before, skipped = scaled.shifted(alpha, 2)
-    return scaled.times(scaled.add(alpha, before, scaled.selected(skips, skipped)), x)
+def _advance(alpha: States, x: States, shared: Any, fixed_x: Any, skips: Array) -> States:
+    (from_label,), (from_blank,) = (scaled.shifted(states, 1) for states in alpha)
+    label = scaled.add(alpha.label, from_blank, scaled.selected(skips, from_label))
+    return States(scaled.times(label, x.label), scaled.times(scaled.add(*alpha), x.blank))
 
 
-def _retreat(bar: Array, alpha: Scaled, k: Array, x: Scaled, shared: Any, fixed_x: Any, skips: Array) -> tuple[Array, tuple[()], None]:
-    edge = Scaled(bar * x.mantissa, x.exponent - k)  # of all edges that lead to a state, up to the exponent of α
-    onward, skipping = scaled.shifted(edge, -2)
-    skipping = scaled.selected(scaled.moved(skips, -2, fill=False), skipping)
-    parts = [y.mantissa * scaled.power(alpha.exponent + y.exponent) for y in (edge, onward, skipping)]
-    return parts[0] + parts[1] + parts[2], (), None
+def _retreat(
+    bar: States, before: States, after: States, x: States, shared: Any, fixed_x: Any, skips: Array
+) -> tuple[States, States, tuple[()]]:
+    # of all edges that lead to a state, up to the exponent of α before the step
+    to_label, to_blank = (Scaled(b * w.mantissa, w.exponent - a.exponent) for b, w, a in zip(bar, x, after, strict=True))
+    (onward,) = scaled.shifted(to_label, -1)
+    skipping = scaled.selected(scaled.moved(skips, -1, fill=False), onward)
+
+    def along(alpha: Scaled, *edges: Scaled) -> Array:
+        return functools.reduce(jnp.add, [edge.mantissa * scaled.power(alpha.exponent + edge.exponent) for edge in edges])
+
+    of_label, of_blank = (b * a.mantissa for b, a in zip(bar, after, strict=True))
+    slopes = States(of_label, jnp.sum(of_blank, axis=-1, keepdims=True))
+    return States(along(before.label, to_label, skipping, to_blank), along(before.blank, to_blank, onward)), slopes, ()
 
 
-def _slopes(bars: Array, before: Scaled, after: Scaled, xs: Scaled, notes: None) -> Array:
-    return bars * after.mantissa
-
-
-SURE = lattice.Lattice(advance, _retreat, _slopes, normalized=True)
-OPEN = lattice.Lattice(advance, _retreat, _slopes, normalized=False)
+SURE = lattice.Lattice(_advance, _retreat, normalized=True)
+OPEN = lattice.Lattice(_advance, _retreat, normalized=False)
 
 
 def loss(edges: lattice.Lattice, weights: lattice.Weights, valid: Array, where: Array | None) -> Array:

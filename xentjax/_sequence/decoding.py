@@ -111,18 +111,19 @@ def ctc_alignment(
 def _alignment(batch: rows.Examples, sequences: arguments.Sequences, blank: int) -> tuple[Array, Array]:
     weights, valid = ctc.from_logits(batch, sequences, blank)
     weights = lax.stop_gradient(weights)
-    start = lattice.present(weights.start, weights.end.dtype)
+    start, end, xs = (ctc.interleaved(*x) for x in (weights.start, weights.end, weights.xs))
+    start, skips = lattice.present(start, xs.dtype), ctc.interleaved(weights.fixed, jnp.zeros_like(weights.fixed))
 
     def forward(alpha: Array, inputs: Any) -> tuple[Array, Array]:
         x, live = inputs
         moved = [alpha, *(scaled.moved(alpha, i, scaled.ABSENT) for i in (1, 2))]
-        moved[2] = jnp.where(weights.fixed, moved[2], scaled.ABSENT)
+        moved[2] = jnp.where(skips, moved[2], scaled.ABSENT)
         best = functools.reduce(jnp.maximum, moved)
         back = jnp.where(best == moved[0], 0, jnp.where(best == moved[1], 1, 2)).astype(jnp.int8)
         return jnp.where(live[..., None], jnp.maximum(best + x, scaled.ABSENT), alpha), back
 
-    alpha, back = lax.scan(forward, mesh.vary(start, mesh.axes_of(weights)), (weights.xs, weights.live))
-    last = alpha + weights.end
+    alpha, back = lax.scan(forward, mesh.vary(start, mesh.axes_of(weights)), (xs, weights.live))
+    last = alpha + end
     state = jnp.argmax(last, axis=-1).astype(jnp.int32)
     none = jnp.max(last, axis=-1) < scaled.IMPOSSIBLE
 
@@ -133,7 +134,7 @@ def _alignment(batch: rows.Examples, sequences: arguments.Sequences, blank: int)
 
     _, states = lax.scan(backward, state, (back, weights.live), reverse=True)
     y = jnp.concatenate([jnp.full_like(sequences.labels, blank, shape=(*state.shape, 1)), sequences.labels], axis=-1)
-    classes = ctc.states(y, jnp.full_like(y[..., :1], blank)).astype(jnp.int32)
+    classes = ctc.interleaved(y, jnp.full_like(y[..., :1], blank)).astype(jnp.int32)
     path = jnp.take_along_axis(classes, jnp.moveaxis(states, 0, -1), axis=-1)
     used = jnp.moveaxis(weights.live, 0, -1) & (valid & ~none)[..., None]
     r = rows.of(batch)._replace(where=used)
@@ -189,10 +190,7 @@ def ctc_posteriors(
 def _posteriors(batch: rows.Examples, sequences: arguments.Sequences, blank: int) -> Array:
     weights, valid = ctc.from_logits(batch, sequences, blank)
     total, slopes = lattice.value_and_slopes(ctc.OPEN, weights._replace(lost=None))
-    of_states = jnp.moveaxis(slopes.xs, 0, -2)
-    of_states = of_states.reshape(*of_states.shape[:-1], -1, 2)
-    blanks = jnp.sum(of_states[..., 1], axis=-1, keepdims=True)
-    found = jnp.concatenate([blanks, of_states[..., 1:, 0]], axis=-1)
+    found = jnp.moveaxis(jnp.concatenate([slopes.xs.blank, slopes.xs.label[..., 1:]], axis=-1), 0, -2)
     found = jnp.where(lattice.checked_total(total)[1][..., None, None], 0, found)
     return numerics.nan_unless(jnp.broadcast_to(valid[..., None, None], found.shape), found)
 

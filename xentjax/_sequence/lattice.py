@@ -46,29 +46,29 @@ from xentjax._sequence.scaled import Scaled
 class Lattice(NamedTuple):
     """The edges of a lattice, as functions of arrays with any leading axes.
 
-    α is a `Scaled` [..., states]. The weights are also `Scaled`: `x` has the weights of one step, and `shared` has the weights that all
-    steps use. `fixed_x` and `fixed` are like `x` and `shared`, but hold arrays that are not differentiated. ᾱ are the derivatives of the
-    log-total with respect to the mantissas of α after a step. k are the exponents of α after this step. The normalization of α multiplies
-    the weight of each edge by 2^−k.
+    α is a `Scaled` [..., states], or a pytree of `Scaled` if the states have several kinds. `advance` gets the weights as `Scaled`: `x` are
+    those of one step, and `shared` those of all steps. `fixed_x` and `fixed` are like `x` and `shared`, but hold arrays that are not
+    differentiated. ᾱ are derivatives of the log-total by the mantissas of α after a step. α after the step is normalized, so its exponents
+    say by which power of 2 the weight of an edge is divided.
     """
 
     advance: Callable  # (α, x, shared, fixed_x, fixed) → α after the step, not normalized
-    retreat: Callable  # (ᾱ, α, k, x, shared, fixed_x, fixed) → ᾱ before the step, derivatives with respect to log `shared`, notes
-    slopes: Callable  # (ᾱ of all steps, α before them, α after them, xs, notes) → derivatives with respect to log xs
-    normalized: bool  # whether the weights are probabilities and `Weights.lost` has the lost probabilities
+    retreat: Callable  # (ᾱ, α before, α after, x, shared, fixed_x, fixed) → ᾱ before the step, derivatives by log x and by log shared
+    normalized: bool  # whether the weights are probabilities, so that `Weights.lost` says what they lose
 
 
 class Weights(NamedTuple):
     """The weights of a lattice as logarithms.
 
-    A leaf of a field with a step axis has shape [steps, ..., n]; `...` are the axes of the sequences.
+    A leaf of a field with a step axis has shape [steps, ..., n]; `...` are the axes of the sequences. If α is a pytree, `start`, `end` and
+    `lost` are pytrees of the same structure.
     """
 
-    start: Array  # whether a path may start in a state
+    start: Any  # whether a path may start in a state
     xs: Any  # with a step axis
     shared: Any
-    end: Array  # log e(s), in the shape of α
-    lost: Array | None  # ℓ_t(s), probabilities and not logarithms; [steps, ..., states]
+    end: Any  # log e(s), in the shape of α
+    lost: Any  # ℓ_t(s), probabilities and not logarithms; [steps, ..., states]; None if the weights are not probabilities
     fixed_xs: Any  # with a step axis; not differentiated
     fixed: Any  # not differentiated
     live: Array  # [steps, ...], False for steps that a sequence skips
@@ -93,7 +93,8 @@ def log_total(lattice: Lattice, weights: Weights) -> Array:
     """The logarithm of the sum of the weights of all paths, shape [...]; below IMPOSSIBLE if there is no path."""
     mantissas, exponents = _split(weights)
     alpha, kept = _forward(lattice, weights, mantissas, exponents, keep=lattice.normalized)
-    return _finish(lattice, weights.live, alpha.mantissa, alpha.exponent, kept, mantissas, exponents)
+    lost = _lost_in_steps(kept, weights) if lattice.normalized else None
+    return _finish(alpha, _joined(mantissas.end, exponents.end), lost)
 
 
 @log_total.defjvp
@@ -112,67 +113,72 @@ def value_and_slopes(lattice: Lattice, weights: Weights) -> tuple[Array, _Differ
     """The log-total [...], and its derivatives with respect to the logarithms of the weights and to the lost probabilities."""
     mantissas, exponents = _split(weights)
     alpha, kept = _forward(lattice, weights, mantissas, exponents, keep=True)
+    last, last_exponents = _parted(alpha)
 
-    def finish(last: Array, before: Array, lost: Array | None, end: Array) -> Array:
-        given = mantissas._replace(lost=lost, end=end)
-        return _finish(lattice, weights.live, last, alpha.exponent, Scaled(before, kept.exponent), given, exponents)
+    def finish(last: Any, end: Any, lost: Array | None) -> Array:
+        return _finish(_joined(last, last_exponents), _joined(end, exponents.end), lost)
 
-    value, pull = jax.vjp(finish, alpha.mantissa, kept.mantissa, mantissas.lost, mantissas.end)
-    last_bar, before_bar, lost_bar, end_bar = pull(jnp.ones_like(value))
+    value, pull = jax.vjp(finish, last, mantissas.end, _lost_in_steps(kept, weights) if lattice.normalized else None)
+    last_bar, end_bar, by_lost = pull(jnp.ones_like(value))
 
     def backward(carry: Any, inputs: Any) -> Any:
-        bar, shared_bar = carry
-        before, k, more, x, x_exponent, fixed_x, live = inputs
-        moved = jnp.where(live[..., None], bar, jnp.zeros_like(bar))
+        bar, after, shared_bar = carry
+        before, lost, x, x_exponent, fixed_x, live = inputs
+        moved = jax.tree.map(lambda x: jnp.where(live[..., None], x, jnp.zeros_like(x)), bar)
         shared = _joined(mantissas.shared, exponents.shared)
-        earlier, of_shared, notes = lattice.retreat(moved, before, k, _joined(x, x_exponent), shared, fixed_x, weights.fixed)
-        earlier = jnp.where(live[..., None], earlier, bar)
-        return (earlier if more is None else earlier + more, jax.tree.map(jnp.add, shared_bar, of_shared)), (moved, notes)
+        earlier, of_x, of_shared = lattice.retreat(moved, before, after, _joined(x, x_exponent), shared, fixed_x, weights.fixed)
+        if lattice.normalized:
+            of_lost = jax.tree.map(lambda ell, alpha: by_lost[..., None] * ell * scaled.power(alpha.exponent), lost, before)
+            earlier = jax.tree.map(jnp.add, earlier, of_lost)
+        earlier = jax.tree.map(lambda x, y: jnp.where(live[..., None], x, y), earlier, bar)
+        return (earlier, before, jax.tree.map(jnp.add, shared_bar, of_shared)), of_x
 
-    start = _varying((last_bar, jax.tree.map(jnp.zeros_like, mantissas.shared)), weights)
-    after = Scaled(*(jnp.concatenate([x[1:], y[None]]) for x, y in zip(kept, alpha, strict=True)))
-    more = before_bar if lattice.normalized else None
-    inputs = (kept, after.exponent, more, mantissas.xs, exponents.xs, weights.fixed_xs, weights.live)
-    (_, shared_bar), (bars, notes) = lax.scan(backward, start, inputs, reverse=True)
-    xs_bar = lattice.slopes(bars, kept, after, _joined(mantissas.xs, exponents.xs), notes)
-    return value, _Differentiable(xs_bar, shared_bar, end_bar * mantissas.end, lost_bar)
+    start = _varying((last_bar, alpha, jax.tree.map(jnp.zeros_like, mantissas.shared)), weights)
+    inputs = (kept, weights.lost if lattice.normalized else None, mantissas.xs, exponents.xs, weights.fixed_xs, weights.live)
+    (_, _, shared_bar), xs_bar = lax.scan(backward, start, inputs, reverse=True)
+    lost_bar = None
+    if lattice.normalized:
+        counted = jnp.where(weights.live, by_lost, jnp.zeros_like(by_lost))[..., None]
+        lost_bar = scaled.tree_map(lambda x: counted * scaled.plain(x), kept)
+    end_bar = jax.tree.map(jnp.multiply, end_bar, mantissas.end)
+    return value, _Differentiable(xs_bar, shared_bar, end_bar, lost_bar)
 
 
 def _forward(lattice: Lattice, weights: Weights, mantissas: _Differentiable, exponents: _Differentiable, keep: bool) -> Any:
     """α after the last step, and α before every step [steps, ..., states] if `keep` is True, otherwise None."""
     shared = _joined(mantissas.shared, exponents.shared)
 
-    def forward(alpha: Scaled, inputs: Any) -> Any:
+    def forward(alpha: Any, inputs: Any) -> Any:
         x, x_exponent, fixed_x, live = inputs
         following = _step(lattice, alpha, _joined(x, x_exponent), shared, fixed_x, weights.fixed, live)
         return following, (alpha if keep else None)
 
-    start = scaled.constant(weights.start, jax.tree.leaves(weights.xs)[0].dtype)
+    dtype = jax.tree.leaves(weights.xs)[0].dtype
+    start = jax.tree.map(lambda mask: scaled.constant(mask, dtype), weights.start)
     return lax.scan(forward, _varying(start, weights), (mantissas.xs, exponents.xs, weights.fixed_xs, weights.live))
 
 
-def _step(lattice: Lattice, alpha: Scaled, x: Any, shared: Any, fixed_x: Any, fixed: Any, live: Array) -> Scaled:
+def _step(lattice: Lattice, alpha: Any, x: Any, shared: Any, fixed_x: Any, fixed: Any, live: Array) -> Any:
     """α after a step. A step that is not live changes nothing."""
-    return scaled.where(live[..., None], scaled.normalized(lattice.advance(alpha, x, shared, fixed_x, fixed)), alpha)
+    following = lattice.advance(alpha, x, shared, fixed_x, fixed)
+    return scaled.tree_map(lambda new, old: scaled.where(live[..., None], scaled.normalized(new), old), following, alpha)
 
 
-def _finish(
-    lattice: Lattice,
-    live: Array,
-    last: Array,
-    exponent: Array,
-    before: Scaled,
-    mantissas: _Differentiable,
-    exponents: _Differentiable,
-) -> Array:
-    """The logarithm of the total, from α after the last step and before every step."""
-    alpha, end = Scaled(last, exponent), Scaled(mantissas.end, exponents.end)
-    direct = scaled.log(scaled.add_over(scaled.times(alpha, end), -1))
-    if not lattice.normalized:
+def _lost_in_steps(before: Any, weights: Weights) -> Array:
+    """The probability [...] that paths lose in all steps, from α before every step."""
+    of_steps = scaled.tree_map(lambda alpha, lost: jnp.sum(scaled.plain(alpha) * lost, axis=-1), before, weights.lost)
+    of_steps = functools.reduce(jnp.add, jax.tree.leaves(of_steps))
+    return jnp.sum(jnp.where(weights.live, of_steps, jnp.zeros_like(of_steps)), axis=0)
+
+
+def _finish(alpha: Any, end: Any, lost: Array | None) -> Array:
+    """The logarithm of the total, from α after the last step and from the probability that was lost in all steps."""
+    parts = list(zip(*(jax.tree.leaves(x, is_leaf=_is_scaled) for x in (alpha, end)), strict=True))
+    direct = scaled.log(scaled.add(*(scaled.add_over(scaled.times(*part), -1) for part in parts)))
+    if lost is None:
         return direct
-    stranded = jnp.sum(scaled.plain(alpha) * (1 - scaled.plain(end)), axis=-1)  # e(s) is 0 or 1
-    of_steps = jnp.sum(scaled.plain(before) * mantissas.lost, axis=-1)
-    lost = stranded + jnp.sum(jnp.where(live, of_steps, jnp.zeros_like(of_steps)), axis=0)
+    for state, e in parts:  # e(s) is 0 or 1
+        lost += jnp.sum(scaled.plain(state) * (1 - scaled.plain(e)), axis=-1)
     certain = direct > -math.log(2)
     small = jnp.where(certain, jnp.minimum(lost, 0.75), jnp.zeros_like(lost))
     return jnp.where(certain, jnp.log1p(-small), direct)

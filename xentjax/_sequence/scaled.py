@@ -9,8 +9,10 @@ Derivatives. The exponent is treated as a constant, so only the mantissa has a d
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -24,6 +26,11 @@ class Scaled(NamedTuple):
 
     mantissa: Array
     exponent: Array
+
+
+def tree_map(f: Callable[..., Any], *trees: Any) -> Any:
+    """`jax.tree.map` over `Scaled` numbers."""
+    return jax.tree.map(f, *trees, is_leaf=lambda x: isinstance(x, Scaled))
 
 
 def of_log(x: Array) -> Scaled:

@@ -255,16 +255,11 @@ def _moves(bar: Array, exponent: Array, k: Array, x: tuple[Scaled, Scaled]) -> t
 
 
 def _retreat(
-    bar: Array, alpha: Scaled, k: Array, x: tuple[Scaled, Scaled], shared: Any, fixed_x: Any, fixed: Any
-) -> tuple[Array, tuple[()], None]:
-    by_blank, by_label = _moves(bar, alpha.exponent, k, x)
-    return by_blank + by_label, (), None
+    bar: Array, before: Scaled, after: Scaled, x: tuple[Scaled, Scaled], shared: Any, fixed_x: Any, fixed: Any
+) -> tuple[Array, tuple[Array, Array], tuple[()]]:
+    by_blank, by_label = _moves(bar, before.exponent, after.exponent, x)
+    return by_blank + by_label, (before.mantissa * by_blank, before.mantissa * by_label), ()
 
 
-def _slopes(bars: Array, before: Scaled, after: Scaled, xs: tuple[Scaled, Scaled], notes: None) -> tuple[Array, Array]:
-    by_blank, by_label = _moves(bars, before.exponent, after.exponent, xs)
-    return before.mantissa * by_blank, before.mantissa * by_label
-
-
-SURE = lattice.Lattice(_advance, _retreat, _slopes, normalized=True)
-OPEN = lattice.Lattice(_advance, _retreat, _slopes, normalized=False)
+SURE = lattice.Lattice(_advance, _retreat, normalized=True)
+OPEN = lattice.Lattice(_advance, _retreat, normalized=False)
