@@ -268,4 +268,4 @@ def _retreat(
     return moved + by_gold, of_x, alpha.mantissa[..., None] * flow
 
 
-CHAIN = lattice.Lattice(_advance, _retreat, normalized=False)
+CHAIN = lattice.Lattice(_advance, _retreat, None)

@@ -195,26 +195,7 @@ def from_logits(batch: rows.Examples, sequences: arguments.Sequences, blank: int
     index = jnp.where(kept[..., 1:], y, blank)
     index = jnp.concatenate([jnp.full_like(index, blank, shape=(*y.shape[:-1], 1)), index], axis=-1)
     log_p, rest = frames.probabilities(r, index[..., None, :])
-    return weights(log_p, _lost(jnp.exp(log_p), rest, index, kept), sequences, live), valid
-
-
-def _lost(p: Array, rest: Array, index: Array, kept: Array) -> States:
-    """The probability of all classes that lead out of all paths, from every state [..., time, 1 + labels].
-
-    It is the sum over the classes outside `index`, plus a product with a matrix of 0 and 1 that selects the others of the sequence. Each
-    class counts at its first position in `index` [..., 1 + labels]. A label loses less than the blank after it by its own class, with which
-    a path can stay in the label, but not go on from the blank.
-    """
-    same = index[..., :, None] == index[..., None, :]
-    earlier = numerics.expand_leading(jnp.tri(index.shape[-1], k=-1, dtype=bool), same.ndim)
-    first = ~jnp.any(same & earlier, axis=-1, keepdims=True)  # no earlier position has the same class
-    own = same & kept[..., None, :]  # whether the class of a row is that of a column
-    onward = jnp.concatenate([own[..., 1:], jnp.zeros_like(own, shape=(*own.shape[:-1], 1))], axis=-1)  # the label after that of a column
-    out = (first & ~(own[..., :1] | onward | own)).astype(p.dtype)
-    of_label = jnp.matmul(p, out, precision=lax.Precision.HIGHEST) + rest[..., None]
-    repeated = jnp.concatenate([index[..., 1:] == index[..., :-1], jnp.zeros_like(kept[..., :1])], axis=-1)
-    staying = kept & ~(repeated & jnp.concatenate([kept[..., 1:], jnp.zeros_like(kept[..., :1])], axis=-1)) & (index != index[..., :1])
-    return States(of_label, of_label + jnp.where(staying[..., None, :], p, jnp.zeros_like(p)))
+    return weights(log_p, (rest, index), sequences, live), valid
 
 
 def interleaved(label: Array, blank: Array) -> Array:
@@ -233,8 +214,17 @@ class States(NamedTuple):
     blank: Any  # [..., 1 + labels], or [..., 1] if all blanks have the same
 
 
-def weights(log_p: Array, lost: States | None, sequences: arguments.Sequences, live: Array) -> lattice.Weights:
-    """The lattice from the log-probabilities [..., time, 1 + labels] of the blank and the labels."""
+class _Fixed(NamedTuple):
+    skips: Array  # [..., 1 + labels], whether a path may go on to a label from the label before it
+    kept: Array  # [..., 1 + labels], as in `exists`
+    index: Array | None  # [..., 1 + labels], the classes of the blank and the labels
+
+
+def weights(log_p: Array, others: tuple[Array, Array] | None, sequences: arguments.Sequences, live: Array) -> lattice.Weights:
+    """The lattice from the log-probabilities [..., time, 1 + labels] of the blank and the labels.
+
+    `others` are the probability of all other classes, and the classes [..., 1 + labels] of the blank and the labels.
+    """
     y, kept, time = sequences.labels, exists(sequences), live.ndim - 1
     skips = jnp.concatenate([jnp.zeros_like(kept, shape=(*y.shape[:-1], min(2, kept.shape[-1]))), y[..., 1:] != y[..., :-1]], axis=-1)
     positions = lax.broadcasted_iota(jnp.int32, kept.shape, kept.ndim - 1)
@@ -245,26 +235,26 @@ def weights(log_p: Array, lost: States | None, sequences: arguments.Sequences, l
         xs=States(jnp.where(kept & labelled, log_p, scaled.ABSENT), log_p[..., :1]),
         shared=(),
         end=States(lattice.present(last & labelled, log_p.dtype), lattice.present(last, log_p.dtype)),
-        lost=jax.tree.map(lambda x: jnp.moveaxis(x, time, 0), lost),
+        lost=None if others is None else (log_p, jnp.moveaxis(others[0], time, 0)),
         fixed_xs=(),
-        fixed=skips,
+        fixed=_Fixed(skips, kept, None if others is None else others[1]),
         live=jnp.moveaxis(live, time, 0),
     )
 
 
-def _advance(alpha: States, x: States, shared: Any, fixed_x: Any, skips: Array) -> States:
+def _advance(alpha: States, x: States, shared: Any, fixed_x: Any, fixed: _Fixed) -> States:
     (from_label,), (from_blank,) = (scaled.shifted(states, 1) for states in alpha)
-    label = scaled.add(alpha.label, from_blank, scaled.selected(skips, from_label))
+    label = scaled.add(alpha.label, from_blank, scaled.selected(fixed.skips, from_label))
     return States(scaled.times(label, x.label), scaled.times(scaled.add(*alpha), x.blank))
 
 
 def _retreat(
-    bar: States, before: States, after: States, x: States, shared: Any, fixed_x: Any, skips: Array
+    bar: States, before: States, after: States, x: States, shared: Any, fixed_x: Any, fixed: _Fixed
 ) -> tuple[States, States, tuple[()]]:
     # of all edges that lead to a state, up to the exponent of α before the step
     to_label, to_blank = (Scaled(b * w.mantissa, w.exponent - a.exponent) for b, w, a in zip(bar, x, after, strict=True))
     (onward,) = scaled.shifted(to_label, -1)
-    skipping = scaled.selected(scaled.moved(skips, -1, fill=False), onward)
+    skipping = scaled.selected(scaled.moved(fixed.skips, -1, fill=False), onward)
 
     def along(alpha: Scaled, *edges: Scaled) -> Array:
         return functools.reduce(jnp.add, [edge.mantissa * scaled.power(alpha.exponent + edge.exponent) for edge in edges])
@@ -274,8 +264,30 @@ def _retreat(
     return States(along(before.label, to_label, skipping, to_blank), along(before.blank, to_blank, onward)), slopes, ()
 
 
-SURE = lattice.Lattice(_advance, _retreat, normalized=True)
-OPEN = lattice.Lattice(_advance, _retreat, normalized=False)
+def _lost(others: tuple[Array, Array], fixed: _Fixed) -> States:
+    """The probability of all classes that lead out of all paths, from every state [time, ..., 1 + labels].
+
+    It is the sum over the classes outside `index`, plus a product with a matrix of 0 and 1 that selects the others of the sequence. Each
+    class counts at its first position in `index`. A label loses less than the blank after it, since a path can stay in the label.
+    """
+    (log_p, rest), kept, index = others, fixed.kept, fixed.index
+    assert index is not None
+    same = index[..., :, None] == index[..., None, :]
+    earlier = numerics.expand_leading(jnp.tri(index.shape[-1], k=-1, dtype=bool), same.ndim)
+    first = ~jnp.any(same & earlier, axis=-1, keepdims=True)  # no earlier position has the same class
+    own = same & kept[..., None, :]  # whether the class of a row is that of a column
+    onward = scaled.moved(own, -1, fill=False)  # the label after that of a column
+    p = jnp.exp(log_p)
+    out = (first & ~(own[..., :1] | onward | own)).astype(p.dtype)
+    of_label = jnp.matmul(jnp.moveaxis(p, 0, -2), out, precision=lax.Precision.HIGHEST)
+    of_label = jnp.moveaxis(of_label, -2, 0) + rest[..., None]
+    following = scaled.moved(kept, -1, fill=False) & (scaled.moved(index, -1, fill=0) == index)  # the next label is the same
+    staying = kept & ~following & (index != index[..., :1])
+    return States(of_label, of_label + jnp.where(staying, p, jnp.zeros_like(p)))
+
+
+SURE = lattice.Lattice(_advance, _retreat, _lost)
+OPEN = lattice.Lattice(_advance, _retreat, None)
 
 
 def loss(edges: lattice.Lattice, weights: lattice.Weights, valid: Array, where: Array | None) -> Array:

@@ -112,7 +112,7 @@ def _alignment(batch: rows.Examples, sequences: arguments.Sequences, blank: int)
     weights, valid = ctc.from_logits(batch, sequences, blank)
     weights = lax.stop_gradient(weights)
     start, end, xs = (ctc.interleaved(*x) for x in (weights.start, weights.end, weights.xs))
-    start, skips = lattice.present(start, xs.dtype), ctc.interleaved(weights.fixed, jnp.zeros_like(weights.fixed))
+    start, skips = lattice.present(start, xs.dtype), ctc.interleaved(weights.fixed.skips, jnp.zeros_like(weights.fixed.skips))
 
     def forward(alpha: Array, inputs: Any) -> tuple[Array, Array]:
         x, live = inputs

@@ -54,28 +54,28 @@ class Lattice(NamedTuple):
 
     advance: Callable  # (α, x, shared, fixed_x, fixed) → α after the step, not normalized
     retreat: Callable  # (ᾱ, α before, α after, x, shared, fixed_x, fixed) → ᾱ before the step, derivatives by log x and by log shared
-    normalized: bool  # whether the weights are probabilities, so that `Weights.lost` says what they lose
+    lost: Callable | None  # (Weights.lost, fixed) → ℓ_t(s) [steps, ..., states]; None if the weights are not probabilities
 
 
 class Weights(NamedTuple):
     """The weights of a lattice as logarithms.
 
-    A leaf of a field with a step axis has shape [steps, ..., n]; `...` are the axes of the sequences. If α is a pytree, `start`, `end` and
-    `lost` are pytrees of the same structure.
+    A leaf of a field with a step axis has shape [steps, ..., n]; `...` are the axes of the sequences. If α is a pytree, `start` and `end`
+    are pytrees of the same structure.
     """
 
     start: Any  # whether a path may start in a state
     xs: Any  # with a step axis
     shared: Any
     end: Any  # log e(s), in the shape of α
-    lost: Any  # ℓ_t(s), probabilities and not logarithms; [steps, ..., states]; None if the weights are not probabilities
+    lost: Any  # with a step axis; what `Lattice.lost` needs besides `fixed`
     fixed_xs: Any  # with a step axis; not differentiated
     fixed: Any  # not differentiated
     live: Array  # [steps, ...], False for steps that a sequence skips
 
 
 class _Differentiable(NamedTuple):
-    """The arrays with derivatives: mantissas of weights, and lost probabilities."""
+    """The arrays with derivatives: mantissas of weights, and the input of `Lattice.lost`."""
 
     xs: Any
     shared: Any
@@ -92,9 +92,9 @@ def present(condition: Array, dtype: Any) -> Array:
 def log_total(lattice: Lattice, weights: Weights) -> Array:
     """The logarithm of the sum of the weights of all paths, shape [...]; below IMPOSSIBLE if there is no path."""
     mantissas, exponents = _split(weights)
-    alpha, kept = _forward(lattice, weights, mantissas, exponents, keep=lattice.normalized)
-    lost = _lost_in_steps(kept, weights) if lattice.normalized else None
-    return _finish(alpha, _joined(mantissas.end, exponents.end), lost)
+    alpha, kept = _forward(lattice, weights, mantissas, exponents, keep=lattice.lost is not None)
+    end = _joined(mantissas.end, exponents.end)
+    return _total(alpha, end, _lost(lattice, weights, _direct(alpha, end), kept)[1])
 
 
 @log_total.defjvp
@@ -110,15 +110,17 @@ def _(lattice: Lattice, primals: tuple[Weights], tangents: tuple[Weights]) -> tu
 
 
 def value_and_slopes(lattice: Lattice, weights: Weights) -> tuple[Array, _Differentiable]:
-    """The log-total [...], and its derivatives with respect to the logarithms of the weights and to the lost probabilities."""
+    """The log-total [...], and its derivatives with respect to the logarithms of the weights and to `weights.lost`."""
     mantissas, exponents = _split(weights)
     alpha, kept = _forward(lattice, weights, mantissas, exponents, keep=True)
     last, last_exponents = _parted(alpha)
+    direct = _direct(alpha, _joined(mantissas.end, exponents.end))
+    lost, in_steps = _lost(lattice, weights, direct, kept)
 
-    def finish(last: Any, end: Any, lost: Array | None) -> Array:
-        return _finish(_joined(last, last_exponents), _joined(end, exponents.end), lost)
+    def total(last: Any, end: Any, in_steps: Array | None) -> Array:
+        return _total(_joined(last, last_exponents), _joined(end, exponents.end), in_steps)
 
-    value, pull = jax.vjp(finish, last, mantissas.end, _lost_in_steps(kept, weights) if lattice.normalized else None)
+    value, pull = jax.vjp(total, last, mantissas.end, in_steps)
     last_bar, end_bar, by_lost = pull(jnp.ones_like(value))
 
     def backward(carry: Any, inputs: Any) -> Any:
@@ -127,21 +129,47 @@ def value_and_slopes(lattice: Lattice, weights: Weights) -> tuple[Array, _Differ
         moved = jax.tree.map(lambda x: jnp.where(live[..., None], x, jnp.zeros_like(x)), bar)
         shared = _joined(mantissas.shared, exponents.shared)
         earlier, of_x, of_shared = lattice.retreat(moved, before, after, _joined(x, x_exponent), shared, fixed_x, weights.fixed)
-        if lattice.normalized:
+        if by_lost is not None:
             of_lost = jax.tree.map(lambda ell, alpha: by_lost[..., None] * ell * scaled.power(alpha.exponent), lost, before)
             earlier = jax.tree.map(jnp.add, earlier, of_lost)
         earlier = jax.tree.map(lambda x, y: jnp.where(live[..., None], x, y), earlier, bar)
         return (earlier, before, jax.tree.map(jnp.add, shared_bar, of_shared)), of_x
 
     start = _varying((last_bar, alpha, jax.tree.map(jnp.zeros_like, mantissas.shared)), weights)
-    inputs = (kept, weights.lost if lattice.normalized else None, mantissas.xs, exponents.xs, weights.fixed_xs, weights.live)
+    inputs = (kept, lost, mantissas.xs, exponents.xs, weights.fixed_xs, weights.live)
     (_, _, shared_bar), xs_bar = lax.scan(backward, start, inputs, reverse=True)
-    lost_bar = None
-    if lattice.normalized:
+
+    def of_lost() -> Any:
         counted = jnp.where(weights.live, by_lost, jnp.zeros_like(by_lost))[..., None]
-        lost_bar = scaled.tree_map(lambda x: counted * scaled.plain(x), kept)
-    end_bar = jax.tree.map(jnp.multiply, end_bar, mantissas.end)
-    return value, _Differentiable(xs_bar, shared_bar, end_bar, lost_bar)
+        pull = jax.vjp(lambda x: lattice.lost(x, weights.fixed), weights.lost)[1]
+        return pull(scaled.tree_map(lambda x: counted * scaled.plain(x), kept))[0]
+
+    lost_bar = None
+    if lattice.lost is not None:
+        lost_bar = _if_certain(direct, weights, of_lost, lambda: jax.tree.map(jnp.zeros_like, weights.lost))
+    return value, _Differentiable(xs_bar, shared_bar, jax.tree.map(jnp.multiply, end_bar, mantissas.end), lost_bar)
+
+
+def _lost(lattice: Lattice, weights: Weights, direct: Array, before: Any) -> tuple[Any, Array | None]:
+    """The probabilities ℓ_t(s), and the probability [...] that is lost in all steps; zeros if no total of the batch is above 1/2."""
+    if lattice.lost is None:
+        return None, None
+
+    def found() -> tuple[Any, Array]:
+        lost = lattice.lost(weights.lost, weights.fixed)
+        of_steps = scaled.tree_map(lambda alpha, ell: jnp.sum(scaled.plain(alpha) * ell, axis=-1), before, lost)
+        of_steps = functools.reduce(jnp.add, jax.tree.leaves(of_steps))
+        return lost, jnp.sum(jnp.where(weights.live, of_steps, jnp.zeros_like(of_steps)), axis=0)
+
+    return _if_certain(direct, weights, found, lambda: (jax.tree.map(jnp.zeros_like, _parted(before)[0]), jnp.zeros_like(direct)))
+
+
+def _if_certain(direct: Array, weights: Weights, found: Callable[[], Any], zeros: Callable[[], Any]) -> Any:
+    """`found()` if any total of the batch is above 1/2, else `zeros()`. Only certain sequences need what is lost.
+
+    Only arrays are chosen here, and no sums of paths. So the numbers of a sequence do not depend on the others of its batch.
+    """
+    return lax.cond(jnp.any(_certain(direct)), *(lambda f=f: _varying(f(), weights) for f in (found, zeros)))
 
 
 def _forward(lattice: Lattice, weights: Weights, mantissas: _Differentiable, exponents: _Differentiable, keep: bool) -> Any:
@@ -164,24 +192,29 @@ def _step(lattice: Lattice, alpha: Any, x: Any, shared: Any, fixed_x: Any, fixed
     return scaled.tree_map(lambda new, old: scaled.where(live[..., None], scaled.normalized(new), old), following, alpha)
 
 
-def _lost_in_steps(before: Any, weights: Weights) -> Array:
-    """The probability [...] that paths lose in all steps, from α before every step."""
-    of_steps = scaled.tree_map(lambda alpha, lost: jnp.sum(scaled.plain(alpha) * lost, axis=-1), before, weights.lost)
-    of_steps = functools.reduce(jnp.add, jax.tree.leaves(of_steps))
-    return jnp.sum(jnp.where(weights.live, of_steps, jnp.zeros_like(of_steps)), axis=0)
+def _direct(alpha: Any, end: Any) -> Array:
+    """The logarithm of the total, from α after the last step."""
+    return scaled.log(scaled.add(*(scaled.add_over(scaled.times(*part), -1) for part in _pairs(alpha, end))))
 
 
-def _finish(alpha: Any, end: Any, lost: Array | None) -> Array:
-    """The logarithm of the total, from α after the last step and from the probability that was lost in all steps."""
-    parts = list(zip(*(jax.tree.leaves(x, is_leaf=_is_scaled) for x in (alpha, end)), strict=True))
-    direct = scaled.log(scaled.add(*(scaled.add_over(scaled.times(*part), -1) for part in parts)))
+def _total(alpha: Any, end: Any, lost: Array | None) -> Array:
+    """The logarithm of the total, from α after the last step and from the probability [...] that was lost in all steps."""
+    direct = _direct(alpha, end)
     if lost is None:
         return direct
-    for state, e in parts:  # e(s) is 0 or 1
+    for state, e in _pairs(alpha, end):  # e(s) is 0 or 1
         lost += jnp.sum(scaled.plain(state) * (1 - scaled.plain(e)), axis=-1)
-    certain = direct > -math.log(2)
+    certain = _certain(direct)
     small = jnp.where(certain, jnp.minimum(lost, 0.75), jnp.zeros_like(lost))
     return jnp.where(certain, jnp.log1p(-small), direct)
+
+
+def _certain(direct: Array) -> Array:
+    return direct > -math.log(2)
+
+
+def _pairs(x: Any, y: Any) -> list[tuple[Scaled, Scaled]]:
+    return list(zip(*(jax.tree.leaves(z, is_leaf=_is_scaled) for z in (x, y)), strict=True))
 
 
 def checked_total(log_total: Array) -> tuple[Array, Array]:

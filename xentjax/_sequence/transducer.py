@@ -261,5 +261,5 @@ def _retreat(
     return by_blank + by_label, (before.mantissa * by_blank, before.mantissa * by_label), ()
 
 
-SURE = lattice.Lattice(_advance, _retreat, normalized=True)
-OPEN = lattice.Lattice(_advance, _retreat, normalized=False)
+SURE = lattice.Lattice(_advance, _retreat, lambda lost, fixed: lost)
+OPEN = lattice.Lattice(_advance, _retreat, None)
