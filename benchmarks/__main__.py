@@ -1,13 +1,14 @@
-"""`python -m benchmarks linear|dense|compile|accuracy|sharded|accelerator|ahead [--peers …] [--shapes …] [--json FILE] [--plot FILE]`."""
+"""`python -m benchmarks linear|dense|sequence|compile|accuracy|sharded|accelerator|ahead [--peers …] [--shapes …] [--json FILE] [--plot FILE]`."""
 
 import argparse
 from collections.abc import Sequence
 
-from benchmarks import accelerator, accuracy, ahead, compilation, dense, linear, sharded
+from benchmarks import accelerator, accuracy, ahead, compilation, dense, linear, sequence, sharded
 
 BENCHMARKS = {
     "linear": linear,
     "dense": dense,
+    "sequence": sequence,
     "compile": compilation,
     "accuracy": accuracy,
     "sharded": sharded,

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import xentjax
-from benchmarks import accelerator, accuracy, ahead, compilation, families, grid, linear, measure, peers, problem, published, shapes
+from benchmarks import accelerator, accuracy, ahead, compilation, families, grid, linear, measure, peers, problem, published, sequence, shapes
 from benchmarks.__main__ import main
 from tests.tables import cases
 
@@ -112,6 +112,21 @@ def test_the_grid_has_a_ratio_for_each_size(tmp_path, capsys, monkeypatch):
     assert cells == [(dtype, n, k) for dtype in ("float32", "bfloat16") for n in (3, 7) for k in (2, 5)]
     assert all(row["time ratio"] > 0 for row in written["grid"]) and "| rows | 2 classes | 5 classes |" in printed
     assert [row["dtype"] for row in written["summary"]] == ["float32", "bfloat16"]
+
+
+def test_sequence_compares_losses_that_are_equal(tmp_path, capsys):
+    printed, written = run(tmp_path, capsys, "sequence", "--tiny", "--rounds", "1", plot=True)
+    rows = [row for row in written["rows"] if row["peer"] != "torch"]
+    assert [row["loss"] for row in rows] == ["ctc", "ctc, one confident", "transducer", "crf"]
+    for row in written["rows"]:
+        assert row["difference of values"] < 1e-4 and min(row["milliseconds"]) > 0 and row["time ratio"] > 0
+        assert row["peer"] == "torch" or (min(row["temporary MB"]) > 0 and row["memory ratio"] > 0)
+    assert all(row["shape"] in printed for row in rows)
+    for case in sequence.cases(tiny=True):
+        of = tuple(range(case.differentiated))
+        ours, theirs = (jax.grad(f, of)(*case.arguments) for f in (case.ours, next(iter(case.peers.values()))))
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.exhaustive
