@@ -1,4 +1,4 @@
-"""`python -m benchmarks linear|dense|sequence|compile|accuracy|sharded|accelerator|ahead [--peers …] [--shapes …] [--json FILE] [--plot FILE]`."""
+"""`python -m benchmarks NAME [--peers …] [--shapes …] [--json FILE] [--plot FILE]`; `BENCHMARKS` has the names."""
 
 import argparse
 from collections.abc import Sequence

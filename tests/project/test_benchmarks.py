@@ -14,7 +14,21 @@ import numpy as np
 import pytest
 
 import xentjax
-from benchmarks import accelerator, accuracy, ahead, compilation, families, grid, linear, measure, peers, problem, published, sequence, shapes
+from benchmarks import (
+    accelerator,
+    accuracy,
+    ahead,
+    compilation,
+    families,
+    grid,
+    linear,
+    measure,
+    peers,
+    problem,
+    published,
+    sequence,
+    shapes,
+)
 from benchmarks.__main__ import main
 from tests.tables import cases
 
