@@ -6,11 +6,12 @@ JAX. `confident` batches have a sequence whose labels hold more than half of the
 """
 
 import argparse
+import importlib
 import importlib.util
 import statistics
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +125,7 @@ def rows_of(case: Case, rounds: int) -> list[dict]:
     functions = {"xentjax": case.ours, **case.peers}
     programs = {n: jax.jit(jax.value_and_grad(f, of)).lower(*case.arguments).compile() for n, f in functions.items()}
     values = {name: float(program(*case.arguments)[0]) for name, program in programs.items()}
+    stopwatches: dict[str, Callable[[], float]]
     stopwatches = {name: partial(measure.seconds, program, *case.arguments) for name, program in programs.items()}
     if case.loss.startswith("ctc") and importlib.util.find_spec("torch"):
         stopwatches["torch"], values["torch"] = torch_ctc(case)
@@ -149,14 +151,13 @@ def rows_of(case: Case, rounds: int) -> list[dict]:
 
 def torch_ctc(case: Case) -> tuple[Callable[[], float], float]:
     """A stopwatch of torch's loss with its gradient, and its value."""
-    import torch
-
+    torch = importlib.import_module("torch")
     batch, time, _, labels = case.shape
     logits = torch.tensor(np.asarray(case.arguments[0])).requires_grad_()
     y = torch.tensor(np.asarray(case.arguments[1]), dtype=torch.long)
     lengths = torch.full((batch,), time), torch.full((batch,), labels)
 
-    def value() -> "torch.Tensor":
+    def value() -> Any:
         log_p = torch.log_softmax(logits, -1).transpose(0, 1)
         return torch.nn.functional.ctc_loss(log_p, y, *lengths, reduction="none").mean()
 

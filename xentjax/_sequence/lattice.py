@@ -139,24 +139,25 @@ def value_and_slopes(lattice: Lattice, weights: Weights) -> tuple[Array, _Differ
     inputs = (kept, lost, mantissas.xs, exponents.xs, weights.fixed_xs, weights.live)
     (_, _, shared_bar), xs_bar = lax.scan(backward, start, inputs, reverse=True)
 
-    def of_lost() -> Any:
-        counted = jnp.where(weights.live, by_lost, jnp.zeros_like(by_lost))[..., None]
-        pull = jax.vjp(lambda x: lattice.lost(x, weights.fixed), weights.lost)[1]
-        return pull(scaled.tree_map(lambda x: counted * scaled.plain(x), kept))[0]
-
     lost_bar = None
-    if lattice.lost is not None:
+    if (lost_of := lattice.lost) is not None:
+
+        def of_lost() -> Any:
+            counted = jnp.where(weights.live, by_lost, jnp.zeros_like(by_lost))[..., None]
+            pull = jax.vjp(lambda x: lost_of(x, weights.fixed), weights.lost)[1]
+            return pull(scaled.tree_map(lambda x: counted * scaled.plain(x), kept))[0]
+
         lost_bar = _if_certain(direct, weights, of_lost, lambda: jax.tree.map(jnp.zeros_like, weights.lost))
     return value, _Differentiable(xs_bar, shared_bar, jax.tree.map(jnp.multiply, end_bar, mantissas.end), lost_bar)
 
 
 def _lost(lattice: Lattice, weights: Weights, direct: Array, before: Any) -> tuple[Any, Array | None]:
     """The probabilities ℓ_t(s), and the probability [...] that is lost in all steps; zeros if no total of the batch is above 1/2."""
-    if lattice.lost is None:
+    if (lost_of := lattice.lost) is None:
         return None, None
 
     def found() -> tuple[Any, Array]:
-        lost = lattice.lost(weights.lost, weights.fixed)
+        lost = lost_of(weights.lost, weights.fixed)
         of_steps = scaled.tree_map(lambda alpha, ell: jnp.sum(scaled.plain(alpha) * ell, axis=-1), before, lost)
         of_steps = functools.reduce(jnp.add, jax.tree.leaves(of_steps))
         return lost, jnp.sum(jnp.where(weights.live, of_steps, jnp.zeros_like(of_steps)), axis=0)
