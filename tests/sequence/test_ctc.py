@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import xentjax
@@ -281,7 +282,7 @@ def test_alignment_and_greedy_decoding(rng):
 
 def test_classes_split_over_devices(rng):
     z, labels, frames, counts = ragged(rng)
-    mesh = jax.make_mesh((2, 2), ("data", "model"), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), devices=jax.devices()[:4], axis_types=(AxisType.Auto,) * 2)
     z, labels, frames, counts = (jnp.concatenate([x, x[:1]]) for x in (z, labels, frames, counts))
 
     @functools.partial(
@@ -359,3 +360,20 @@ def test_torch(rng):
         reduction="none",
     )
     np.testing.assert_allclose(evaluate(z, labels, frames, counts)[0][:5], found[:5], rtol=ROUNDING * EPS)
+
+
+def test_batches_split_over_devices(rng):
+    # Whether any sequence is certain is not asked over devices. The last sequence is certain.
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    labels = jnp.asarray(rng.integers(1, 5, (8, 2)), jnp.int32)
+    z = jnp.asarray(rng.normal(size=(8, 5, 5)), jnp.float32)
+    z = z.at[7].set(40 * jax.nn.one_hot(jnp.array([labels[7, 0], 0, 0, labels[7, 1], 0]), 5))
+
+    def losses_and_slopes(z, labels):
+        return xentjax.ctc_loss(z, labels), jax.grad(lambda z: xentjax.ctc_loss(z, labels).sum())(z)
+
+    split = [jax.device_put(x, NamedSharding(mesh, P("data"))) for x in (z, labels)]
+    compiled = jax.jit(losses_and_slopes).lower(*split).compile()
+    assert not any(name in compiled.as_text() for name in ("all-reduce", "all-gather", "collective-permute", "all-to-all"))
+    for found, expected in zip(compiled(*split), losses_and_slopes(z, labels), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7 if expected.ndim > 1 else 0)  # gradients are differences

@@ -38,7 +38,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from xentjax._core import mesh, numerics
+from xentjax._core import blocks, mesh, numerics
 from xentjax._sequence import scaled
 from xentjax._sequence.scaled import Scaled
 
@@ -168,9 +168,10 @@ def _lost(lattice: Lattice, weights: Weights, direct: Array, before: Any) -> tup
 def _if_certain(direct: Array, weights: Weights, found: Callable[[], Any], zeros: Callable[[], Any]) -> Any:
     """`found()` if any total of the batch is above 1/2, else `zeros()`. Only certain sequences need what is lost.
 
-    Only arrays are chosen here, and no sums of paths. So the numbers of a sequence do not depend on the others of its batch.
+    Only arrays are chosen here, and no sums of paths. So the numbers of a sequence do not depend on the others of its batch. In a program
+    for several devices, the result is always `found()`, so that no device waits for the others.
     """
-    return lax.cond(jnp.any(_certain(direct)), *(lambda f=f: _varying(f(), weights) for f in (found, zeros)))
+    return lax.cond(~blocks.every(~_certain(direct)), *(lambda f=f: _varying(f(), weights) for f in (found, zeros)))
 
 
 def _forward(lattice: Lattice, weights: Weights, mantissas: _Differentiable, exponents: _Differentiable, keep: bool) -> Any:
