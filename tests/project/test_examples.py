@@ -197,3 +197,76 @@ def test_scenes(example, tmp_path, capsys):
     assert min(figures["+ Dice"], figures["+ Lovász"]) > figures["cross-entropy"] + 0.05
     assert min(figures[name] for name in ("focal", "quality focal", "varifocal")) > 0.7
     assert "average precision" in capsys.readouterr().out
+
+
+@pytest.mark.exhaustive
+def test_speech(example, tmp_path, capsys):
+    """Both losses find the letters of utterances that they have not seen."""
+    picture = tmp_path / "speech.png"
+    figures = example("speech").main(["--quiet", "--output", str(picture)])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert set(figures) == {"CTC", "transducer"}
+    for before, after in figures.values():
+        assert before > 0.9 and after < 0.05
+    assert "label error rate" in capsys.readouterr().out
+
+
+@pytest.mark.exhaustive
+def test_tagging(example, tmp_path, capsys):
+    """A random field finds more names than tags per word, also if these are decoded with the rules of the tags."""
+    picture = tmp_path / "tagging.png"
+    figures = example("tagging").main(["--quiet", "--seed", "1", "--output", str(picture)])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    alone, rules, field = figures["per word"], figures["per word, then rules"], figures["random field"]
+    for name, gain in {"words": 0.01, "names (F1)": 0.03, "whole sentences": 0.03}.items():
+        assert field[name] > rules[name] + gain and rules[name] > alone[name] + gain
+    assert field["names (F1)"] > alone["names (F1)"] + 0.25
+    assert "whole sentences" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [("", "", 0), ("", "abc", 3), ("abc", "", 3), ("kitten", "sitting", 3), ("saturday", "sunday", 3), ("ab", "ba", 2), ("aab", "ab", 1)],
+)
+def test_label_errors_are_counted(example, first, second, expected):
+    first, second = (np.array([ord(letter) for letter in word], int) for word in (first, second))
+    assert example("speech_report").distance(first, second) == expected
+
+
+def test_label_error_rate_is_relative_to_all_labels(example):
+    found, labels = np.array([[1, 2, -1], [3, 3, 3]]), np.array([[1, 2, 3], [3, -1, -1]])
+    assert example("speech_report").error_rate(found, labels) == (1 + 2) / 4
+
+
+def test_names_are_read_from_tags(example):
+    data = example("tagging_data")
+
+    def spans(*tags):
+        return data.spans(np.array([data.TAGS.index(tag) for tag in tags] + [-1]))
+
+    assert spans("O", "O") == set()
+    assert spans("B-firm", "I-firm", "B-firm", "O", "B-place") == {(0, 2, "firm"), (2, 3, "firm"), (4, 5, "place")}
+    assert spans("I-person", "I-firm", "I-firm") == {(0, 1, "person"), (1, 3, "firm")}  # against the rules
+
+
+def test_speech_and_sentences_are_padded_and_repeatable(example):
+    speech, tagging = example("speech_data"), example("tagging_data")
+    first, again = speech.load_speech(20, 3), speech.load_speech(20, 3)
+    for one, other in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal((first.labels > 0).sum(axis=-1), first.counts)
+    np.testing.assert_array_equal((first.labels == -1).sum(axis=-1), speech.COUNT - first.counts)
+    assert (first.frames % 2 == 0).all() and (first.counts <= first.frames // 2).all()
+    assert all((sound[frames:] == 0).all() for sound, frames in zip(first.sounds, first.frames, strict=True))
+    sentences = tagging.load_sentences(200, 3)
+    np.testing.assert_array_equal(sentences.words, tagging.load_sentences(200, 3).words)
+    np.testing.assert_array_equal(sentences.words >= 0, sentences.tags >= 0)
+
+
+def test_the_rules_of_the_tags_hold_in_all_sentences(example):
+    tagging = example("tagging")
+    tags = tagging.load_sentences(200, 3).tags
+    before, after = tags[:, :-1], tags[:, 1:]
+    pairs = after >= 0
+    assert tagging.BEGINS[tags[:, 0]].all() and tagging.FOLLOWS[before[pairs], after[pairs]].all()
+    assert tagging.BEGINS.sum() == 4 and tagging.FOLLOWS.sum() == 7 * 4 + 6  # B or O after all tags, I after the two tags of its kind
