@@ -377,3 +377,13 @@ def test_batches_split_over_devices(rng):
     assert not any(name in compiled.as_text() for name in ("all-reduce", "all-gather", "collective-permute", "all-to-all"))
     for found, expected in zip(compiled(*split), losses_and_slopes(z, labels), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7 if expected.ndim > 1 else 0)  # gradients are differences
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 2), (3, 0, 2), (0, 0, 0)])
+def test_no_sequences_and_no_frames(shape):
+    batch, time, most = shape
+    z, y = jnp.zeros((batch, time, 4)), jnp.ones((batch, most), jnp.int32)
+    loss, gradient = jax.value_and_grad(lambda z: jnp.sum(xentjax.ctc_loss(z, y)))(z)
+    assert loss == (np.inf if batch else 0)  # no alignment of two labels in no frames
+    assert gradient.shape == z.shape
+    assert xentjax.sequence.ctc_posteriors(z, y).shape == (batch, time, 1 + most)
