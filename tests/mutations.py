@@ -37,6 +37,8 @@ class Mutation:
 V, G, S2, M, T = (f"{PROPERTIES}/test_{n}.py" for n in ("values", "gradients", "second_derivatives", "masks", "transforms"))
 ROWS = f"{PROPERTIES}/test_functions.py"
 FAMILY = f"{FAMILIES}/test_families.py"
+CTC, TRANSDUCER, CRF = (f"tests/sequence/test_{n}.py" for n in ("ctc", "transducer", "crf"))
+OVERLAP = f"{FAMILIES}/test_overlap.py"
 
 MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
@@ -487,6 +489,192 @@ MUTATIONS: tuple[Mutation, ...] = (
         "(pair if axis_name is None else pair.psum(axis_name)).mean()",
         "pair.mean()",
         (f"{FAMILIES}/test_reduction.py", f"{FAMILIES}/test_metrics_merging.py"),
+    ),
+    Mutation(
+        "mass that is stranded at the end is not lost",
+        "_sequence/lattice.py",
+        "lost = stranded + jnp.sum(",
+        "lost = 0 * stranded + jnp.sum(",
+        (
+            TRANSDUCER,
+            CTC,
+        ),
+    ),
+    Mutation(
+        "frames after the end pass derivatives through their edges",
+        "_sequence/lattice.py",
+        "earlier = jnp.where(live[..., None], earlier, bar)",
+        "pass",
+        (CTC,),
+    ),
+    Mutation(
+        "the logarithm of 2 without its last digits",
+        "_sequence/scaled.py",
+        "(jnp.log(m) + x.exponent * _LOW) + x.exponent * _HIGH",
+        "jnp.log(m) + x.exponent * _HIGH",
+        (CTC,),
+    ),
+    Mutation(
+        "equal labels need no blank between them",
+        "_sequence/ctc.py",
+        "y[..., 1:] != y[..., :-1]]",
+        "y[..., 1:] == y[..., 1:]]",
+        (CTC,),
+    ),
+    Mutation(
+        "no derivative along the edges that skip a blank",
+        "_sequence/ctc.py",
+        "return parts[0] + parts[1] + parts[2], (), None",
+        "return parts[0] + parts[1], (), None",
+        (CTC,),
+    ),
+    Mutation(
+        "the probability of all other classes without the derivative of the normalizer",
+        "_sequence/frames.py",
+        "return of_index, by_rest - rest * by_all",
+        "return of_index, by_rest",
+        (
+            CTC,
+            TRANSDUCER,
+        ),
+    ),
+    Mutation(
+        "the last blank before all labels is not lost",
+        "_sequence/transducer.py",
+        "blank = inside & ((t < ends - 1) | (u == all_labels))",
+        "blank = inside",
+        (TRANSDUCER,),
+    ),
+    Mutation(
+        "FastEmit raises the gradient of blanks too",
+        "_sequence/transducer.py",
+        "weights(lax.stop_gradient(blanks), None)",
+        "weights(blanks, None)",
+        (TRANSDUCER,),
+    ),
+    Mutation(
+        "the sign of FastEmit",
+        "_sequence/transducer.py",
+        "differences.with_slope_of(loss, -labels_only)",
+        "differences.with_slope_of(loss, labels_only)",
+        (TRANSDUCER,),
+    ),
+    Mutation(
+        "no derivative along the transition of the labels",
+        "_sequence/crf.py",
+        "return moved + by_gold, alpha",
+        "return moved, alpha",
+        (CRF,),
+    ),
+    Mutation(
+        "the labels count among the other taggings",
+        "_sequence/crf.py",
+        "jnp.where(here, jnp.full_like(leaving, scaled.ABSENT), compared(here, leaving, gold[1]))",
+        "compared(here, leaving, gold[1])",
+        (CRF,),
+    ),
+    Mutation(
+        "a length that is too large is the largest",
+        "_sequence/arguments.py",
+        "valid &= ~_outside(lengths, high)",
+        "valid &= lengths >= 0",
+        (
+            CTC,
+            TRANSDUCER,
+        ),
+    ),
+    Mutation(
+        "repeats are not merged",
+        "_sequence/decoding.py",
+        "(best != blank) & (best != before) & live",
+        "(best != blank) & live",
+        (CTC,),
+    ),
+    Mutation(
+        "the best alignment skips blanks between equal labels",
+        "_sequence/decoding.py",
+        "moved[2] = jnp.where(weights.fixed, moved[2], scaled.ABSENT)",
+        "pass",
+        (CTC,),
+    ),
+    Mutation(
+        "the best tagging ends with positions that do not count",
+        "_sequence/tagging.py",
+        "return jnp.where(live[..., None], following, alpha), back",
+        "return following, back",
+        (CRF,),
+    ),
+    Mutation(
+        "false positives and false negatives exchanged",
+        "_losses/overlap.py",
+        "beta * rest, alpha * p)",
+        "alpha * rest, beta * p)",
+        (
+            ROWS,
+            OVERLAP,
+        ),
+    ),
+    Mutation(
+        "a large probability minus its label, rounded",
+        "_losses/overlap.py",
+        "numerics.where(p > 0.5, (1 - t) - rest, p - t)",
+        "p - t",
+        (OVERLAP,),
+    ),
+    Mutation(
+        "the steps of the Jaccard loss for the other label",
+        "_losses/overlap.py",
+        "(left * (1 - t) + before * t)",
+        "(left * t + before * (1 - t))",
+        (
+            ROWS,
+            OVERLAP,
+        ),
+    ),
+    Mutation(
+        "the sign of the second derivative rule of a quotient",
+        "_losses/overlap.py",
+        "- share * tangents[1]) * _reciprocal",
+        "+ share * tangents[1]) * _reciprocal",
+        (
+            ROWS,
+            OVERLAP,
+        ),
+    ),
+    Mutation(
+        "hidden pixels count in the mean of the boundary loss",
+        "_losses/overlap.py",
+        "counted = jnp.ones(r.values.shape[:-1], bool) if r.where is None else r.where",
+        "counted = jnp.ones(r.values.shape[:-1], bool)",
+        (OVERLAP,),
+    ),
+    Mutation(
+        "a class exists only if it exists at every pixel",
+        "_losses/overlap.py",
+        "numerics.where(jnp.any(r.class_mask, axis=axes), loss, 0)",
+        "numerics.where(jnp.all(r.class_mask, axis=axes), loss, 0)",
+        (OVERLAP,),
+    ),
+    Mutation(
+        "soft labels of 0 are present",
+        "_losses/overlap.py",
+        "r.given_labels > 0",
+        "r.given_labels >= 0",
+        (OVERLAP,),
+    ),
+    Mutation(
+        "the sign of the hinge",
+        "_losses/overlap.py",
+        "numerics.where(y == 1, z, -z)",
+        "numerics.where(y == 1, -z, z)",
+        (ROWS,),
+    ),
+    Mutation(
+        "the gradient of the most likely class of a pixel as a difference",
+        "_core/probabilities.py",
+        "numerics.where(pivot, rest * moved - by_others, moved - (by_others + by_pivot))",
+        "(moved - (by_others + by_pivot))",
+        (OVERLAP,),
     ),
 )
 
