@@ -493,8 +493,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "mass that is stranded at the end is not lost",
         "_sequence/lattice.py",
-        "lost = stranded + jnp.sum(",
-        "lost = 0 * stranded + jnp.sum(",
+        "lost += jnp.sum(scaled.plain(state) * (1 - scaled.plain(e)), axis=-1)",
+        "lost += 0 * jnp.sum(scaled.plain(state), axis=-1)",
         (
             TRANSDUCER,
             CTC,
@@ -503,7 +503,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "frames after the end pass derivatives through their edges",
         "_sequence/lattice.py",
-        "earlier = jnp.where(live[..., None], earlier, bar)",
+        "earlier = jax.tree.map(lambda x, y: jnp.where(live[..., None], x, y), earlier, bar)",
         "pass",
         (CTC,),
     ),
@@ -524,8 +524,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "no derivative along the edges that skip a blank",
         "_sequence/ctc.py",
-        "return parts[0] + parts[1] + parts[2], (), None",
-        "return parts[0] + parts[1], (), None",
+        "along(before.label, to_label, skipping, to_blank)",
+        "along(before.label, to_label, to_blank)",
         (CTC,),
     ),
     Mutation(
@@ -562,8 +562,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "no derivative along the transition of the labels",
         "_sequence/crf.py",
-        "return moved + by_gold, alpha",
-        "return moved, alpha",
+        "return moved + by_gold, of_x",
+        "return moved, of_x",
         (CRF,),
     ),
     Mutation(
@@ -593,7 +593,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "the best alignment skips blanks between equal labels",
         "_sequence/decoding.py",
-        "moved[2] = jnp.where(weights.fixed, moved[2], scaled.ABSENT)",
+        "moved[2] = jnp.where(skips, moved[2], scaled.ABSENT)",
         "pass",
         (CTC,),
     ),

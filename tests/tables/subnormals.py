@@ -1,7 +1,8 @@
 """Float32 arithmetic with subnormal numbers, as on GPUs.
 
-XLA on CPUs replaces a subnormal number by 0. GPUs keep it. There, its reciprocal overflows, and 0 times that is NaN. `evaluate` runs a
-function one operation after another in float64, and rounds each result to float32 with NumPy, which keeps subnormal numbers.
+XLA on CPUs replaces a subnormal number by 0. GPUs keep subnormal numbers. The reciprocal of a subnormal number may overflow to ∞, and 0·∞
+is NaN. `evaluate` runs the operations of a function one after another in float64. It rounds each result to float32 with NumPy, which keeps
+subnormal numbers.
 """
 
 import jax
@@ -14,7 +15,7 @@ LOOPS = ("while", "cond")
 
 
 def evaluate(function, *arguments):
-    """function(*arguments), with float32 results of all operations rounded as on GPUs."""
+    """function(*arguments), where the float32 result of each operation is rounded as on GPUs."""
     program, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
     with np.errstate(all="ignore"):
         results = _run(program, [np.asarray(x) for x in jax.tree.leaves(arguments)])
@@ -55,7 +56,7 @@ def _scan(params, inputs):
 
 
 def _operation(eqn, inputs):
-    """The results of one operation. An operation that cannot run in float64, such as a loop, runs as it is, without subnormal numbers."""
+    """The results of one operation. A loop, or an operation that cannot run in float64, runs in float32 without subnormal numbers."""
     if eqn.primitive.name == "bitcast_convert_type" and len({inputs[0].dtype.itemsize, np.dtype(eqn.params["new_dtype"]).itemsize}) == 1:
         return [inputs[0].view(eqn.params["new_dtype"])]
     params = {name: jnp.dtype(jnp.float64) if _is_float32(x) else x for name, x in eqn.params.items()}
