@@ -27,8 +27,7 @@ def ctc_greedy_decode(logits: ArrayLike, *, logit_lengths: ArrayLike | None = No
         blank: class index of the blank.
 
     Returns:
-        labels: [..., time], int32, −1 after the end.
-        lengths: [...], int32, the number of labels; 0 if the number of frames is invalid.
+        The labels [..., time], int32, with −1 after the end; and their number [...], int32, which is 0 if the number of frames is invalid.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -86,9 +85,9 @@ def ctc_alignment(
         blank: class index of the blank.
 
     Returns:
-        path: [..., time], int32, the class of every frame; −1 after the end, and everywhere if no alignment exists or an argument is
-            invalid.
-        log_prob: [...], float32, or float64 if `logits` are float64; −∞ if no alignment exists, NaN if a label or a length is invalid.
+        The class of every frame [..., time], int32, which is −1 after the end, and everywhere if no alignment exists or an argument is
+        invalid; and the log-probability [...], float32, or float64 if `logits` are float64, which is −∞ if no alignment exists, and NaN if a
+        label or a length is invalid.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -223,8 +222,7 @@ def transducer_greedy_decode(
         blank: class index of the blank.
 
     Returns:
-        labels: [..., max_labels], int32, −1 after the end.
-        lengths: [...], int32, the number of labels.
+        The labels [..., max_labels], int32, with −1 after the end; and their number [...], int32.
 
     Raises:
         TypeError: an argument has the wrong dtype.
