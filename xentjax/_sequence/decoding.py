@@ -86,8 +86,8 @@ def ctc_alignment(
 
     Returns:
         The class of every frame [..., time], int32, which is −1 after the end, and everywhere if no alignment exists or an argument is
-        invalid; and the log-probability [...], float32, or float64 if `logits` are float64, which is −∞ if no alignment exists, and NaN if a
-        label or a length is invalid.
+        invalid; and the log-probability [...], float32, or float64 if `logits` are float64. It is −∞ if no alignment exists, and NaN if
+        a label or a length is invalid.
 
     Raises:
         TypeError: an argument has the wrong dtype.

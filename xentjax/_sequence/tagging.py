@@ -80,8 +80,9 @@ def crf_decode(
         where: [..., time], True for positions that count. Other positions are left out.
 
     Returns:
-        The tags [..., time], int32, which are −1 at positions that do not count, and everywhere if every tagging is forbidden; and the score
-        [...], float32, or float64 if any of the scores are float64, which is −∞ if every tagging is forbidden, and 0 if no position counts.
+        The tags [..., time], int32, which are −1 at positions that do not count, and everywhere if every tagging is forbidden; and the
+        score [...], float32, or float64 if any of the scores are float64. It is −∞ if every tagging is forbidden, and 0 if no position
+        counts.
 
     Raises:
         TypeError: an argument has the wrong dtype.
