@@ -46,3 +46,11 @@ def test_every_formula_becomes_mathematics(name):
         assert bare.isascii() and bare.count("{") == bare.count("}"), formula
     prose = re.sub(r":math:`[^`]*`|``[^`]*``", "", rendered.split("\nExample")[0])
     assert not re.search("[Σ∂^]", prose), re.findall("[^\n]*[Σ∂^][^\n]*", prose)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_results_are_sentences(name):
+    # Sphinx reads a word and a colon at the beginning of a result as its type, and cannot link it.
+    docstring = inspect.cleandoc(thing(name).__doc__)
+    results = re.findall(r"^Returns:\n((?:    .*\n)+)", docstring, re.M)
+    assert not any(re.search(r"^    \w+: ", text, re.M) for text in results)
