@@ -88,9 +88,12 @@ def forget_programs():
 
 
 @pytest.fixture(scope="session")
-def older_code_generator():
-    """Options for the code generator that XLA used on CPUs before 2025, which takes half the time; none if XLA no longer has it."""
-    options = {"xla_cpu_use_fusion_emitters": False}
+def quick_options():
+    """Options for the code generator that XLA used on CPUs before 2025, which takes half the time, and for one module of LLVM a program.
+
+    Without the second option, XLA makes up to 32 modules, which take a fifth longer on one core. No options if XLA no longer has them.
+    """
+    options = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
     try:
         jax.jit(lambda x: x + 1, compiler_options=options)(0.0)
     except jax.errors.JaxRuntimeError:
@@ -99,7 +102,7 @@ def older_code_generator():
 
 
 @pytest.fixture(scope="module")
-def quick_compilation(older_code_generator):
+def quick_compilation(quick_options):
     """Programs of lower quality, compiled in a third of the time, for modules about formulas and structure.
 
     XLA's own passes (fusion, simplification) stay. Modules about accuracy, memory and what programs look like do not ask for this.
@@ -107,7 +110,7 @@ def quick_compilation(older_code_generator):
 
     def compile_options(*args, original=compiler.get_compile_options, **kwargs):
         options = original(*args, **kwargs)
-        options.env_option_overrides = [*options.env_option_overrides, *older_code_generator.items()]
+        options.env_option_overrides = [*options.env_option_overrides, *quick_options.items()]
         return options
 
     jax.clear_caches()

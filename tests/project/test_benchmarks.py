@@ -128,6 +128,7 @@ def test_the_grid_has_a_ratio_for_each_size(tmp_path, capsys, monkeypatch):
     assert [row["dtype"] for row in written["summary"]] == ["float32", "bfloat16"]
 
 
+@pytest.mark.exhaustive
 def test_sequence_compares_losses_that_are_equal(tmp_path, capsys):
     printed, written = run(tmp_path, capsys, "sequence", "--tiny", "--rounds", "1", plot=True)
     rows = [row for row in written["rows"] if row["peer"] != "torch"]

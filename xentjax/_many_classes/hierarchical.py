@@ -90,8 +90,8 @@ def init_adaptive_softmax(
 
     Example:
         >>> import jax, xentjax
-        >>> parameters = xentjax.init_adaptive_softmax(jax.random.key(0), 512, [2000, 10_000, 250_000])
-        >>> sum(x.size for x in jax.tree.leaves(parameters)), 512 * 250_000  # parameters, compared with a full softmax
+        >>> parameters = xentjax.init_adaptive_softmax(jax.random.key(0), 128, [500, 2500, 60_000])
+        >>> sum(x.size for x in jax.tree.leaves(parameters)), 128 * 60_000  # parameters, compared with a full softmax
         (9810944, 128000000)
 
     Reference:
