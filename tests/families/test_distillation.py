@@ -16,6 +16,8 @@ from hypothesis.extra import numpy as hnp
 from tests.drawing import examples
 from xentjax._losses.distillation import DIVERGENCES, distillation_loss
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 mpmath.mp.dps = 60
 EPS = float(jnp.finfo(jnp.float32).eps)
 RTOL = 40 * EPS  # sums of ten terms and a few exponentials of arguments up to 10

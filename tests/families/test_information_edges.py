@@ -10,6 +10,8 @@ import pytest
 
 from xentjax import information
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PAIRS = ("cross_entropy", "kl_divergence", "js_divergence", "renyi_divergence")
 ROWS = ("entropy", "perplexity", *PAIRS)
 JOINT = ("conditional_entropy", "mutual_information")

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from tests.drawing import examples
 from xentjax import information
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 EPS = float(jnp.finfo(jnp.float32).eps)
 SLACK = 40 * EPS  # two sums of a few roundings each, of normalised float32 numbers, on either side
 CLASSES = 5

@@ -17,6 +17,8 @@ from tests.drawing import examples
 from xentjax._losses.likelihood import gaussian_nll, laplace_nll, mixture_of_logistics_nll, poisson_nll
 from xentjax._losses.ordinal import coral_loss, cumulative_link_loss
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 mpmath.mp.dps = 60
 EPS = float(jnp.finfo(jnp.float32).eps)
 RTOL = 20 * EPS  # a few roundings and exponentials of arguments up to 10

@@ -1,5 +1,6 @@
 """What the compiled program keeps: no float32 copy of half-precision logits, no one-hot labels, no more than the peer."""
 
+import functools
 import re
 
 import jax
@@ -8,6 +9,7 @@ import optax
 import pytest
 
 import xentjax
+from xentjax._core import blocks
 
 ROWS, CLASSES = 512, 2048
 
@@ -90,3 +92,13 @@ def test_indices_are_never_one_hot():
     text = compiled(jax.value_and_grad(mean(xentjax.softmax_cross_entropy)), jnp.float32).as_text()
     entry = text.split("ENTRY")[1]
     assert not re.search(rf"= (pred|s32)\[{ROWS},{CLASSES}\]", entry)
+
+
+def test_blocks_store_no_logits():
+    """An array of the logits has 8 MB here. The gradient of the loss is made in the memory of the result."""
+    losses = [functools.partial(xentjax.distillation_loss, divergence=kind) for kind in ("forward", "reverse", "js", "tv")]
+    losses.append(functools.partial(xentjax.bi_tempered_cross_entropy, t1=0.3, t2=1.3))
+    z = jax.ShapeDtypeStruct((2000, 1000), jnp.float32)
+    for loss in losses:
+        run = jax.value_and_grad(lambda x, y, loss=loss: loss(x, y).mean(), (0, 1))
+        assert jax.jit(run).lower(z, z).compile().memory_analysis().temp_size_in_bytes < 16 * blocks._BYTES  # some arrays of a block

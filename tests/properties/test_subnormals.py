@@ -12,6 +12,8 @@ from tests.properties.test_values import every_setting
 from tests.tables import functions, subnormals
 from tests.tables.rows import ROWS
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = float(np.finfo(np.float32).tiny)
 LEADS = (86.0, 87.5, 89.0, 95.0, 101.0, 104.0, 120.0)
 
