@@ -30,6 +30,13 @@ def with_slope_of(value: Array, formula: Array) -> Array:
 with_slope_of.defjvp(lambda primals, tangents: (with_slope_of(*primals), tangents[1]))
 
 
+def difference_of_differences(a: Array, b: Array, c: Array, d: Array) -> Array:
+    """(a − b) − (c − d), rounded about once. The rounding errors of the inner differences are added back before they can be amplified."""
+    (first, lost), (second, lost_too) = exact_difference(a, b), exact_difference(c, d)
+    outer, rest = exact_difference(first, second)
+    return with_slope_of(outer + (rest + (lost - lost_too)), (a - b) - (c - d))
+
+
 @jax.custom_jvp
 def exponential_excess(x: Array) -> Array:
     """The excess e^x − 1 − x ≥ 0, with a small relative error. Its derivative is e^x − 1."""
