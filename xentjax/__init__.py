@@ -15,6 +15,7 @@ https://github.com/xentjax/xentjax/blob/main/docs/choosing-a-loss.md groups all 
 
 from xentjax import information as information
 from xentjax import metrics as metrics
+from xentjax import policy as policy
 from xentjax import preference as preference
 from xentjax import samplers as samplers
 from xentjax import sequence as sequence

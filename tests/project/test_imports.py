@@ -30,7 +30,7 @@ def imported(path):
 
 FLOORS = (
     {"_core"},
-    {"_losses", "_reduction", "_checked", "information", "preference"},
+    {"_losses", "_reduction", "_checked", "information", "policy", "preference"},
     {"_linear", "metrics"},
     {"_contrastive", "_many_classes", "_sequence"},
     {"samplers", "sequence"},

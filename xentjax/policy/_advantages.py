@@ -1,0 +1,111 @@
+"""Advantages from the rewards of a group of samples. Shared conventions are documented in `xentjax.policy`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from xentjax._core import checks, numerics, values
+
+Normalizer = Literal["std", "mean", "leave_one_out"]
+
+
+def group_advantages(
+    rewards: ArrayLike, groups: int | ArrayLike, *, normalize: Normalizer = "std", where: ArrayLike | None = None
+) -> Array:
+    """Advantages of samples relative to the other samples of their group, shape [..., samples].
+
+    A group holds the samples of one prompt. Let r be the rewards of a group of n samples, and m their mean. The advantage of sample i is
+
+        "std"            (r_i − m)/s with s² = Σ_j (r_j − m)²/(n − 1)    GRPO
+        "mean"           r_i − m                                         Dr. GRPO
+        "leave_one_out"  r_i − Σ_(j ≠ i) r_j/(n − 1)                     RLOO
+
+    If all rewards of a group are equal, or if it has one sample, its advantages and their derivatives are exactly 0. No ε is added to s.
+    Gradient: let δ_ij = [i = j]. Then ∂A_i/∂r_j = δ_ij − 1/n for "mean", (n·δ_ij − 1)/(n − 1) for "leave_one_out", and
+    (δ_ij − 1/n − A_i·A_j/(n − 1))/s for "std".
+
+    Args:
+        rewards: [..., samples].
+        groups: the number of samples in each group, if groups are consecutive on the last axis; or [..., samples] with integers that are
+            equal for samples of the same group. Groups lie within the last axis.
+        normalize: "std", "mean" or "leave_one_out".
+        where: [..., samples], True for samples that count. All others have advantage 0, and their rewards are not used.
+
+    Returns:
+        [..., samples], float32, or float64 if `rewards` are float64.
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, the size of a group does not divide the number of samples, or `normalize` is unknown.
+
+    Example:
+        >>> import jax.numpy as jnp, xentjax
+        >>> rewards = jnp.array([1.0, 0.0, 0.0, 1.0, 1.0, 1.0])  # two prompts with three samples each
+        >>> xentjax.policy.group_advantages(rewards, 3, normalize="leave_one_out").tolist()
+        [1.0, -0.5, -0.5, 0.0, 0.0, 0.0]
+        >>> prompts = jnp.array([7, 7, 7, 3, 3, 3])
+        >>> xentjax.policy.group_advantages(rewards, prompts).round(3).tolist()
+        [1.155..., -0.577..., -0.577..., 0.0, 0.0, 0.0]
+
+    Reference:
+        Shao et al., DeepSeekMath, 2024, arXiv 2402.03300 ("std"; the paper does not say whether n or n − 1 divides). Liu et al.,
+        Understanding R1-Zero-Like Training, 2025, arXiv 2503.20783 ("mean"). Ahmadian et al., Back to Basics, 2024, arXiv 2402.14740
+        ("leave_one_out").
+    """
+    name = "group_advantages"
+    r = checks.real(name, "rewards", rewards)
+    if not r.ndim:
+        raise ValueError(f"{name}: rewards must have an axis of samples; got a scalar.")
+    size = None
+    if isinstance(groups, int | np.integer):
+        size, ids = checks.count(name, "groups", groups if isinstance(groups, int) else int(groups)), None
+        if r.shape[-1] % size:
+            raise ValueError(
+                f"{name}: groups must divide {r.shape[-1]}, the last axis of rewards; got {size}. "
+                "For groups of different sizes, pass the group of each sample as an array of integers."
+            )
+    else:
+        ids = checks.same_shape(name, "groups", checks.identifiers(name, "groups", groups), r.shape, "the shape of rewards")
+    if normalize not in get_args(Normalizer):
+        raise ValueError(f"{name}: normalize must be one of {', '.join(map(repr, get_args(Normalizer)))}; got {normalize!r}.")
+    counts = checks.where_mask(name, where, r.shape, "the shape of rewards")
+    values.finite(name, "rewards", r, counts)
+    return _advantages(r, ids, counts, size, normalize)
+
+
+@functools.partial(jax.jit, static_argnames=("size", "normalize"))
+def _advantages(rewards: Array, ids: Array | None, where: Array | None, size: int | None, normalize: Normalizer) -> Array:
+    r = rewards.astype(numerics.accumulation_dtype(rewards.dtype))
+
+    def masked(x: Array) -> Array:
+        return x if where is None else numerics.where(where, x, 0)
+
+    def over_group(reduce: Callable[..., Array], x: Array, fill: float) -> Array:
+        """A reduction over the samples of the group of each sample. `fill` stands for samples of other groups."""
+        if ids is None:
+            grouped = x.reshape(*x.shape[:-1], -1, size)
+            return jnp.broadcast_to(reduce(grouped, axis=-1, keepdims=True, initial=fill), grouped.shape).reshape(x.shape)
+        same = ids[..., :, None] == ids[..., None, :]
+        return reduce(numerics.where(same, jnp.broadcast_to(x[..., None, :], same.shape), fill), axis=-1, initial=fill)
+
+    # Relative to the largest reward of the group, equal rewards are exactly 0, and so are their deviations from the mean.
+    largest = r if where is None else numerics.where(where, r, -jnp.inf)
+    r = masked(r - lax.stop_gradient(over_group(jnp.max, largest, -jnp.inf)))
+    n = over_group(jnp.sum, masked(jnp.ones_like(r)), 0)
+    deviation = masked(n * r - over_group(jnp.sum, r, 0))  # n times the deviation from the mean
+    if normalize == "mean":
+        return deviation / jnp.maximum(n, 1)
+    others = jnp.maximum(n - 1, 1)
+    if normalize == "leave_one_out":
+        return deviation / others
+    variance = over_group(jnp.sum, jnp.square(deviation), 0) / others  # n² times the variance
+    equal = variance == 0
+    return numerics.where(equal, 0, deviation / jnp.sqrt(numerics.where(equal, 1, variance)))
