@@ -57,7 +57,7 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 
-MODULES = ("information", "metrics", "samplers", "sequence")
+MODULES = ("information", "metrics", "policy", "preference", "samplers", "sequence")
 COPIES = {  # pages that are stored elsewhere in the repository, and their names on the site
     "benchmarks/README.md": "benchmarks",
     "benchmarks/NOTES.md": "benchmark-notes",
@@ -170,6 +170,8 @@ ROOMS = {  # the file that defines a name, and the title of its group
     "_sequence.transducer": "Sequences",
     "_sequence.crf": "Sequences",
     "sequence": "Decoders of sequences: xentjax.sequence",
+    "preference": "Preferences: xentjax.preference",
+    "policy": "Policies: xentjax.policy",
     "samplers": "Samplers of classes: xentjax.samplers",
     "_reduction": "Weighted sums and means",
     "_checked": "Value checks",

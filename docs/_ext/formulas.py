@@ -16,6 +16,8 @@ WORDS = set(  # names of several letters in formulas; every other word of severa
     hits score accuracy mean total weight value result auroc shortlist cutoff student teacher queries candidates signs nodes
     examples bins max_margin label_probs label_ids JS logits predicted true div_value mixture_logits log_scales
     label_probs_j label_ids_j perplexity margin nll nll_i confidences confidences_b
+    chosen rejected mean_chosen mean_rejected reference reference_chosen reference_rejected log_probs old_log_probs reward
+    clip low high clip_low clip_high
     """.split()
 )
 STANDARD = {"log", "exp", "max", "min", "cos", "sin", "arccos", "tanh"}  # TeX knows them
@@ -46,6 +48,7 @@ SIGNS = {
     "∂": r"\partial ",
     "ℓ": r"\ell ",
     "γ": r"\gamma ",
+    "δ": r"\delta ",
     "ε": r"\varepsilon ",
     "ζ": r"\zeta ",
     "λ": r"\lambda ",

@@ -14,7 +14,7 @@ import xentjax
 from tests.properties import test_functions
 from tests.tables import cases
 
-MODULES = ("information", "metrics", "samplers", "sequence")
+MODULES = ("information", "metrics", "policy", "preference", "samplers", "sequence")
 
 
 def public(module, prefix=""):

@@ -14,7 +14,7 @@ import numpy as np
 
 import xentjax
 from tests.tables import cases
-from xentjax import information, metrics, samplers, sequence
+from xentjax import information, metrics, policy, preference, samplers, sequence
 
 N, K, F = 3, 4, 2  # examples, classes, features
 RNG = np.random.default_rng(7)
@@ -29,6 +29,7 @@ IDENTIFIERS = {
     "supervised_contrastive_loss.labels",
     "clip_loss.labels",
     "siglip_loss.labels",
+    "policy.group_advantages.groups",
 }
 QUANTITIES = {"poisson_nll.targets", "sigmoid_cross_entropy.labels", "sigmoid_focal_loss.labels", "asymmetric_loss.labels"}
 QUANTITIES |= {"quality_focal_loss.labels", "varifocal_loss.labels"}
@@ -88,6 +89,7 @@ TREE = TREE._replace(nodes=TREE.nodes.astype(np.int32))
 REGIONS = ("dice_loss", "tversky_loss", "jaccard_loss", "lovasz_softmax_loss", "present_classes")
 FRAMES, WANTED = _float(N, 3, K), {"labels": np.array([[1, 2], [3, 1], [2, 2]], np.int32)}
 LENGTHS = {"logit_lengths": np.array([3, 2, 3], np.int32), "label_lengths": np.array([2, 2, 2], np.int32)}
+ANSWERS, MEANS = {"log_probs": -_float(N), "reference": -_float(N)}, {"mean_chosen": -_float(N), "mean_rejected": -_float(N)}
 CHAIN = {"unary": FRAMES, "transitions": _float(K, K), "start": _float(K), "end": _float(K)}
 
 _ARRAYS: dict[str, dict[str, Any]] = {
@@ -158,6 +160,15 @@ _ARRAYS: dict[str, dict[str, Any]] = {
     **{f"information.{n}": {"joint": SIMPLEX} for n in ("conditional_entropy", "mutual_information")},
     **{f"information.{n}_from_logits": {"joint_logits": _float(N, K)} for n in ("conditional_entropy", "mutual_information")},
 }
+_ARRAYS |= {
+    "preference.dpo_loss": {name: -_float(N) for name in ("chosen", "rejected", "reference_chosen", "reference_rejected")},
+    "preference.cpo_loss": {"chosen": -_float(N), "rejected": -_float(N)},
+    **dict.fromkeys(("preference.simpo_loss", "preference.orpo_loss"), MEANS),
+    "preference.kto_loss": ANSWERS | {"desirable": np.array([True, False, True]), "kl": _float(N)},
+    **dict.fromkeys(("preference.implicit_rewards", "policy.kl_estimate"), ANSWERS),
+    "policy.policy_gradient_loss": {"log_probs": -_float(N, 2), "old_log_probs": -_float(N, 2), "advantages": _float(N)},
+    "policy.group_advantages": {"rewards": _float(N), "groups": np.array([3, 3, 9], np.int32)},
+}
 _STATIC: dict[str, dict[str, Any]] = {
     **{name: {"spatial": 1} for name in (*REGIONS, "boundary_loss", "lovasz_hinge_loss")},
     "linear_softmax_cross_entropy": {"reduction": "none"},
@@ -185,6 +196,7 @@ WITHOUT |= {
 def public():
     """Every public function by its name."""
     rooms = {"": xentjax, "metrics.": metrics, "information.": information, "samplers.": samplers, "sequence.": sequence}
+    rooms |= {"policy.": policy, "preference.": preference}
     for prefix, module in rooms.items():
         for name, x in vars(module).items():
             if inspect.isfunction(x) and not name.startswith("_"):

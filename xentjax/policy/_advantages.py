@@ -22,20 +22,23 @@ def group_advantages(
 ) -> Array:
     """Advantages of samples relative to the other samples of their group, shape [..., samples].
 
-    A group holds the samples of one prompt. Let r be the rewards of a group of n samples, and m their mean. The advantage of sample i is
+    A group holds the samples of one prompt. Let r be the rewards of a group of n samples, and let m be their mean. The advantage of
+    sample i depends on `normalize`:
 
-        "std"            (r_i − m)/s with s² = Σ_j (r_j − m)²/(n − 1)    GRPO
-        "mean"           r_i − m                                         Dr. GRPO
-        "leave_one_out"  r_i − Σ_(j ≠ i) r_j/(n − 1)                     RLOO
+    - "std" (GRPO): A_i = (r_i − m)/s, where s is the standard deviation, s² = Σ_j (r_j − m)²/(n − 1).
+    - "mean" (Dr. GRPO): A_i = r_i − m.
+    - "leave_one_out" (RLOO): A_i = r_i − Σ_(j ≠ i) r_j/(n − 1), so the baseline is the mean of the other samples.
 
-    If all rewards of a group are equal, or if it has one sample, its advantages and their derivatives are exactly 0. No ε is added to s.
+    If all rewards of a group are equal, its advantages and their derivatives are exactly 0. The same holds for a group of one sample. No
+    ε is added to s.
+
     Gradient: let δ_ij = [i = j]. Then ∂A_i/∂r_j = δ_ij − 1/n for "mean", (n·δ_ij − 1)/(n − 1) for "leave_one_out", and
     (δ_ij − 1/n − A_i·A_j/(n − 1))/s for "std".
 
     Args:
         rewards: [..., samples].
-        groups: the number of samples in each group, if groups are consecutive on the last axis; or [..., samples] with integers that are
-            equal for samples of the same group. Groups lie within the last axis.
+        groups: a Python integer n if the samples of each group are n neighbors on the last axis. Otherwise [..., samples], integers that
+            are equal for samples of the same group. Samples in different rows never belong to the same group.
         normalize: "std", "mean" or "leave_one_out".
         where: [..., samples], True for samples that count. All others have advantage 0, and their rewards are not used.
 
@@ -91,7 +94,7 @@ def _advantages(rewards: Array, ids: Array | None, where: Array | None, size: in
     def over_group(reduce: Callable[..., Array], x: Array, fill: float) -> Array:
         """A reduction over the samples of the group of each sample. `fill` stands for samples of other groups."""
         if ids is None:
-            grouped = x.reshape(*x.shape[:-1], -1, size)
+            grouped = x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
             return jnp.broadcast_to(reduce(grouped, axis=-1, keepdims=True, initial=fill), grouped.shape).reshape(x.shape)
         same = ids[..., :, None] == ids[..., None, :]
         return reduce(numerics.where(same, jnp.broadcast_to(x[..., None, :], same.shape), fill), axis=-1, initial=fill)

@@ -28,15 +28,18 @@ def policy_gradient_loss(
 ) -> Array:
     """Clipped policy gradient loss (PPO, GRPO, DAPO, GSPO), per token [..., tokens] or per sequence [...].
 
-    loss = −min(ρ·A, clip(ρ, 1 − ε_low, 1 + ε_high)·A), where A is the advantage and ρ is a ratio of probabilities. For `level="token"`,
-    ρ = e^(log_probs − old_log_probs) for each token. For `level="sequence"` (GSPO), ρ = e^d for each sequence, where d is the mean of
-    log_probs − old_log_probs over the tokens of the sequence that count.
+    Let A be the advantage, low = 1 − clip_low, high = 1 + clip_high, and let ρ = e^d be the ratio of the new to the old policy. Then
 
-    Gradient: for a token, ∂loss/∂log_probs = −ρ·A. It is 0 where the loss is clipped: where A ≥ 0 and ρ > 1 + ε_high, or A < 0 and
-    ρ < 1 − ε_low. For a sequence of n tokens, the gradient of each token is −ρ·A/n.
+        loss = −min(ρ·A, clip(ρ, low, high)·A).
 
-    The old policy is a constant. So for data of the current policy, pass `log_probs` twice: ρ is exactly 1, the loss is −A, and its
-    gradient −A·∂log_probs is the plain policy gradient (REINFORCE). For `clip_low=1` and a very large `clip_high`, nothing is clipped.
+    For `level="token"`, each token has its own d = log_probs − old_log_probs. For `level="sequence"` (GSPO), d is the mean of these
+    differences over the tokens of the sequence that count, and each sequence has one loss.
+
+    Gradient: for a token, ∂loss/∂log_probs = −ρ·A. For a sequence of n tokens, the gradient of each token is −ρ·A/n. The gradient is 0
+    where the loss is clipped, that is, where A ≥ 0 and ρ > high, or A < 0 and ρ < low.
+
+    The old policy is a constant. So for samples of the current policy, pass `log_probs` twice. Then ρ is exactly 1, and the gradient −A
+    is the plain policy gradient (REINFORCE). With `clip_low=1` and a very large `clip_high`, nothing is clipped.
 
     Args:
         log_probs: [..., tokens], log-probabilities of the sampled tokens or actions under the trained policy. They may also be logarithms
@@ -44,8 +47,9 @@ def policy_gradient_loss(
         old_log_probs: [..., tokens], those under the policy that drew the samples. They are held constant.
         advantages: [...] for one advantage per sequence, as `group_advantages` returns them, or [..., tokens] for one per token. For
             `level="sequence"`, [...].
-        clip_low: scalar ε_low in [0, 1].
-        clip_high: scalar ε_high ≥ 0. PPO and GRPO have ε_low = ε_high. DAPO has 0.2 and 0.28. GSPO has 3e-4 and 4e-4.
+        clip_low: scalar in [0, 1], how far below 1 the ratio counts.
+        clip_high: scalar ≥ 0, how far above 1 the ratio counts. PPO and GRPO use the same number for both, such as 0.2. DAPO uses 0.2 and
+            0.28, and GSPO uses 3e-4 and 4e-4.
         level: "token" or "sequence".
         where: [..., tokens], True for tokens that count. A sequence without such tokens has a loss of 0.
 
@@ -115,15 +119,15 @@ def _policy_gradient(
 def kl_estimate(log_probs: ArrayLike, reference: ArrayLike, *, kind: Estimator = "k3", where: ArrayLike | None = None) -> Array:
     """Estimate of the Kullback–Leibler divergence of a policy from a reference, one per sampled token, shape [...].
 
-    Let d = reference − log_probs. Then "k1" is −d, "k2" is d²/2, and "k3" is e^d − 1 − d. If the tokens are drawn from the policy π, the
-    expectations of k1 and k3 are the divergence D(π‖reference). The expectation of k2 is close to it if both are close. k2 and k3 are never
-    negative. k3 has a small relative error, also near d = 0.
+    Let d = reference − log_probs. Then k1 = −d, k2 = d²/2 and k3 = e^d − 1 − d. If the tokens are drawn from the policy π, the expectations
+    of k1 and k3 are the divergence D(π‖reference). The expectation of k2 is close to it if the policies are close. k2 and k3 are never
+    negative, and they have a small relative error, also near d = 0.
 
     Gradient: ∂k1/∂log_probs = 1, ∂k2/∂log_probs = −d and ∂k3/∂log_probs = 1 − e^d. The gradient of `reference` has the opposite sign.
 
     The gradient of an estimate is not always an estimate of the gradient of the divergence. For samples of π, the expectation of the
-    gradient is 0 for k1, that of D(π‖reference) for k2, and that of D(reference‖π) for k3. So k1 belongs into the reward, and not into the
-    loss.
+    gradient is 0 for k1, that of D(π‖reference) for k2, and that of D(reference‖π) for k3. So k1 can be
+    subtracted from the reward, but must not be added to the loss.
 
     Args:
         log_probs: [...], log-probabilities of the sampled tokens or actions under the policy. They may also be logarithms of densities.

@@ -28,16 +28,16 @@ def kto_loss(
     Gradient: let s = σ(β(z − r)). Then ∂loss/∂log_probs = −λ_D·β·s(1 − s) for desirable and λ_U·β·s(1 − s) for undesirable answers.
     ∂loss/∂reference has the opposite sign.
 
-    The reference point is an estimate of the Kullback–Leibler divergence of the trained model from the reference model. The paper takes
-    prompts with answers that belong to other prompts of the batch, and z = max(0, mean of their log-ratios):
-    `jnp.maximum(xentjax.weighted_mean(log_probs_of_others - reference_of_others, axis_name=...), 0)`. As in the paper, no gradient flows
-    through z.
+    The reference point is an estimate of the Kullback–Leibler divergence of the trained model from the reference model. The paper pairs
+    each prompt of the batch with the answer to another prompt, and takes the mean of the log-ratios of these answers, or 0 if the mean is
+    negative: `jnp.maximum(xentjax.weighted_mean(log_probs_of_others - reference_of_others), 0)`. As in the paper, z is a constant and has
+    no gradient.
 
     Args:
         log_probs: [...], log-probabilities of the answers under the trained model, summed over tokens.
         reference: [...], those under the reference model.
         desirable: [...], bool, True for desirable and False for undesirable answers.
-        kl: scalar or [...], z ≥ 0. It is held constant.
+        kl: scalar or [...], the reference point z ≥ 0. It is held constant.
         beta: scalar β > 0.
         desirable_weight: scalar λ_D ≥ 0.
         undesirable_weight: scalar λ_U ≥ 0.

@@ -36,7 +36,7 @@ def dpo_loss(
     "ipo" (IPO), φ(h) = (h − 1/(2β))². The differences are computed so that they do not lose digits by cancellation.
 
     Gradient: ∂loss/∂chosen = g and ∂loss/∂rejected = −g, and those of the reference have the opposite signs. At ε = 0, g = −β·σ(−βh) for
-    "sigmoid", −β for "hinge" if βh < 1 and 0 otherwise, and 2h − 1/β for "ipo".
+    "sigmoid", g = −β for "hinge" if βh < 1 and g = 0 otherwise, and g = 2h − 1/β for "ipo".
 
     Args:
         chosen: [...], log-probabilities of the chosen answers under the trained model, summed over tokens.
@@ -112,8 +112,8 @@ def cpo_loss(
 ) -> Array:
     """Contrastive preference optimization (CPO), one loss per pair, shape [...].
 
-    loss = log(1 + e^(−βh)) − α·chosen, where h = chosen − rejected. It needs no reference model: the second term, the negative
-    log-likelihood of the chosen answer, keeps the trained model close to the data.
+    loss = log(1 + e^(−βh)) − α·chosen, where h = chosen − rejected. It needs no reference model. The second term is the negative
+    log-likelihood of the chosen answer, which keeps the trained model close to the data.
     Gradient: ∂loss/∂chosen = −β·σ(−βh) − α and ∂loss/∂rejected = β·σ(−βh).
 
     Args:
@@ -199,7 +199,7 @@ def orpo_loss(mean_chosen: ArrayLike, mean_rejected: ArrayLike, *, beta: ArrayLi
     """Odds-ratio preference optimization (ORPO), one loss per pair, shape [...].
 
     loss = −mean_chosen + β·log(1 + e^(−h)), where h = a_c − a_r is the difference of the log-odds a = log(p/(1 − p)) of both answers, and
-    log p is the mean log-probability per token. The log-odds are accurate for p near 0 and near 1.
+    log p is the mean log-probability per token. The log-odds are accurate for p near 0 and for p near 1.
     Gradient: ∂loss/∂mean_chosen = −1 − β·σ(−h)/(1 − p_c) and ∂loss/∂mean_rejected = β·σ(−h)/(1 − p_r).
 
     At p = 1, the odds are infinite. They are replaced by the largest odds whose derivatives are finite, 8.5e37 in float32.
