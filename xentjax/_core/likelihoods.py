@@ -41,10 +41,13 @@ def _differ_in_tokens(got: tuple[int, ...], expected: tuple[int, ...]) -> bool:
 
 
 def entered(where: Array | None, *log_probs: Array) -> list[Array]:
-    """The log-probabilities in the accumulation dtype, with finite numbers for ±∞, and 0 where an element does not count."""
+    """The log-probabilities in the accumulation dtype, with finite numbers for ±∞, and −1 where an element does not count.
+
+    All differences are 0 there, and no probability is 0 or 1. So every formula has finite derivatives.
+    """
     dtype = numerics.accumulation_dtype(*(x.dtype for x in log_probs))
     wide = [numerics.finite(x.astype(dtype)) for x in log_probs]
-    return wide if where is None else [numerics.where(where, x, 0) for x in wide]
+    return wide if where is None else [numerics.where(where, x, -1) for x in wide]
 
 
 def finished(x: Array, where: Array | None) -> Array:

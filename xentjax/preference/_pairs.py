@@ -202,7 +202,7 @@ def orpo_loss(mean_chosen: ArrayLike, mean_rejected: ArrayLike, *, beta: ArrayLi
     log p is the mean log-probability per token. The log-odds are accurate for p near 0 and for p near 1.
     Gradient: ∂loss/∂mean_chosen = −1 − β·σ(−h)/(1 − p_c) and ∂loss/∂mean_rejected = β·σ(−h)/(1 − p_r).
 
-    At p = 1, the odds are infinite. They are replaced by the largest odds whose derivatives are finite, 8.5e37 in float32.
+    At p = 1, the odds are infinite. So a mean log-probability above −2⁻⁶⁰ counts as −2⁻⁶⁰ in the odds.
 
     Args:
         mean_chosen: [...], log-probabilities of the chosen answers, divided by their numbers of tokens.
@@ -236,5 +236,19 @@ def _orpo(mean_chosen: Array, mean_rejected: Array, beta: ArrayLike | None, wher
     c, r = likelihoods.entered(where, mean_chosen, mean_rejected)
     if beta is None:
         return likelihoods.finished(-c, where)
-    log_odds = numerics.log_odds_of_surprise(-c) - numerics.log_odds_of_surprise(-r)
-    return likelihoods.finished(jnp.asarray(beta, c.dtype) * numerics.softplus(-log_odds) - c, where)
+    u, v = (differences.with_slope_of(jnp.maximum(-x, 2.0**-60), -x) for x in (c, r))
+    return likelihoods.finished(jnp.asarray(beta, c.dtype) * _surprise_of_odds(u, v) - c, where)
+
+
+def _surprise_of_odds(u: Array, v: Array) -> Array:
+    """log(1 + q), where q = (e^u − 1)/(e^v − 1) is the odds of the rejected answer divided by those of the chosen answer.
+
+    Let z be the smaller of q and 1/q. With the smaller and the larger of u and v, it is e^(least − most)·(1 − e^(−least))/(1 − e^(−most)).
+    The result is log(1 + z) for q ≤ 1, and log(1 + z) − log z for q > 1. The log-odds do not occur. Near u = 0, their derivatives are so
+    large that the terms of second derivatives would cancel.
+    """
+    unlikely = u > v
+    least, most = numerics.where(unlikely, v, u), numerics.where(unlikely, u, v)
+    share = jnp.expm1(-least) / jnp.expm1(-most)
+    of_unlikely = (most - least) - jnp.log(numerics.where(unlikely, share, 1))
+    return jnp.log1p(jnp.exp(least - most) * share) + numerics.where(unlikely, of_unlikely, 0)
