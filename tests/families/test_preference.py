@@ -77,6 +77,7 @@ def test_certain_answers_have_finite_odds():
     assert all(np.isfinite(x).all() for x in slopes)
 
 
+@pytest.mark.exhaustive
 def test_rewards_of_impossible_answers():
     value, slopes, _ = derivatives(preference.implicit_rewards, (jnp.array([-INF, -3.0, -INF]), jnp.array([-3.0, -INF, -INF])))
     np.testing.assert_array_equal(value, [-INF, INF, 0])
@@ -107,6 +108,7 @@ def test_kto_holds_the_reference_point_constant():
     np.testing.assert_array_equal(through, jax.grad(loss)(x, jnp.float32(1.5)))
 
 
+@pytest.mark.exhaustive
 def test_losses_coincide(rng):
     chosen, rejected, zero = (*(jnp.asarray(-rng.uniform(1, 9, 6), jnp.float32) for _ in range(2)), jnp.zeros(6))
     tolerance = {"rtol": 8 * EPS}
@@ -125,6 +127,7 @@ def test_losses_coincide(rng):
     np.testing.assert_allclose(preference.orpo_loss(chosen, rejected, beta=1), expected, rtol=32 * EPS)
 
 
+@pytest.mark.exhaustive
 def test_half_precision_loses_only_the_rounding_of_its_inputs(rng):
     pairs = [jnp.asarray(-rng.uniform(100, 900, 5), jnp.bfloat16) for _ in range(4)]
     wide = [x.astype(jnp.float32) for x in pairs]
@@ -133,6 +136,7 @@ def test_half_precision_loses_only_the_rounding_of_its_inputs(rng):
     np.testing.assert_array_equal(found, preference.dpo_loss(*wide))
 
 
+@pytest.mark.exhaustive
 def test_float64_of_one_argument_is_enough(x64):
     x = jnp.zeros(3, jnp.float32)
     assert preference.dpo_loss(x, x, x, x.astype(jnp.float64)).dtype == jnp.float64
@@ -143,6 +147,7 @@ def test_float64_of_one_argument_is_enough(x64):
 B, T, V, F = 2, 5, 11, 4
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("loss", ["dpo", "orpo"])
 def test_fused_and_dense(loss, rng):
     """From the hidden states of [2, pairs, tokens], chosen answers first."""

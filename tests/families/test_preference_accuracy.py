@@ -67,7 +67,13 @@ def test_log_odds_lose_nothing(rng):
     def loss(*pair):
         return preference.orpo_loss(*pair, beta=1.0)
 
-    value, slopes = jax.jit(jax.vmap(jax.value_and_grad(loss, (0, 1))))(chosen, rejected)
+    @jax.jit
+    @jax.vmap
+    def everything(*pair):
+        value, slopes = jax.value_and_grad(loss, (0, 1))(*pair)
+        return value, slopes, jax.grad(jax.grad(loss))(*pair)
+
+    value, slopes, curvature = everything(chosen, rejected)
     expected, of_chosen, of_rejected, bounds = [], [], [], []
     for c, r in exact(chosen, rejected):
         a, other = (x - mpmath.log(-mpmath.expm1(x)) for x in (c, r))
@@ -80,7 +86,6 @@ def test_log_odds_lose_nothing(rng):
     assert_close(slopes[1], of_rejected, bounds)
     # The second derivative is t − t², where t = O·e^u/(1 + O·(e^u − 1)) is minus the first one of log(1 + e^(−h)), O are the odds of the
     # rejected answer, and u = −c. The error is judged by these two terms.
-    curvature = jax.jit(jax.vmap(jax.grad(jax.grad(loss))))(chosen, rejected)
     for got, (c, r) in zip(map(float, curvature), exact(chosen, rejected), strict=True):
         odds = 1 / mpmath.expm1(-r)
         t = odds * mpmath.exp(-c) / (1 + odds * mpmath.expm1(-c))
