@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import xentjax
 from xentjax import policy
@@ -163,6 +165,8 @@ def test_groups(normalize, rng):
     order = np.array([4, 0, 3, 1, 5, 2])
     ids = np.broadcast_to(order // 3, rewards.shape)
     np.testing.assert_allclose(advantages(rewards[:, order], ids), expected[:, order], rtol=4 * EPS, atol=4 * EPS)
+    for scale in (2.0**100, 2.0**-100) if normalize == "std" else ():
+        np.testing.assert_array_equal(advantages(rewards * np.float32(scale), 3), expected)
     np.testing.assert_array_equal(advantages(rewards + np.float32(2**20), 3), expected)  # exact sums of multiples of 1/4
     spoilt = np.pad(rewards.reshape(2, 2, 3), ((0, 0), (0, 0), (0, 2)), constant_values=np.nan).reshape(2, 10)
     where = np.broadcast_to(np.arange(10) % 5 < 3, (2, 10))
@@ -173,6 +177,21 @@ def test_groups(normalize, rng):
     other = advantages(rewards, 3)
     assert np.isnan(other[0, :3]).all()
     np.testing.assert_array_equal(other[0, 3:], expected[0, 3:])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("groups", [4, np.arange(16) % 4], ids=["size", "ids"])
+def test_groups_over_devices(groups, rng):
+    """A mesh with explicit axes splits the samples, so that each group lies on several devices."""
+    rewards = jnp.asarray(rng.normal(size=16), jnp.float32)
+    expected = policy.group_advantages(rewards, groups)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    split = NamedSharding(mesh, P("data"))
+    with jax.set_mesh(mesh):
+        given = groups if isinstance(groups, int) else jax.device_put(jnp.asarray(groups, jnp.int32), split)
+        found = policy.group_advantages(jax.device_put(rewards, split), given)
+    assert jax.typeof(found).sharding.spec == P("data")
+    np.testing.assert_allclose(found, expected, rtol=4 * EPS)
 
 
 @pytest.mark.exhaustive

@@ -44,17 +44,18 @@ def test_margins_lose_nothing(kind, rng):
     mpmath.mp.dps = 60
     arguments, beta = draw_answers(rng, 400), jnp.float32(0.1)
     value, slope = jax.jit(jax.vmap(jax.value_and_grad(lambda *x: preference.dpo_loss(*x, beta=beta, kind=kind))))(*arguments)
-    b, expected, slopes, bounds = mpmath.mpf(float(beta)), [], [], []
+    b, rows = mpmath.mpf(float(beta)), []
     for c, r, of_c, of_r in exact(*arguments):
         h = (c - of_c) - (r - of_r)
         if kind == "sigmoid":
-            expected.append(softplus(-b * h)), slopes.append(-b * sigmoid(-b * h)), bounds.append(8 + abs(b * h))
+            rows.append((softplus(-b * h), -b * sigmoid(-b * h), 8 + abs(b * h)))
         elif kind == "hinge":  # 1 − βh cancels near βh = 1
             left = max(1 - b * h, 0)
-            expected.append(left), slopes.append(-b if left else 0), bounds.append(8 * (1 + abs(b * h)) / left if left else 8)
+            rows.append((left, -b if left else 0, 8 * (1 + abs(b * h)) / left if left else 8))
         else:  # so does h − 1/(2β) near its optimum; each of the two factors of the square has its error
             left = h - 1 / (2 * b)
-            expected.append(left**2), slopes.append(2 * left), bounds.append(8 * (abs(h) + 1 / (2 * b)) / abs(left))
+            rows.append((left**2, 2 * left, 8 * (abs(h) + 1 / (2 * b)) / abs(left)))
+    expected, slopes, bounds = zip(*rows, strict=True)
     assert_close(value, expected, bounds)
     assert_close(slope, slopes, bounds)
 

@@ -16,7 +16,7 @@ import jax
 from jax import Array, core, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AxisType, NamedSharding, reshard
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
 AxisName = str | tuple[str, ...] | None  # the mesh axes that split the classes or the examples; None if they are not split
 
@@ -64,6 +64,14 @@ def split_alike(*arrays: Array) -> list[Array]:
     """
     like = max(arrays, key=lambda x: sum(axis is not None for axis in jax.typeof(x).sharding.spec))
     return [split_as(like, x) for x in arrays]
+
+
+def gather_last_axis(x: Array) -> Array:
+    """`x`, with its whole last axis on every device of an explicit mesh that splits it."""
+    if not is_last_axis_split(x):
+        return x
+    split = jax.typeof(x).sharding
+    return reshard(x, NamedSharding(split.mesh, PartitionSpec(*split.spec[:-1], None)))
 
 
 def names(axis_name: AxisName) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, numerics, values
+from xentjax._core import checks, mesh, numerics, values
 
 Normalizer = Literal["std", "mean", "leave_one_out"]
 
@@ -67,9 +67,9 @@ def group_advantages(
     r = checks.real(name, "rewards", rewards)
     if not r.ndim:
         raise ValueError(f"{name}: rewards must have an axis of samples; got a scalar.")
-    size = None
+    size, ids = 1, None
     if isinstance(groups, int | np.integer):
-        size, ids = checks.count(name, "groups", groups if isinstance(groups, int) else int(groups)), None
+        size = checks.count(name, "groups", groups if isinstance(groups, int) else int(groups))
         if r.shape[-1] % size:
             raise ValueError(
                 f"{name}: groups must divide {r.shape[-1]}, the last axis of rewards; got {size}. "
@@ -85,30 +85,36 @@ def group_advantages(
 
 
 @functools.partial(jax.jit, static_argnames=("size", "normalize"))
-def _advantages(rewards: Array, ids: Array | None, where: Array | None, size: int | None, normalize: Normalizer) -> Array:
-    r = rewards.astype(numerics.accumulation_dtype(rewards.dtype))
+def _advantages(rewards: Array, ids: Array | None, where: Array | None, size: int, normalize: Normalizer) -> Array:
+    r = mesh.gather_last_axis(rewards).astype(numerics.accumulation_dtype(rewards.dtype))
+    groups = size if ids is None else mesh.gather_last_axis(ids)
+    counts = jnp.ones(r.shape, bool) if where is None else mesh.gather_last_axis(where)
+    return mesh.split_as(rewards, _within_groups(r, groups, counts, normalize))
 
-    def masked(x: Array) -> Array:
-        return x if where is None else numerics.where(where, x, 0)
 
+def _within_groups(r: Array, groups: int | Array, counts: Array, normalize: Normalizer) -> Array:
     def over_group(reduce: Callable[..., Array], x: Array, fill: float) -> Array:
-        """A reduction over the samples of the group of each sample. `fill` stands for samples of other groups."""
-        if ids is None:
-            grouped = x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
+        """A reduction over the samples that count in the group of each sample. `fill` stands for all other samples."""
+        x = numerics.where(counts, x, fill)
+        if not isinstance(groups, Array):
+            grouped = x.reshape(*x.shape[:-1], x.shape[-1] // groups, groups)
             return jnp.broadcast_to(reduce(grouped, axis=-1, keepdims=True, initial=fill), grouped.shape).reshape(x.shape)
-        same = ids[..., :, None] == ids[..., None, :]
+        same = groups[..., :, None] == groups[..., None, :]
         return reduce(numerics.where(same, jnp.broadcast_to(x[..., None, :], same.shape), fill), axis=-1, initial=fill)
 
     # Relative to the largest reward of the group, equal rewards are exactly 0, and so are their deviations from the mean.
-    largest = r if where is None else numerics.where(where, r, -jnp.inf)
-    r = masked(r - lax.stop_gradient(over_group(jnp.max, largest, -jnp.inf)))
-    n = over_group(jnp.sum, masked(jnp.ones_like(r)), 0)
-    deviation = masked(n * r - over_group(jnp.sum, r, 0))  # n times the deviation from the mean
+    r = numerics.where(counts, r, 0)
+    r = numerics.where(counts, r - lax.stop_gradient(over_group(jnp.max, r, -jnp.inf)), 0)
+    n = over_group(jnp.sum, jnp.ones_like(r), 0)
+    deviation = numerics.where(counts, n * r - over_group(jnp.sum, r, 0), 0)  # n times the deviation from the mean
     if normalize == "mean":
         return deviation / jnp.maximum(n, 1)
     others = jnp.maximum(n - 1, 1)
     if normalize == "leave_one_out":
         return deviation / others
-    variance = over_group(jnp.sum, jnp.square(deviation), 0) / others  # n² times the variance
-    equal = variance == 0
-    return numerics.where(equal, 0, deviation / jnp.sqrt(numerics.where(equal, 1, variance)))
+    # The result does not depend on the scale of the rewards. Relative to the largest deviation, no square overflows or underflows.
+    scale = lax.stop_gradient(over_group(jnp.max, jnp.abs(deviation), 0))
+    equal = numerics.underflows(scale)
+    deviation = numerics.where(equal, 0, deviation / numerics.where(equal, 1, scale))
+    variance = over_group(jnp.sum, jnp.square(deviation), 0) / others
+    return deviation / jnp.sqrt(numerics.where(equal, 1, variance))
