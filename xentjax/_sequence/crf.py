@@ -12,6 +12,7 @@ and its derivative is 0. So no derivative is a difference of large numbers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from xentjax._core import checks, numerics, values
-from xentjax._sequence import arguments, lattice, scaled
+from xentjax._sequence import arguments, devices, lattice, scaled
 from xentjax._sequence.scaled import Scaled
 
 
@@ -79,6 +80,10 @@ def crf_loss(
 
 @jax.jit
 def _crf(model: Model, labels: Array) -> Array:
+    return on_each_device(_of_tagging, model, labels)
+
+
+def _of_tagging(model: Model, labels: Array) -> Array:
     model = prepared(model)
     live, tags = model.where, model.unary.shape[-1]
     assert live is not None
@@ -154,6 +159,17 @@ def check(
         if x is not None:
             values.logits(function, name, x)
     return Model(u, w, ends[0], ends[1], counts)
+
+
+def on_each_device(f: Callable[..., Any], model: Model, *batched: Array) -> Any:
+    """`f(model, *batched)`, where an explicit mesh may split the batch (see `devices`)."""
+
+    def of_batch(unary: Array, where: Array | None, *others: Any) -> Any:
+        *rest, transitions, start, end = others
+        return f(Model(unary, transitions, start, end, where), *rest)
+
+    shared = (model.transitions, model.start, model.end)
+    return devices.on_each(of_batch, model.unary.ndim - 2, (model.unary, model.where, *batched), shared)
 
 
 def prepared(model: Model) -> Model:

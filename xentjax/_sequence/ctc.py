@@ -17,7 +17,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from xentjax._core import checks, numerics, rows, values
-from xentjax._sequence import arguments, frames, lattice, scaled
+from xentjax._sequence import arguments, devices, frames, lattice, scaled
 from xentjax._sequence.scaled import Scaled
 
 
@@ -75,8 +75,10 @@ def ctc_loss(
 
 @functools.partial(jax.jit, static_argnames="blank")
 def _ctc(batch: rows.Examples, sequences: arguments.Sequences, blank: int) -> Array:
-    paths, valid = from_logits(batch, sequences, blank)
-    return loss(SURE, paths, valid, sequences.where)
+    def of_batch(batch: rows.Examples, sequences: arguments.Sequences) -> Array:
+        return loss(SURE, *from_logits(batch, sequences, blank), sequences.where)
+
+    return devices.on_each(of_batch, batch.logits.ndim - 2, (batch, sequences))
 
 
 def ctc_loss_from_log_probs(
@@ -131,7 +133,7 @@ def ctc_loss_from_log_probs(
     sequences = arguments.sequences(name, y, blanks.shape[:-1], blanks.shape[-1], logit_lengths, label_lengths, where, "blank_log_probs")
     expected = (*blanks.shape, y.shape[-1])
     checks.shape(name, "label_log_probs", of_labels, expected, "the shape of blank_log_probs and one entry per label")
-    live, kept = alive(sequences, blanks.shape[-1])[0], exists(sequences)[..., None, 1:]
+    live, kept = alive(sequences, blanks.shape[-1])[0], arguments.inside(sequences.counts, y)[..., None, :]
     values.logits(name, "blank_log_probs", blanks, live)
     values.logits(name, "label_log_probs", of_labels, live[..., None] & kept)
     return _ctc_from_log_probs(blanks, of_labels, sequences)
@@ -139,6 +141,10 @@ def ctc_loss_from_log_probs(
 
 @jax.jit
 def _ctc_from_log_probs(blanks: Array, of_labels: Array, sequences: arguments.Sequences) -> Array:
+    return devices.on_each(_of_log_probs, blanks.ndim - 1, (blanks, of_labels, sequences))
+
+
+def _of_log_probs(blanks: Array, of_labels: Array, sequences: arguments.Sequences) -> Array:
     live, valid = alive(sequences, blanks.shape[-1])
     dtype = numerics.accumulation_dtype(blanks.dtype, of_labels.dtype)
     log_p = jnp.concatenate([blanks.astype(dtype)[..., None], of_labels.astype(dtype)], axis=-1)

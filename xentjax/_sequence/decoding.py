@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from xentjax._core import checks, mesh, numerics, rows, values
-from xentjax._sequence import arguments, ctc, frames, lattice, scaled
+from xentjax._sequence import arguments, ctc, devices, frames, lattice, scaled
 
 
 def ctc_greedy_decode(logits: ArrayLike, *, logit_lengths: ArrayLike | None = None, blank: int = 0) -> tuple[Array, Array]:
@@ -55,6 +55,10 @@ def ctc_greedy_decode(logits: ArrayLike, *, logit_lengths: ArrayLike | None = No
 
 @functools.partial(jax.jit, static_argnames="blank")
 def _greedy(logits: Array, live: Array, blank: int) -> tuple[Array, Array]:
+    return devices.on_each(functools.partial(_best_classes, blank), logits.ndim - 2, (logits, live))
+
+
+def _best_classes(blank: int, logits: Array, live: Array) -> tuple[Array, Array]:
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     before = jnp.concatenate([jnp.full_like(best[..., :1], blank), best[..., :-1]], axis=-1)
     kept = (best != blank) & (best != before) & live
@@ -108,6 +112,10 @@ def ctc_alignment(
 
 @functools.partial(jax.jit, static_argnames="blank")
 def _alignment(batch: rows.Examples, sequences: arguments.Sequences, blank: int) -> tuple[Array, Array]:
+    return devices.on_each(functools.partial(_best_path, blank), batch.logits.ndim - 2, (batch, sequences))
+
+
+def _best_path(blank: int, batch: rows.Examples, sequences: arguments.Sequences) -> tuple[Array, Array]:
     weights, valid = ctc.from_logits(batch, sequences, blank)
     weights = lax.stop_gradient(weights)
     start, end, xs = (ctc.interleaved(*x) for x in (weights.start, weights.end, weights.xs))
@@ -187,6 +195,10 @@ def ctc_posteriors(
 
 @functools.partial(jax.jit, static_argnames="blank")
 def _posteriors(batch: rows.Examples, sequences: arguments.Sequences, blank: int) -> Array:
+    return devices.on_each(functools.partial(_of_states, blank), batch.logits.ndim - 2, (batch, sequences))
+
+
+def _of_states(blank: int, batch: rows.Examples, sequences: arguments.Sequences) -> Array:
     weights, valid = ctc.from_logits(batch, sequences, blank)
     total, slopes = lattice.value_and_slopes(ctc.OPEN, weights._replace(lost=None))
     found = jnp.moveaxis(jnp.concatenate([slopes.xs.blank, slopes.xs.label[..., 1:]], axis=-1), 0, -2)
@@ -251,11 +263,11 @@ def transducer_greedy_decode(
     leading, time = x.shape[:-2], x.shape[-2]
     none = jnp.zeros((*leading, 0), jnp.int32)
     steps = arguments.sequences(name, none, leading, time, logit_lengths, None, None, "encoded").steps
-    ends = jnp.full(leading, time, jnp.int32) if steps is None else jnp.clip(steps.astype(jnp.int32), 0, time)
-    zero = jnp.zeros(leading, jnp.int32)
-    labels = jnp.full((*leading, most), -1, jnp.int32)
     if time == 0:
-        return labels, zero
+        return jnp.full((*leading, most), -1, jnp.int32), jnp.zeros(leading, jnp.int32)
+    zero = jnp.zeros_like(x[..., 0, 0], jnp.int32)  # split over devices like the sequences, as the loop demands of its carry
+    ends = zero + time if steps is None else jnp.clip(steps.astype(jnp.int32), 0, time)
+    labels = jnp.broadcast_to(zero[..., None] - 1, (*leading, most))
 
     def unfinished(carry: Any) -> Array:
         return jnp.any((carry[0] < ends) & (carry[1] < most))
@@ -276,6 +288,6 @@ def transducer_greedy_decode(
         t = jnp.where(running & ~emits, t + 1, t)
         return t, count + emits.astype(count.dtype), jnp.where(emits, in_frame + 1, 0), labels, prediction, state
 
-    prediction, state = predictor(jnp.full(leading, blank, jnp.int32), state)
+    prediction, state = predictor(zero + blank, state)
     carry = lax.while_loop(unfinished, step, (zero, zero, zero, labels, prediction, state))
     return carry[3], carry[1]

@@ -54,6 +54,10 @@ def crf_marginals(
 
 @jax.jit
 def _marginals(model: crf.Model) -> Array:
+    return crf.on_each_device(_of_positions, model)
+
+
+def _of_positions(model: crf.Model) -> Array:
     total, slopes = lattice.value_and_slopes(crf.CHAIN, crf.partition(crf.prepared(model)))
     found = jnp.moveaxis(slopes.xs.unary, 0, -2)
     return numerics.where(jnp.broadcast_to(lattice.checked_total(total)[1][..., None, None], found.shape), 0, found)
@@ -103,6 +107,10 @@ def crf_decode(
 
 @jax.jit
 def _decode(model: crf.Model) -> tuple[Array, Array]:
+    return crf.on_each_device(_best_tagging, model)
+
+
+def _best_tagging(model: crf.Model) -> tuple[Array, Array]:
     model = crf.prepared(model)
     weights = lax.stop_gradient(crf.partition(model))
     transitions = weights.shared

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from xentjax._core import checks, differences, numerics, rows, values
-from xentjax._sequence import arguments, frames, lattice, scaled
+from xentjax._sequence import arguments, devices, frames, lattice, scaled
 from xentjax._sequence.scaled import Scaled
 
 
@@ -85,6 +85,10 @@ def transducer_loss(
 
 @functools.partial(jax.jit, static_argnames="blank")
 def _transducer(batch: rows.Examples, sequences: arguments.Sequences, fastemit: ArrayLike | None, blank: int) -> Array:
+    return devices.on_each(functools.partial(_of_logits, blank), batch.logits.ndim - 3, (batch, sequences), (fastemit,))
+
+
+def _of_logits(blank: int, batch: rows.Examples, sequences: arguments.Sequences, fastemit: ArrayLike | None) -> Array:
     nodes = _nodes(sequences, batch.logits.shape[-3])
     r, y = rows.of(batch)._replace(where=nodes.inside), sequences.labels
     kept = arguments.inside(sequences.counts, y)
@@ -159,6 +163,10 @@ def transducer_loss_from_log_probs(
 
 @jax.jit
 def _transducer_from_log_probs(blanks: Array, of_labels: Array, sequences: arguments.Sequences, fastemit: ArrayLike | None) -> Array:
+    return devices.on_each(_of_log_probs, blanks.ndim - 2, (blanks, of_labels, sequences), (fastemit,))
+
+
+def _of_log_probs(blanks: Array, of_labels: Array, sequences: arguments.Sequences, fastemit: ArrayLike | None) -> Array:
     nodes, dtype = _nodes(sequences, blanks.shape[-2]), numerics.accumulation_dtype(blanks.dtype, of_labels.dtype)
     blanks, of_labels = blanks.astype(dtype), of_labels.astype(dtype)
     of_labels = jnp.concatenate([of_labels, jnp.zeros_like(blanks[..., :1])], axis=-1)
