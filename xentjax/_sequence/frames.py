@@ -2,13 +2,19 @@
 
 Let V be the set of the blank and the labels that paths may take in a row of logits. The losses of sequences need log p_k for k ∈ V, and
 U = Σ_{k∉V} p_k, the probability of the classes that no path can take. U is computed as a sum over the other classes. The difference
-1 − Σ_{k∈V} p_k would lose digits by cancellation if U is small.
+1 − Σ_{k∈V} p_k would lose digits by cancellation if U is small. This sum is the only one over all classes. Σ_{k∈V} e^(z_k − m) needs only
+the logits of V, where m is the largest logit. If m is in V, the log-sum c = lse(z) − m is log1p of the sum over all other classes.
 
-Derivatives. As in `surprises`, the pivot * is the class with p_* > 1/2, if there is one. q = 1 − p_* is computed from the sum over all
-other classes.
+Derivatives. The pivot * is the class of V with p_* > 1/2, if there is one. Its q = 1 − p_* is computed from log p_*. With
+A = Σ_{j∉V} p_j dz_j and B = Σ_{j∈V} p_j dz_j,
 
-    d log p_k = dz_k − Σ_{j≠*} p_j dz_j − p_* dz_*   for k ≠ *        d log p_* = q dz_* − Σ_{j≠*} p_j dz_j
-    dU = Σ_{k∉V} p_k dz_k − U Σ_j p_j dz_j
+    d log p_k = dz_k − A − B   for k ≠ *        d log p_* = q dz_* − A − Σ_{j∈V, j≠*} p_j dz_j
+    dU = (Σ_{k∈V} p_k) A − U B                  dc = A + B
+
+Only A is a sum over all classes. So the gradient is one product per class, and a few more numbers at the classes of V.
+
+Memory. XLA on CPUs stores the operands of a sum if they contain a selection, but not if they are products. So the classes of V are left out
+of both sums by a factor of 0. The gradient computes the exponentials again, as e^(z_k − m − c), so it shares no array with the value.
 """
 
 import functools
@@ -19,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from xentjax._core import mesh, numerics, rows, statistics
+from xentjax._core import mesh, numerics, rows
 from xentjax._sequence import scaled
 
 
@@ -29,48 +35,87 @@ def probabilities(r: rows.Rows, index: Array) -> tuple[Array, Array]:
     `index` [..., n] holds global class indices. Its axes may have length 1 where the rows have more. If an index is outside the range of
     classes, callers must not use its result. The logarithm of a probability of 0 is ABSENT.
     """
-    return _probabilities(r.values, r.raw, index, r.class_mask, r.where, r.axis_name)
+    return _probabilities(r.values, r.raw, index, r.class_mask, r.where, r.axis_name)[:2]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
 def _probabilities(
     values: Array, raw: Array, index: Array, class_mask: Array | None, where: Array | None, axis_name: mesh.AxisName
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
     r = rows.Rows(raw, values, None, class_mask, where, axis_name)
-    e = statistics.exponentials(r)
-    gap = _at(r, index) - e.reference[..., None]
-    log_p = rows.masked(jnp.maximum(gap - e.log_sum[..., None], scaled.ABSENT), where)
-    others = numerics.where(e.marked < -0.5, -e.marked, e.marked)
-    rest = rows.class_sum(r, numerics.where(_member(r, index), 0, others)) / (1 + e.excess)
-    return log_p, rest
+    m = rows.reference(r)
+    z, outside = _at(r, index), _outside(r, index)
+    rest = _of_rows(rows.class_sum(r, jnp.exp(_existing(r, values) - m[..., None]) * outside), where)
+    first = _first(index)
+    largest = z >= m[..., None]  # not `z - m >= 0`: if z is a product, XLA may round the product and the difference once instead of twice
+    gap = numerics.where(largest, 0, z - m[..., None])
+    others = rest + jnp.sum(numerics.where(first & ~largest, jnp.exp(gap), 0), axis=-1)
+    count = jnp.sum((first & largest).astype(m.dtype), axis=-1)  # how often the largest logit occurs in V
+    total = others + count
+    total = numerics.where(total > 0, total, 1)  # all logits are −∞
+    log_sum = _of_rows(numerics.where(count > 0, jnp.log1p(others + (count - 1)), jnp.log(total)), where)
+    log_p = rows.masked(jnp.maximum(gap - log_sum[..., None], scaled.ABSENT), where)
+    return log_p, rest / total, log_sum
 
 
 @_probabilities.defjvp
 def _(axis_name: mesh.AxisName, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
     values, raw, index, class_mask, where = primals
-    log_p, rest = _probabilities(*primals, axis_name)
+    log_p, rest, log_sum = _probabilities(*primals, axis_name)
 
-    def linear(values: Array, raw: Array, tangent: Array) -> tuple[Array, Array]:
+    def linear(values: Array, raw: Array, tangent: Array) -> tuple[Array, Array, Array]:
         r = rows.Rows(raw, values, None, class_mask, where, axis_name)
-        c, m = statistics.of_row(r).log_sum, rows.reference(r)
-        p, moved = statistics.softmax(r), rows.masked(tangent, where, class_mask)
-        confident = lax.stop_gradient(c) < math.log(2)
-        pivot = statistics.same_as_largest(r, m) & confident[..., None]
-        # Now c becomes −log p of the pivot. c was computed with m as a constant. So m − z_* is added, which is 0 but has a derivative.
-        c += rows.class_sum(r, numerics.where(pivot, m[..., None] - rows.finite_values(r), 0))
-        weighed = p * moved
-        by_others, by_pivot = (rows.class_sum(r, numerics.where(pivot, *pair)) for pair in ((0, weighed), (moved, 0)))
-        by_rest = rows.class_sum(r, numerics.where(_member(r, index), 0, weighed))
-        on_pivot = (_at(r, index) == m[..., None]) & confident[..., None]
-        by_all = by_others + jnp.exp(-c) * by_pivot
-        of_pivot = -jnp.expm1(-c) * by_pivot - by_others
-        general = rows.at_index(r, moved, index) - by_all[..., None]
-        of_index = numerics.where(on_pivot, jnp.broadcast_to(of_pivot[..., None], general.shape), general)
-        return of_index, by_rest - rest * by_all
+        z, moved = numerics.widen(raw) if r.half else values, rows.masked(tangent, where, class_mask)
+        gap = _existing(r, z) + (-rows.reference(r))[..., None]  # a sum, so that this loop does not share the difference of the value
+        p = jnp.exp(gap - rows.as_column(r, log_sum)) * _outside(r, index)
+        by_rest = _of_rows(rows.class_sum(r, p * moved), where)
+        of_index = _moved_at(r, moved, index)
+        p_index, pivot = jnp.exp(log_p), lax.stop_gradient(log_p) > -math.log(2)
+        weighed = numerics.where(_first(index), p_index * of_index, 0)
+        by_index, by_others = (jnp.sum(x, axis=-1) for x in (weighed, numerics.where(pivot, 0, weighed)))
+        inside = jnp.sum(numerics.where(_first(index), p_index, 0), axis=-1)
+        by_all = by_rest + by_index
+        of_pivot = -jnp.expm1(log_p) * of_index - (by_rest + by_others)[..., None]
+        return numerics.where(pivot, of_pivot, of_index - by_all[..., None]), inside * by_rest - rest * by_index, by_all
 
     # In half precision, a separate backward pass stores the logits, and computes their softmax in float32 again.
     linear = jax.checkpoint(linear, prevent_cse=False) if raw.dtype != values.dtype else linear
-    return (log_p, rest), linear(values, raw, tangents[0])
+    return (log_p, rest, log_sum), linear(values, raw, tangents[0])
+
+
+def _of_rows(x: Array, where: Array | None) -> Array:
+    """One number per row, 0 in rows that do not count."""
+    return x if where is None else numerics.where(where, x, 0)
+
+
+def _existing(r: rows.Rows, z: Array) -> Array:
+    """The logits `z`, with −∞ for classes that do not exist."""
+    return z if r.class_mask is None else numerics.where(r.class_mask, z, -jnp.inf)
+
+
+def _first(index: Array) -> Array:
+    """Whether an entry of `index` [..., n] is the first with its class."""
+    same = index[..., :, None] == index[..., None, :]
+    earlier = numerics.expand_leading(jnp.tri(index.shape[-1], k=-1, dtype=bool), same.ndim)
+    return ~jnp.any(same & earlier, axis=-1)
+
+
+def _outside(r: rows.Rows, index: Array) -> Array:
+    """1 for classes that are not in `index`, and 0 for the others, shape [..., classes] with the leading axes of `index`."""
+    return lax.optimization_barrier(1 - _member(r, index).astype(r.values.dtype))
+
+
+def _moved_at(r: rows.Rows, moved: Array, index: Array) -> Array:
+    """The tangents of the logits of the classes `index`, shape [..., n].
+
+    The transpose of a sum of selections is a selection, which is part of the loop of the gradient. The transpose of a lookup is a loop over
+    all indices.
+    """
+    if index.shape[-1] > 4:
+        return rows.at_index(r, moved, index)
+    classes = rows.class_index(r, index.dtype)
+    chosen = (numerics.where(classes == index[..., i : i + 1], moved, 0) for i in range(index.shape[-1]))
+    return jnp.stack([rows.class_sum(r, x) for x in chosen], axis=-1)
 
 
 def _at(r: rows.Rows, index: Array) -> Array:
@@ -88,14 +133,14 @@ def _split_at(r: rows.Rows, index: Array) -> Array:
 
 
 def _member(r: rows.Rows, index: Array) -> Array:
-    """Whether a class is one of `index`, shape [..., classes]."""
+    """Whether a class is one of `index`, shape [..., classes] with the leading axes of `index`."""
     local, _ = rows.local_index(r, index)
     classes = lax.broadcasted_iota(local.dtype, (r.raw.shape[-1],), 0)
     if index.shape[-1] <= 4:
         found = functools.reduce(jnp.logical_or, [local[..., i, None] == _expanded(classes, local) for i in range(index.shape[-1])])
     else:
         found = jnp.any(local[..., None] == _expanded(classes, local[..., None]), axis=-2)
-    return jnp.broadcast_to(found, r.raw.shape)
+    return found
 
 
 def _expanded(classes: Array, like: Array) -> Array:
