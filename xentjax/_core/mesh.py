@@ -34,9 +34,9 @@ def vary(tree: Any, axes: Iterable[Hashable]) -> Any:
     return jax.tree.map(lambda x: _vary(x, tuple(a for a in axes if a not in axes_of(x))), tree)
 
 
-def is_explicit(x: Array) -> bool:
+def is_explicit(x: Array | core.ShapedArray) -> bool:
     """Whether the type of an array tells how the array is split over devices."""
-    return AxisType.Explicit in (jax.typeof(x).sharding.mesh.axis_types or ())
+    return AxisType.Explicit in (_type(x).sharding.mesh.axis_types or ())
 
 
 def is_last_axis_split(x: Array) -> bool:
@@ -44,12 +44,12 @@ def is_last_axis_split(x: Array) -> bool:
     return is_explicit(x) and jax.typeof(x).sharding.spec[-1] is not None
 
 
-def split_of(x: Array) -> NamedSharding | None:
+def split_of(x: Array | core.ShapedArray) -> NamedSharding | None:
     """The sharding of an array on an explicit mesh, to be passed as `out_sharding`.
 
     On other meshes the result is None, and the compiler decides.
     """
-    return jax.typeof(x).sharding if is_explicit(x) else None
+    return _type(x).sharding if is_explicit(x) else None
 
 
 def split_as(like: Array, x: Array) -> Array:
@@ -150,6 +150,10 @@ def check_shared(function: str, name: str, x: Array | None, axes: frozenset[Hash
         )
 
 
+def _type(x: Array | core.ShapedArray) -> core.ShapedArray:
+    return x if isinstance(x, core.ShapedArray) else jax.typeof(x)  # type: ignore[return-value]  # of an array it is a ShapedArray
+
+
 def _vary(x: Array, axes: tuple[Hashable, ...]) -> Array:
     if not axes:
         return x
@@ -157,7 +161,7 @@ def _vary(x: Array, axes: tuple[Hashable, ...]) -> Array:
 
 
 def _varying(x: Array | core.ShapedArray) -> frozenset[Hashable]:
-    aval = x if isinstance(x, core.ShapedArray) else jax.typeof(x)
+    aval = _type(x)
     return aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma  # type: ignore  # before JAX 0.10
 
 

@@ -91,17 +91,18 @@ def per_example(loss_fn: LossFn, batch: Batch[Array], layer: Layer[Array], layou
     # Checkpointed twice. The first derivative removes the outer checkpoint. The inner one keeps a second derivative from storing logits.
     @functools.partial(jax.checkpoint, prevent_cse=False)  # inside a loop, XLA cannot merge the two computations of the logits anyway
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def losses(chunk: Batch[Array], kernel: Array, accumulator: Array, bias: Array | None) -> tuple[Array, PyTree]:
+    def losses(link: Array, chunk: Batch[Array], kernel: Array, accumulator: Array, bias: Array | None) -> tuple[Array, tuple[Array, PyTree]]:
         chunk = masked(chunk)
-        logits = _add_bias(products.product(chunk.hidden, kernel, accumulator, 1 if classes_first else 0), bias)
-        loss, aux = loss_fn(logits, *chunk.args)
-        return weighted(chunk, loss), zero_outside(chunk.where, lax.stop_gradient(aux))
+        logits, link = products.chained_product(chunk.hidden, kernel, accumulator, link, 0 if classes_first else 1)
+        loss, aux = loss_fn(_add_bias(logits, bias), *chunk.args)
+        return link, (weighted(chunk, loss), zero_outside(chunk.where, lax.stop_gradient(aux)))
 
+    # The first chunk comes last. So in the backward pass it comes first, and makes the gradient of the kernel, to which the loop adds.
     first, others = _split(batch._replace(hidden=hidden), layout)
-    results = losses(first, *shared)
-    if others is None:
-        return _join(results, None, layout)
-    _, other_results = lax.scan(lambda _, chunk: (None, losses(chunk, *shared)), None, others)
+    link, other_results = shared[1], None
+    if others is not None:
+        link, other_results = lax.scan(lambda link, chunk: losses(link, chunk, *shared), link, others)
+    _, results = losses(link, first, *shared)
     return _join(results, other_results, layout)
 
 

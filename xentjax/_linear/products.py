@@ -1,16 +1,21 @@
 """Matrix products of a linear layer. They are computed in the dtype of their inputs and accumulate in float32 or wider."""
 
 import functools
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero, zero_from_primal
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from xentjax._core import mesh, numerics
 
 _BLOCK_BYTES = 2**24  # On CPUs, XLA cannot add a product in place: a sum of products is computed in blocks of at most this size.
 
 
-def dot(x: Array, y: Array, x_axis: int, y_axis: int, like: Array | None = None) -> Array:
+def dot(x: Array, y: Array, x_axis: int, y_axis: int, like: Any = None) -> Array:
     """The product of `x` and `y` over one axis of each, accumulated and returned in float32 or wider.
 
     On a mesh with explicit axes, the product is split in the same way as `like`.
@@ -40,6 +45,32 @@ def _(features: int, primals: tuple[Array, ...], tangents: tuple[Array, ...]) ->
     first = lax.dot_general(hidden_dot, kernel, (((1,), (features,)), ((), ())))
     second = dot(hidden.astype(kernel_dot.dtype), kernel_dot, 1, features)
     return product(hidden, kernel, accumulator, features), first.astype(second.dtype) + second
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def chained_product(hidden: Array, kernel: Array, accumulator: Array, link: Array, classes: int) -> tuple[Array, Array]:
+    """The product H·K, and `link`. `classes` is the position of the class axis in K.
+
+    `accumulator` and `link` are both K in float32, or in float64 if `hidden` is float64. Each product of a chain gets the link that the
+    product before it returned. Reverse mode follows the links from the last product to the first, and adds the gradient of K of each
+    product in place to one array. A second derivative uses `accumulator` as in `product`, because a loop would store its links.
+    """
+    return product(hidden, kernel, accumulator, 1 - classes), link
+
+
+def _chained_product_jvp(classes: int, primals: tuple[Array, ...], tangents: tuple[Array | SymbolicZero, ...]) -> tuple:
+    (hidden, kernel, _, link), (hidden_dot, _, _, link_dot) = primals, tangents
+    results = product(*primals[:3], 1 - classes), link
+    if isinstance(hidden_dot, SymbolicZero):
+        logits_dot = jnp.zeros_like(results[0])
+    else:  # in the dtype of `hidden`, as in `product`
+        logits_dot = lax.dot_general(hidden_dot, kernel, (((1,), (1 - classes,)), ((), ()))).astype(results[0].dtype)
+    if isinstance(link_dot, SymbolicZero):
+        return results, (logits_dot, zero_from_primal(link, symbolic_zeros=True))
+    return results, tuple(_add_and_pass.bind(logits_dot, link_dot, hidden, classes=classes))
+
+
+chained_product.defjvp(_chained_product_jvp, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
@@ -81,3 +112,53 @@ def _add_in_blocks(classes: int, total: Array, left: Array, right: Array) -> Arr
     whole = size // width
     total = lax.fori_loop(0, whole, lambda i, total: add(i * width, width, total), total)
     return add(whole * width, size % width, total) if size % width else total
+
+
+# The tangent of a product ----------------------------------------------------------------------------------------------------
+
+# (Z, A, H) → (Z + H·A, A), linear in Z and A. Its transpose is (Z̄, Ā) → (Z̄, Ā + Hᵀ·Z̄), which `add_product` computes in place. JAX's own
+# transpose would store Hᵀ·Z̄, an array of the size of the kernel, before it adds it. Z̄ is cast to the dtype of H before the product.
+_add_and_pass = Primitive("add_product_and_pass_factor")
+_add_and_pass.multiple_results = True
+
+
+def _add(z: Array, a: Array, hidden: Array, classes: int) -> Array:
+    return z + _product_with(a, hidden, classes)
+
+
+def _product_with(a: Array, hidden: Array, classes: int) -> Array:
+    return dot(hidden.astype(a.dtype), a, 1, 1 - classes)
+
+
+def _add_and_pass_jvp(primals: tuple[Array, ...], tangents: tuple[Any, ...], *, classes: int) -> tuple[list[Array], list]:
+    (_, a, hidden), (z_dot, a_dot, hidden_dot) = primals, tangents
+    if not isinstance(a_dot, ad.Zero):
+        z_dot, a_dot = _add_and_pass.bind(ad.instantiate_zeros(z_dot), a_dot, hidden, classes=classes)
+    if not isinstance(hidden_dot, ad.Zero):
+        z_dot = ad.add_tangents(z_dot, _product_with(a, hidden_dot, classes))
+    return _add_and_pass.bind(*primals, classes=classes), [z_dot, a_dot]
+
+
+def _add_and_pass_transpose(cotangents: tuple[Any, Any], z: Any, a: Any, hidden: Array, *, classes: int) -> tuple:
+    z_bar, a_bar = cotangents
+    if ad.is_undefined_primal(a) and not isinstance(z_bar, ad.Zero):
+        narrow = z_bar.astype(hidden.dtype)
+        factors = (narrow, hidden) if classes == 0 else (hidden, narrow)
+        a_bar = dot(*factors, 0, 0, a.aval) if isinstance(a_bar, ad.Zero) else add_product(a_bar, *factors, classes)
+    return z_bar if ad.is_undefined_primal(z) else None, a_bar if ad.is_undefined_primal(a) else None, None
+
+
+def _add_and_pass_batch(arrays: tuple[Array, ...], axes: tuple[Any, ...], *, classes: int) -> tuple[list[Array], tuple[int, Any]]:
+    return [jax.vmap(functools.partial(_add, classes=classes), axes)(*arrays), arrays[1]], (0, axes[1])
+
+
+def _add_and_pass_factor(z: Array, a: Array, hidden: Array, *, classes: int) -> list[Array]:
+    return [_add(z, a, hidden, classes), a]
+
+
+_add_and_pass.def_impl(_add_and_pass_factor)
+_add_and_pass.def_abstract_eval(lambda z, a, hidden, *, classes: [z, a])
+mlir.register_lowering(_add_and_pass, mlir.lower_fun(_add_and_pass_factor, multiple_results=True))
+ad.primitive_jvps[_add_and_pass] = _add_and_pass_jvp
+ad.primitive_transposes[_add_and_pass] = _add_and_pass_transpose
+batching.primitive_batchers[_add_and_pass] = _add_and_pass_batch
