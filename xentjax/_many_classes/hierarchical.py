@@ -92,7 +92,7 @@ def init_adaptive_softmax(
         >>> import jax, xentjax
         >>> parameters = xentjax.init_adaptive_softmax(jax.random.key(0), 128, [500, 2500, 60_000])
         >>> sum(x.size for x in jax.tree.leaves(parameters)), 128 * 60_000  # parameters, compared with a full softmax
-        (9810944, 128000000)
+        (593376, 7680000)
 
     Reference:
         Grave et al., Efficient Softmax Approximation for GPUs, 2016, arXiv 1609.04309.
