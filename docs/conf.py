@@ -201,6 +201,7 @@ def mentions() -> dict[str, str]:
         "devices",
         "metrics",
         "regions-and-boxes",
+        "preferences-and-policies",
         "sequences",
         "migration",
         "conventions",

@@ -181,7 +181,10 @@ def test_every_public_function_is_on_the_page():
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(
     "page",
-    ["conventions.md", "how-it-works.md", "index.md", "metrics.md", "regions-and-boxes.md", "sequences.md", "when-something-is-nan.md"],
+    [
+        *("conventions.md", "how-it-works.md", "index.md", "metrics.md", "preferences-and-policies.md", "regions-and-boxes.md"),
+        *("sequences.md", "when-something-is-nan.md"),
+    ],
 )
 def test_the_examples_of_the_page_run(page):
     assert pages.names_of(DOCS / page)
@@ -210,6 +213,7 @@ def test_code_of_every_page_is_executed():
         "metrics.md",
         "sequences.md",
         "migration.md",
+        "preferences-and-policies.md",
         "regions-and-boxes.md",
         "when-something-is-nan.md",
         "fused-linear.md",
