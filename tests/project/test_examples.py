@@ -224,6 +224,51 @@ def test_tagging(example, tmp_path, capsys):
     assert "whole sentences" in capsys.readouterr().out
 
 
+@pytest.mark.exhaustive
+def test_preference(example, tmp_path, capsys):
+    """Both trainings raise the share of balanced answers, and order the pairs."""
+    picture = tmp_path / "preference.png"
+    figures = example("preference").main(["--quiet", "--output", str(picture)])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    before, preferred, rewarded = (figures[name] for name in ("pre-trained", "DPO", "GRPO"))
+    assert before["divergence"] == before["chosen"] == before["rejected"] == 0
+    assert before["balanced"] < 0.45 and preferred["balanced"] > 0.6 and rewarded["balanced"] > 0.8
+    assert min(preferred["tokens"], rewarded["tokens"]) > before["tokens"] - 2  # the gain does not come from short answers
+    assert all(row["divergence"] > 0 and row["chosen"] > row["rejected"] and row["right"] > 0.7 for row in (preferred, rewarded))
+    assert "pairs in order" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "balanced"),
+    [
+        ("()[]{}([{}])()[]⏎", 17, True),
+        ("()[]{}([{}])()⏎", 14, False),  # too short
+        ("()[]{}([{}])()[[⏎", 16, False),  # not closed
+        ("()[]{}([{}))()[]⏎", 10, False),  # closed by another kind
+        ("()[]{}([{}]][]()⏎", 11, False),  # the same, with a later kind
+        ("()[]{})", 6, False),  # never opened
+        ("()[]{}" + "(" * 19, 25, False),  # does not end
+    ],
+)
+def test_brackets_are_checked(example, text, right, balanced):
+    data = example("preference_data")
+    string = np.array([data.SYMBOLS.index(symbol) for symbol in text.ljust(25, "⏎")])
+    assert data.check(string) == (right, balanced)
+    answer = len(text) - 6  # tokens with the end, which count
+    rewards, shares = data.rewards(string[None])
+    np.testing.assert_allclose(rewards, [(balanced + (right - 6) / answer) / 2], rtol=1e-6)  # float32
+    assert shares.tolist() == [balanced]
+
+
+def test_strings_of_brackets_are_balanced_but_for_the_errors(example):
+    data = example("preference_data")
+    strings = data.load_strings(200, np.random.default_rng(0))
+    np.testing.assert_array_equal(strings, data.load_strings(200, np.random.default_rng(0)))
+    assert data.rewards(strings)[1].all()
+    wrong = data.load_strings(200, np.random.default_rng(0), errors=1.0)
+    assert not data.rewards(wrong)[1].any() and min(data.check(string)[0] for string in wrong) >= data.PROMPT
+
+
 @pytest.mark.parametrize(
     ("first", "second", "expected"),
     [("", "", 0), ("", "abc", 3), ("abc", "", 3), ("kitten", "sitting", 3), ("saturday", "sunday", 3), ("ab", "ba", 2), ("aab", "ab", 1)],
