@@ -241,7 +241,7 @@ def weights(log_p: Array, others: tuple[Array, Array] | None, sequences: argumen
         xs=States(jnp.where(kept & labelled, log_p, scaled.ABSENT), log_p[..., :1]),
         shared=(),
         end=States(lattice.present(last & labelled, log_p.dtype), lattice.present(last, log_p.dtype)),
-        lost=None if others is None else (log_p, jnp.moveaxis(others[0], time, 0)),
+        lost=None if others is None else jnp.moveaxis(others[0], time, 0),
         fixed_xs=(),
         fixed=_Fixed(skips, kept, None if others is None else others[1]),
         live=jnp.moveaxis(live, time, 0),
@@ -270,20 +270,20 @@ def _retreat(
     return States(along(before.label, to_label, skipping, to_blank), along(before.blank, to_blank, onward)), slopes, ()
 
 
-def _lost(others: tuple[Array, Array], fixed: _Fixed) -> States:
+def _lost(xs: States, rest: Array, fixed: _Fixed) -> States:
     """The probability of all classes that lead out of all paths, from every state [time, ..., 1 + labels].
 
     It is the sum over the classes outside `index`, plus a product with a matrix of 0 and 1 that selects the others of the sequence. Each
     class counts at its first position in `index`. A label loses less than the blank after it, since a path can stay in the label.
     """
-    (log_p, rest), kept, index = others, fixed.kept, fixed.index
+    kept, index = fixed.kept, fixed.index
     assert index is not None
     same = index[..., :, None] == index[..., None, :]
     earlier = numerics.expand_leading(jnp.tri(index.shape[-1], k=-1, dtype=bool), same.ndim)
     first = ~jnp.any(same & earlier, axis=-1, keepdims=True)  # no earlier position has the same class
     own = same & kept[..., None, :]  # whether the class of a row is that of a column
     onward = scaled.moved(own, -1, fill=False)  # the label after that of a column
-    p = jnp.exp(log_p)
+    p = jnp.exp(jnp.concatenate([xs.blank, xs.label[..., 1:]], axis=-1))
     out = (first & ~(own[..., :1] | onward | own)).astype(p.dtype)
     of_label = jnp.matmul(jnp.moveaxis(p, 0, -2), out, precision=lax.Precision.HIGHEST)
     of_label = jnp.moveaxis(of_label, -2, 0) + rest[..., None]

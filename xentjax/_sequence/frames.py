@@ -41,7 +41,7 @@ def probabilities(r: rows.Rows, index: Array) -> tuple[Array, Array]:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
 def _probabilities(
     values: Array, raw: Array, index: Array, class_mask: Array | None, where: Array | None, axis_name: mesh.AxisName
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array, Array, Array]:
     r = rows.Rows(raw, values, None, class_mask, where, axis_name)
     m = rows.reference(r)
     z, outside = _at(r, index), _outside(r, index)
@@ -49,21 +49,21 @@ def _probabilities(
     first = _first(index)
     largest = z >= m[..., None]  # not `z - m >= 0`: if z is a product, XLA may round the product and the difference once instead of twice
     gap = numerics.where(largest, 0, z - m[..., None])
-    others = rest + jnp.sum(numerics.where(first & ~largest, jnp.exp(gap), 0), axis=-1)
+    below = jnp.sum(numerics.where(first & ~largest, jnp.exp(gap), 0), axis=-1)
     count = jnp.sum((first & largest).astype(m.dtype), axis=-1)  # how often the largest logit occurs in V
-    total = others + count
+    total = rest + (below + count)
     total = numerics.where(total > 0, total, 1)  # all logits are −∞
-    log_sum = _of_rows(numerics.where(count > 0, jnp.log1p(others + (count - 1)), jnp.log(total)), where)
+    log_sum = _of_rows(numerics.where(count > 0, jnp.log1p(rest + (below + (count - 1))), jnp.log(total)), where)
     log_p = rows.masked(jnp.maximum(gap - log_sum[..., None], scaled.ABSENT), where)
-    return log_p, rest / total, log_sum
+    return log_p, rest / total, (below + count) / total, log_sum
 
 
 @_probabilities.defjvp
 def _(axis_name: mesh.AxisName, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
     values, raw, index, class_mask, where = primals
-    log_p, rest, log_sum = _probabilities(*primals, axis_name)
+    log_p, rest, inside, log_sum = _probabilities(*primals, axis_name)
 
-    def linear(values: Array, raw: Array, tangent: Array) -> tuple[Array, Array, Array]:
+    def linear(values: Array, raw: Array, tangent: Array) -> tuple[Array, ...]:
         r = rows.Rows(raw, values, None, class_mask, where, axis_name)
         z, moved = numerics.widen(raw) if r.half else values, rows.masked(tangent, where, class_mask)
         gap = _existing(r, z) + (-rows.reference(r))[..., None]  # a sum, so that this loop does not share the difference of the value
@@ -73,14 +73,14 @@ def _(axis_name: mesh.AxisName, primals: tuple[Any, ...], tangents: tuple[Any, .
         p_index, pivot = jnp.exp(log_p), lax.stop_gradient(log_p) > -math.log(2)
         weighed = numerics.where(_first(index), p_index * of_index, 0)
         by_index, by_others = (jnp.sum(x, axis=-1) for x in (weighed, numerics.where(pivot, 0, weighed)))
-        inside = jnp.sum(numerics.where(_first(index), p_index, 0), axis=-1)
         by_all = by_rest + by_index
         of_pivot = -jnp.expm1(log_p) * of_index - (by_rest + by_others)[..., None]
-        return numerics.where(pivot, of_pivot, of_index - by_all[..., None]), inside * by_rest - rest * by_index, by_all
+        of_rest = inside * by_rest - rest * by_index
+        return numerics.where(pivot, of_pivot, of_index - by_all[..., None]), of_rest, -of_rest, by_all
 
-    # In half precision, a separate backward pass stores the logits, and computes their softmax in float32 again.
-    linear = jax.checkpoint(linear, prevent_cse=False) if raw.dtype != values.dtype else linear
-    return (log_p, rest, log_sum), linear(values, raw, tangents[0])
+    # A separate backward pass stores the logits and log p, and computes everything else again.
+    linear = jax.checkpoint(linear, prevent_cse=False)
+    return (log_p, rest, inside, log_sum), linear(values, raw, tangents[0])
 
 
 def _of_rows(x: Array, where: Array | None) -> Array:

@@ -54,7 +54,8 @@ class Lattice(NamedTuple):
 
     advance: Callable  # (α, x, shared, fixed_x, fixed) → α after the step, not normalized
     retreat: Callable  # (ᾱ, α before, α after, x, shared, fixed_x, fixed) → ᾱ before the step, derivatives by log x and by log shared
-    lost: Callable | None  # (Weights.lost, fixed) → ℓ_t(s) [steps, ..., states]; None if the weights are not probabilities
+    lost: Callable | None  # (xs, Weights.lost, fixed) → ℓ_t(s) [steps, ..., states]; None if the weights are not probabilities
+    segments: bool = True  # whether α is kept before every segment of steps only, and computed again from there
 
 
 class Weights(NamedTuple):
@@ -68,19 +69,28 @@ class Weights(NamedTuple):
     xs: Any  # with a step axis
     shared: Any
     end: Any  # log e(s), in the shape of α
-    lost: Any  # with a step axis; what `Lattice.lost` needs besides `fixed`
+    lost: Any  # with a step axis; what `Lattice.lost` needs besides `xs` and `fixed`
     fixed_xs: Any  # with a step axis; not differentiated
     fixed: Any  # not differentiated
     live: Array  # [steps, ...], False for steps that a sequence skips
 
 
-class _Differentiable(NamedTuple):
-    """The arrays with derivatives: mantissas of weights, and the input of `Lattice.lost`."""
+class _Steps(NamedTuple):
+    """The fields of `Weights` with a step axis, cut into segments: [segments, steps of a segment, ...]."""
 
     xs: Any
+    lost: Any
+    fixed_xs: Any
+    live: Array
+
+
+class _Slopes(NamedTuple):
+    """The derivatives of the log-total with respect to the differentiated fields of `Weights`."""
+
+    xs: Any
+    lost: Any
     shared: Any
     end: Any
-    lost: Any
 
 
 def present(condition: Array, dtype: Any) -> Array:
@@ -91,10 +101,10 @@ def present(condition: Array, dtype: Any) -> Array:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def log_total(lattice: Lattice, weights: Weights) -> Array:
     """The logarithm of the sum of the weights of all paths, shape [...]; below IMPOSSIBLE if there is no path."""
-    mantissas, exponents = _split(weights)
-    alpha, kept = _forward(lattice, weights, mantissas, exponents, keep=lattice.lost is not None)
-    end = _joined(mantissas.end, exponents.end)
-    return _total(alpha, end, _lost(lattice, weights, _direct(alpha, end), kept)[1])
+    steps = _segments(lattice, weights)
+    alpha, kept = _forward(lattice, weights, steps)
+    end = jax.tree.map(scaled.of_log, weights.end)
+    return _total(alpha, end, _lost(lattice, weights, steps, kept, _direct(alpha, end)))
 
 
 @log_total.defjvp
@@ -109,89 +119,153 @@ def _(lattice: Lattice, primals: tuple[Weights], tangents: tuple[Weights]) -> tu
     return value, functools.reduce(jnp.add, parts)
 
 
-def value_and_slopes(lattice: Lattice, weights: Weights) -> tuple[Array, _Differentiable]:
+def value_and_slopes(lattice: Lattice, weights: Weights) -> tuple[Array, _Slopes]:
     """The log-total [...], and its derivatives with respect to the logarithms of the weights and to `weights.lost`."""
-    mantissas, exponents = _split(weights)
-    alpha, kept = _forward(lattice, weights, mantissas, exponents, keep=True)
-    last, last_exponents = _parted(alpha)
-    direct = _direct(alpha, _joined(mantissas.end, exponents.end))
-    lost, in_steps = _lost(lattice, weights, direct, kept)
+    steps = _segments(lattice, weights)
+    alpha, kept = _forward(lattice, weights, steps)
+    last, exponents = _parted(alpha)
+    end, end_exponents = _parted(jax.tree.map(scaled.of_log, weights.end))
+    direct = _direct(alpha, _joined(end, end_exponents))
 
     def total(last: Any, end: Any, in_steps: Array | None) -> Array:
-        return _total(_joined(last, last_exponents), _joined(end, exponents.end), in_steps)
+        return _total(_joined(last, exponents), _joined(end, end_exponents), in_steps)
 
-    value, pull = jax.vjp(total, last, mantissas.end, in_steps)
+    value, pull = jax.vjp(total, last, end, _lost(lattice, weights, steps, kept, direct))
     last_bar, end_bar, by_lost = pull(jnp.ones_like(value))
-
-    def backward(carry: Any, inputs: Any) -> Any:
-        bar, after, shared_bar = carry
-        before, lost, x, x_exponent, fixed_x, live = inputs
-        moved = jax.tree.map(lambda x: jnp.where(live[..., None], x, jnp.zeros_like(x)), bar)
-        shared = _joined(mantissas.shared, exponents.shared)
-        earlier, of_x, of_shared = lattice.retreat(moved, before, after, _joined(x, x_exponent), shared, fixed_x, weights.fixed)
-        if by_lost is not None:
-            of_lost = jax.tree.map(lambda ell, alpha: by_lost[..., None] * ell * scaled.power(alpha.exponent), lost, before)
-            earlier = jax.tree.map(jnp.add, earlier, of_lost)
-        earlier = jax.tree.map(lambda x, y: jnp.where(live[..., None], x, y), earlier, bar)
-        return (earlier, before, jax.tree.map(jnp.add, shared_bar, of_shared)), of_x
-
-    start = _varying((last_bar, alpha, jax.tree.map(jnp.zeros_like, mantissas.shared)), weights)
-    inputs = (kept, lost, mantissas.xs, exponents.xs, weights.fixed_xs, weights.live)
-    (_, _, shared_bar), xs_bar = lax.scan(backward, start, inputs, reverse=True)
-
-    lost_bar = None
-    if (lost_of := lattice.lost) is not None:
-
-        def of_lost() -> Any:
-            counted = jnp.where(weights.live, by_lost, jnp.zeros_like(by_lost))[..., None]
-            pull = jax.vjp(lambda x: lost_of(x, weights.fixed), weights.lost)[1]
-            return pull(scaled.tree_map(lambda x: counted * scaled.plain(x), kept))[0]
-
-        lost_bar = _if_certain(direct, weights, of_lost, lambda: jax.tree.map(jnp.zeros_like, weights.lost))
-    return value, _Differentiable(xs_bar, shared_bar, jax.tree.map(jnp.multiply, end_bar, mantissas.end), lost_bar)
+    xs, lost, shared = _backward(lattice, weights, steps, kept, alpha, direct, last_bar, by_lost)
+    xs, lost = (jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])[: weights.live.shape[0]], y) for y in (xs, lost))
+    return value, _Slopes(xs, lost, shared, jax.tree.map(jnp.multiply, end_bar, end))
 
 
-def _lost(lattice: Lattice, weights: Weights, direct: Array, before: Any) -> tuple[Any, Array | None]:
-    """The probabilities ℓ_t(s), and the probability [...] that is lost in all steps; zeros if no total of the batch is above 1/2."""
-    if (lost_of := lattice.lost) is None:
-        return None, None
+def _segments(lattice: Lattice, weights: Weights) -> _Steps:
+    """The steps of the weights in segments of equal length. Steps that are added at the end are not live."""
+    steps = weights.live.shape[0]
+    if not isinstance(steps, int):  # a symbolic size
+        return jax.tree.map(lambda x: x[None], _Steps(weights.xs, weights.lost, weights.fixed_xs, weights.live))
+    length = math.isqrt(max(steps - 1, 0)) + 1 if lattice.segments else max(steps, 1)
+    count = -(-steps // length)
 
-    def found() -> tuple[Any, Array]:
-        lost = lost_of(weights.lost, weights.fixed)
-        of_steps = scaled.tree_map(lambda alpha, ell: jnp.sum(scaled.plain(alpha) * ell, axis=-1), before, lost)
-        of_steps = functools.reduce(jnp.add, jax.tree.leaves(of_steps))
-        return lost, jnp.sum(jnp.where(weights.live, of_steps, jnp.zeros_like(of_steps)), axis=0)
+    def cut(x: Array) -> Array:
+        padded = jnp.pad(x, [(0, count * length - steps)] + [(0, 0)] * (x.ndim - 1))
+        return padded.reshape(count, length, *x.shape[1:])
 
-    return _if_certain(direct, weights, found, lambda: (jax.tree.map(jnp.zeros_like, _parted(before)[0]), jnp.zeros_like(direct)))
-
-
-def _if_certain(direct: Array, weights: Weights, found: Callable[[], Any], zeros: Callable[[], Any]) -> Any:
-    """`found()` if any total of the batch is above 1/2, else `zeros()`. Only certain sequences need what is lost.
-
-    Only arrays are chosen here, and no sums of paths. So the numbers of a sequence do not depend on the others of its batch. In a program
-    for several devices, the result is always `found()`, so that no device waits for the others.
-    """
-    return lax.cond(~blocks.every(~_certain(direct)), *(lambda f=f: _varying(f(), weights) for f in (found, zeros)))
+    return jax.tree.map(cut, _Steps(weights.xs, weights.lost, weights.fixed_xs, weights.live))
 
 
-def _forward(lattice: Lattice, weights: Weights, mantissas: _Differentiable, exponents: _Differentiable, keep: bool) -> Any:
-    """α after the last step, and α before every step [steps, ..., states] if `keep` is True, otherwise None."""
-    shared = _joined(mantissas.shared, exponents.shared)
+def _forward(lattice: Lattice, weights: Weights, steps: _Steps) -> tuple[Any, Any]:
+    """α after the last step, and α before every segment. If `lattice.segments` is False, it is α before every step of the segment."""
 
-    def forward(alpha: Any, inputs: Any) -> Any:
-        x, x_exponent, fixed_x, live = inputs
-        following = _step(lattice, alpha, _joined(x, x_exponent), shared, fixed_x, weights.fixed, live)
-        return following, (alpha if keep else None)
+    def segment(alpha: Any, steps: _Steps) -> Any:
+        after, before = _advanced(lattice, weights, alpha, steps, keep=not lattice.segments)
+        return after, alpha if lattice.segments else before
 
     dtype = jax.tree.leaves(weights.xs)[0].dtype
     start = jax.tree.map(lambda mask: scaled.constant(mask, dtype), weights.start)
-    return lax.scan(forward, _varying(start, weights), (mantissas.xs, exponents.xs, weights.fixed_xs, weights.live))
+    return lax.scan(segment, _varying(start, weights), steps)
 
 
-def _step(lattice: Lattice, alpha: Any, x: Any, shared: Any, fixed_x: Any, fixed: Any, live: Array) -> Any:
-    """α after a step. A step that is not live changes nothing."""
-    following = lattice.advance(alpha, x, shared, fixed_x, fixed)
-    return scaled.tree_map(lambda new, old: scaled.where(live[..., None], scaled.normalized(new), old), following, alpha)
+def _advanced(lattice: Lattice, weights: Weights, alpha: Any, steps: _Steps, keep: bool = True) -> tuple[Any, Any]:
+    """α after the last step of a segment, and α before every step if `keep` is True, otherwise None. A step that is not live is skipped."""
+    shared = jax.tree.map(scaled.of_log, weights.shared)
+
+    def forward(alpha: Any, inputs: Any) -> Any:
+        x, fixed_x, live = inputs
+        following = lattice.advance(scaled.tree_map(scaled.normalized, alpha), x, shared, fixed_x, weights.fixed)
+        following = scaled.tree_map(lambda new, old: scaled.where(live[..., None], new, old), following, alpha)
+        return following, (alpha if keep else None)
+
+    return lax.scan(forward, alpha, (jax.tree.map(scaled.of_log, steps.xs), steps.fixed_xs, steps.live))
+
+
+def _before(lattice: Lattice, weights: Weights, kept: Any, steps: _Steps) -> Any:
+    """α before every step of a segment."""
+    return _advanced(lattice, weights, kept, steps)[1] if lattice.segments else kept
+
+
+def _backward(
+    lattice: Lattice, weights: Weights, steps: _Steps, kept: Any, alpha: Any, direct: Array, last_bar: Any, by_lost: Array | None
+) -> tuple[Any, Any, Any]:
+    """The derivatives with respect to the logarithms of `xs`, to `lost` and to the logarithms of `shared`.
+
+    α and its derivative `last_bar` are those after the last step. `by_lost` is the derivative by the probability that is lost in all steps.
+    Every segment is computed without what is lost. If the batch has certain sequences, it is also computed with what is lost, for them.
+    """
+    certain, shared = _certain(direct), jax.tree.map(scaled.of_log, weights.shared)
+
+    def segment(carry: Any, inputs: Any) -> Any:
+        last, found, sure = carry
+        kept, steps = inputs
+        before = _before(lattice, weights, kept, steps)
+        after = jax.tree.map(lambda x, y: jnp.concatenate([x[1:], y[None]]), before, last)
+        x = jax.tree.map(scaled.of_log, steps.xs)
+
+        def retreated(carry: Any, ell: Any) -> Any:
+            def backward(carry: Any, inputs: Any) -> Any:
+                bar, shared_bar = carry
+                before, after, ell, x, fixed_x, live = inputs
+                moved = jax.tree.map(lambda x: jnp.where(live[..., None], x, jnp.zeros_like(x)), bar)
+                earlier, of_x, of_shared = lattice.retreat(moved, before, after, x, shared, fixed_x, weights.fixed)
+                if by_lost is not None and ell is not None:
+                    of_lost = jax.tree.map(lambda ell, alpha: by_lost[..., None] * ell * scaled.power(alpha.exponent), ell, before)
+                    earlier = jax.tree.map(jnp.add, earlier, of_lost)
+                earlier = jax.tree.map(lambda x, y: jnp.where(live[..., None], x, y), earlier, bar)
+                return (earlier, jax.tree.map(jnp.add, shared_bar, of_shared)), of_x
+
+            return lax.scan(backward, carry, (before, after, ell, x, steps.fixed_xs, steps.live), reverse=True)
+
+        found, xs_bar = retreated(found, None)
+        lost_bar = None
+        if (lost := lattice.lost) is not None and by_lost is not None:
+
+            def with_lost() -> Any:
+                ell, pull = jax.vjp(lambda xs, other: lost(xs, other, weights.fixed), steps.xs, steps.lost)
+                following, of_edges = retreated(sure, ell)
+                counted = jnp.where(steps.live, by_lost, jnp.zeros_like(by_lost))[..., None]
+                of_lost, lost_bar = pull(scaled.tree_map(lambda x: counted * scaled.plain(x), before))
+                return following, _chosen(certain, 1, jax.tree.map(jnp.add, of_edges, of_lost), xs_bar), lost_bar
+
+            nothing = jax.tree.map(jnp.zeros_like, steps.lost)
+            sure, xs_bar, lost_bar = _if_certain(direct, weights, with_lost, lambda: (sure, xs_bar, nothing))
+        return (jax.tree.map(lambda x: x[0], before), found, sure), (xs_bar, lost_bar)
+
+    start = last_bar, jax.tree.map(jnp.zeros_like, _parted(shared)[0])
+    (_, found, sure), (xs_bar, lost_bar) = lax.scan(segment, _varying((alpha, start, start), weights), (kept, steps), reverse=True)
+    return xs_bar, lost_bar, _chosen(certain, 0, sure[1], found[1]) if by_lost is not None else found[1]
+
+
+def _chosen(mask: Array, step_axes: int, x: Any, y: Any) -> Any:
+    """The arrays of `x` in the sequences where `mask` [...] is True, and those of `y` elsewhere."""
+
+    def chosen(x: Array, y: Array) -> Array:
+        shape = (1,) * step_axes + mask.shape + (1,) * (x.ndim - step_axes - mask.ndim)
+        return jnp.where(mask.reshape(shape), x, y)
+
+    return jax.tree.map(chosen, x, y)
+
+
+def _lost(lattice: Lattice, weights: Weights, steps: _Steps, kept: Any, direct: Array) -> Array | None:
+    """The probability [...] that is lost in all steps; zeros if no total of the batch is above 1/2."""
+    if (lost := lattice.lost) is None:
+        return None
+
+    def segment(total: Array, inputs: Any) -> Any:
+        kept, steps = inputs
+        before, ell = _before(lattice, weights, kept, steps), lost(steps.xs, steps.lost, weights.fixed)
+        of_steps = scaled.tree_map(lambda alpha, ell: jnp.sum(scaled.plain(alpha) * ell, axis=-1), before, ell)
+        of_steps = functools.reduce(jnp.add, jax.tree.leaves(of_steps))
+        return total + jnp.sum(jnp.where(steps.live, of_steps, jnp.zeros_like(of_steps)), axis=0), None
+
+    nothing = _varying(jnp.zeros_like(direct), weights)
+    return _if_certain(direct, weights, lambda: lax.scan(segment, nothing, (kept, steps))[0], lambda: nothing)
+
+
+def _if_certain(direct: Array, weights: Weights, found: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
+    """`found()` if any total of the batch is above 1/2, else `otherwise()`. Only certain sequences need what is lost.
+
+    The results of other sequences do not depend on the choice, so the numbers of a sequence do not depend on the others of its batch. In a
+    program for several devices, the result is always `found()`, so that no device waits for the others.
+    """
+    return lax.cond(~blocks.every(~_certain(direct)), *(lambda f=f: _varying(f(), weights) for f in (found, otherwise)))
 
 
 def _direct(alpha: Any, end: Any) -> Array:
@@ -223,12 +297,6 @@ def checked_total(log_total: Array) -> tuple[Array, Array]:
     """The log-total, or 0 with derivative 0 if there is no path; and whether there is no path."""
     none = lax.stop_gradient(log_total) < scaled.IMPOSSIBLE
     return numerics.where(none, jnp.zeros_like(log_total), log_total), none
-
-
-def _split(weights: Weights) -> tuple[_Differentiable, _Differentiable]:
-    """The weights as mantissas, which are differentiable, and as exponents."""
-    xs, shared, end = (_parted(jax.tree.map(scaled.of_log, x)) for x in (weights.xs, weights.shared, weights.end))
-    return _Differentiable(xs[0], shared[0], end[0], weights.lost), _Differentiable(xs[1], shared[1], end[1], None)
 
 
 def _is_scaled(x: Any) -> bool:

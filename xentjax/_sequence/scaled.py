@@ -68,8 +68,11 @@ def times(x: Scaled, y: Scaled) -> Scaled:
 
 def normalized(x: Scaled) -> Scaled:
     """The same number with a mantissa from 1 to 2, or 0."""
-    k = _exponent(lax.stop_gradient(x.mantissa))
-    return Scaled(x.mantissa * power(-k), jnp.maximum(x.exponent + k, ABSENT))
+    m = lax.stop_gradient(x.mantissa)
+    integer, digits, bias = (jnp.int64, 52, 1023) if m.dtype == jnp.float64 else (jnp.int32, 23, 127)
+    biased = lax.bitcast_convert_type(m, integer) >> digits  # k + bias with 2^k ≤ m < 2^(k + 1); 0 for m = 0
+    inverse = lax.bitcast_convert_type((2 * bias - biased) << digits, m.dtype)  # 2^−k
+    return Scaled(x.mantissa * inverse, jnp.maximum(x.exponent + (biased - bias).astype(m.dtype), ABSENT))
 
 
 def plain(x: Scaled) -> Array:
@@ -116,9 +119,3 @@ def power(k: Array) -> Array:
     bits = jnp.clip(k, -127, 127).astype(jnp.int32) + 127
     return lax.bitcast_convert_type(bits << 23, jnp.float32)  # k = −127 gives the bits of 0
 
-
-def _exponent(m: Array) -> Array:
-    """The whole number k with 2^k ≤ m < 2^(k + 1); a number below −126 for m = 0."""
-    if m.dtype == jnp.float64:
-        return ((lax.bitcast_convert_type(m, jnp.int64) >> 52) - 1023).astype(m.dtype)
-    return ((lax.bitcast_convert_type(m, jnp.int32) >> 23) - 127).astype(m.dtype)

@@ -269,5 +269,5 @@ def _retreat(
     return by_blank + by_label, (before.mantissa * by_blank, before.mantissa * by_label), ()
 
 
-SURE = lattice.Lattice(_advance, _retreat, lambda lost, fixed: lost)
+SURE = lattice.Lattice(_advance, _retreat, lambda xs, lost, fixed: lost)
 OPEN = lattice.Lattice(_advance, _retreat, None)
