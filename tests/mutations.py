@@ -531,8 +531,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "the probability of all other classes without the derivative of the normalizer",
         "_sequence/frames.py",
-        "return of_index, by_rest - rest * by_all",
-        "return of_index, by_rest",
+        "of_rest = inside * by_rest - rest * by_index",
+        "of_rest = by_rest",
         (
             CTC,
             TRANSDUCER,

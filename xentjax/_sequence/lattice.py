@@ -23,8 +23,13 @@ these derivatives are the posterior probabilities of the states. If log p is com
 probability that a path is in state s after step t and is lost later. In the recursion, each step then adds the mass that is lost in this
 step. In both cases all terms have the same sign, so the derivatives are as accurate as the sums.
 
-One backward pass computes all derivatives of a sequence. It needs α of every step, so the forward pass stores them. The tangent is linear
-in the tangents of the weights, so JAX can transpose it.
+One backward pass computes all derivatives of a sequence. It needs α of every step. The forward pass stores α only before segments of √T
+steps. The backward pass computes α of one segment at a time again, from the α before the segment. So the memory of α is proportional to √T
+in place of T. The tangent is linear in the tangents of the weights, so JAX can transpose it.
+
+Normalization. α before a step is normalized, and α after the step is not. So the exponent after a step does not depend on the sum of the
+mantissas. Each loop of XLA on CPUs has one result. If α after the step were normalized, the loop for the exponent would compute the sum of
+the mantissas a second time.
 
 No path. The logarithm of a weight of 0 is represented by `scaled.ABSENT`, a large negative number, so no difference of infinities occurs.
 """
@@ -48,11 +53,11 @@ class Lattice(NamedTuple):
 
     α is a `Scaled` [..., states], or a pytree of `Scaled` if the states have several kinds. `advance` gets the weights as `Scaled`: `x` are
     those of one step, and `shared` those of all steps. `fixed_x` and `fixed` are like `x` and `shared`, but hold arrays that are not
-    differentiated. ᾱ are derivatives of the log-total by the mantissas of α after a step. α after the step is normalized, so its exponents
-    say by which power of 2 the weight of an edge is divided.
+    differentiated. ᾱ are derivatives of the log-total by the mantissas of α after a step. The exponents of α after the step say by which
+    power of 2 the weight of an edge is divided.
     """
 
-    advance: Callable  # (α, x, shared, fixed_x, fixed) → α after the step, not normalized
+    advance: Callable  # (normalized α, x, shared, fixed_x, fixed) → α after the step, not normalized
     retreat: Callable  # (ᾱ, α before, α after, x, shared, fixed_x, fixed) → ᾱ before the step, derivatives by log x and by log shared
     lost: Callable | None  # (xs, Weights.lost, fixed) → ℓ_t(s) [steps, ..., states]; None if the weights are not probabilities
     segments: bool = True  # whether α is kept before every segment of steps only, and computed again from there

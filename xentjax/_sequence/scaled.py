@@ -118,4 +118,3 @@ def power(k: Array) -> Array:
         return jnp.where(k < -126, jnp.zeros_like(k), lax.bitcast_convert_type(bits << 52, jnp.float64))
     bits = jnp.clip(k, -127, 127).astype(jnp.int32) + 127
     return lax.bitcast_convert_type(bits << 23, jnp.float32)  # k = −127 gives the bits of 0
-
