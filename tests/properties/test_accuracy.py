@@ -86,6 +86,25 @@ def test_every_margin(case, classes, rng):
     assert (error <= bound).all(), (error - bound).max()
 
 
+def test_many_rows(rng, classes=10):
+    # More than 512 rows, for which the same loss is computed by another formula.
+    case, (z, y) = cases.CLASSES[0], ladder(rng, classes)
+    value, slope = case.exact(ref.Exact, z, y)
+    copies = 1 + 512 // len(y)
+    many_z, many_y = jnp.tile(z, (copies, 1)), jnp.tile(y, copies)
+
+    @jax.jit
+    def results(z):
+        loss, pull_back = jax.vjp(lambda z: xentjax.softmax_cross_entropy(z, many_y), z)
+        return loss, pull_back(jnp.ones_like(loss))[0], xentjax.row_statistics(z, many_y).log_normalizer
+
+    loss, derivative, lse = (np.asarray(x)[-len(y) :] for x in results(many_z))
+    margin, floor = margins(z, y)[:, None], classes * TINY
+    assert (errors(loss[:, None], value[:, None], floor) <= 8 + margin).all()
+    assert (errors(derivative, slope, floor) <= 8 + margin + np.abs(np.asarray(z, np.float64) - log_sum_exp(z))).all()
+    np.testing.assert_allclose(lse, log_sum_exp(z)[:, 0], rtol=8 * EPS, atol=8 * EPS * 30)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("keywords", [{"label_smoothing": 0.1}, {"z_loss": 0.01}, {"label_smoothing": 0.3, "z_loss": 1e-4}])
 @pytest.mark.parametrize("classes", [2, 10, 300])

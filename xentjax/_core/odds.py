@@ -70,7 +70,7 @@ def expected(
 
     if not isinstance(stats, statistics.WithLabel):
         return sum_over_classes(_soft_labels(r, smoothing))
-    loss = phi(stats.log_odds, *(rows.at_label(r, x) for x in parameters))
+    loss = stats.surprise if phi is surprise else phi(stats.log_odds, *(rows.at_label(r, x) for x in parameters))
     if class_weights is not None:
         loss *= rows.at_label(r, class_weights.astype(r.values.dtype))
     if smoothing is None:

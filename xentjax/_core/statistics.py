@@ -3,26 +3,31 @@
 For a row z with largest logit m and label y, let
 
     gap          d = z_y − m
-    log-rest     ℓ = log Σ_{k≠y} e^(z_k − m)            over all classes but the label, so nothing cancels when the label dominates
-    log-sum      c = lse(z) − m = log(e^d + e^ℓ)
+    rest         R = Σ_{k≠y} e^(z_k − m)                over all classes but the label, so nothing cancels when the label dominates
+    log-rest     ℓ = log R
+    log-sum      c = lse(z) − m = log(e^d + R) = log1p(R + (e^d − 1))
     log-odds     a = d − ℓ
+    surprise     u = −log p_y = c − d                   neither term is negative
 
 m is treated as a constant. Every loss can be computed from these numbers:
 
-    p_y = σ(a)        1 − p_y = σ(−a)        −log p_y = softplus(−a)        −log p_k = (m − z_k) + c for every class k
+    p_y = σ(a)        1 − p_y = σ(−a)        −log p_k = (m − z_k) + c for every class k
+
+The surprise equals softplus(−a), which takes a logarithm for ℓ, an exponential and another logarithm. As c − d, it takes one logarithm.
+XLA on CPUs unrolls loops over up to 512 rows, and each further logarithm makes compilation longer. So for up to 512 rows, the surprise is
+computed as c − d. For more rows, it is computed as softplus(−a), because XLA on CPUs does not vectorize c − d if their number is odd.
 
 Without a label, the sum leaves out one of the largest classes instead of the label. Then c = log1p(s) with
 s = Σ_{z_k<m} e^(z_k − m) + (number of classes with z_k = m) − 1.
 
 Derivatives. Both ℓ and c have the form log Σ_{k∈A} e^(z_k − m) for a set A of classes. With m constant, the derivatives are
 
-    ∂d/∂z_y = 1        ∂ℓ/∂z_k = e^(z_k − m − ℓ) for k ≠ y        ∂c/∂z_k = e^(z_k − m − c) for every k
+    ∂d/∂z_y = 1        ∂ℓ/∂z_k = e^(z_k − m − ℓ) for k ≠ y        ∂c/∂z_k = e^(z_k − m − c) for every k        ∂u/∂d = −R/(R + e^d)
 
-The last two are softmaxes over A. JAX differentiates all other steps. For example, it computes ∂(−log p_y)/∂z_y as −σ(−a). This equals
-p_y − 1, but it contains no subtraction. In the rules, the exponentials are differentiable functions of z. The factor e^(−ℓ) has the
-derivative −ℓ̇·e^(−ℓ). So no power of a small sum can overflow in a derivative of any order. The softmax p over all classes has its own
-rule: dp_k = p_k·(dz_k − Σ_j p_j dz_j). A second derivative is a sum of such terms. If it is much smaller than 1 − p_y, it may be rounded
-away.
+The softmaxes ∂ℓ/∂z and ∂c/∂z are over A. ∂u/∂d equals p_y − 1, but it contains no subtraction. JAX differentiates all other steps. In the
+rules, the exponentials are differentiable functions of z. The factor 1/R = e^(−ℓ) has the derivative −ℓ̇·e^(−ℓ). So no power of a small sum
+can overflow in a derivative of any order. The softmax p over all classes has its own rule: dp_k = p_k·(dz_k − Σ_j p_j dz_j). A second
+derivative is a sum of such terms. If it is much smaller than 1 − p_y, it may be rounded away.
 
 Loops. JAX may ignore a rule and differentiate the code of the function instead: `lax.scan` drops the rules of computations that are
 differentiated twice. So the code of every function that has a rule also has the correct first derivative.
@@ -34,6 +39,7 @@ exponentials also marks the largest classes: their entries are −1. So no loop 
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -42,6 +48,7 @@ from jax import Array, lax
 
 from xentjax._core import mesh, numerics, rows
 
+_FEW_ROWS = 512  # for so few rows, compile time matters, and the time of operations per row does not
 _FEW_CLASSES = 32  # XLA on CPUs sums up to 32 numbers in one loop; for more, it stores a tree of partial sums
 
 
@@ -67,6 +74,7 @@ class WithLabel(NamedTuple):
     all_impossible: Array
     gap: Array  # d = z_y − m
     log_odds: Array  # a = log(p_y/(1 − p_y))
+    surprise: Array  # −log p_y
 
 
 Statistics = WithoutLabel | WithLabel
@@ -88,13 +96,18 @@ def of_label(r: rows.Rows) -> WithLabel:
 
     The labels must be class indices.
     """
-    m, d, rest, _ = _log_sums(r.values, r.raw, r.given_labels, r.class_mask, r.where, r.axis_name, False)
-    all_impossible = numerics.is_infinite(-d) & numerics.is_infinite(-rest)
+    m, d, total, rest, _ = _sums_with_label(r.values, r.raw, r.given_labels, r.class_mask, r.where, r.axis_name, False)
+    all_impossible = numerics.is_infinite(-d) & (total == 0)
     rest = numerics.where(all_impossible, jnp.zeros_like(rest), rest)
     a = d - rest
-    # log(e^d + e^ℓ), with the larger of d and ℓ taken out of the logarithm
-    log_sum = numerics.where(a > 0, d + numerics.softplus(-a), rest + numerics.softplus(a))
-    return WithLabel(m, log_sum, all_impossible, gap=d, log_odds=a)
+    if has_few_rows(r):
+        # If R < 1/2, the label is the largest class, and d is 0. If the logits are products, XLA may round z_y and m differently.
+        exact = d - lax.stop_gradient(numerics.where((total < 0.5) & (d > -1), d, 0))
+        log_sum, surprise = _log_sum_with_label(exact, total), _surprise_of_label(exact, total)
+    else:
+        # log(e^d + e^ℓ), with the larger of d and ℓ taken out of the logarithm
+        log_sum, surprise = numerics.where(a > 0, d + numerics.softplus(-a), rest + numerics.softplus(a)), numerics.softplus(-a)
+    return WithLabel(m, log_sum, all_impossible, gap=d, log_odds=a, surprise=surprise)
 
 
 def finish(r: rows.Rows, stats: Statistics, loss: Array) -> Array:
@@ -125,16 +138,39 @@ def hits(r: rows.Rows, stats: Statistics) -> Array:
     return rows.row_value(r, (hits > 0) & ~stats.all_impossible)
 
 
-# The rule with a label ---------------------------------------------------------------------------------------------------
+# The rules with a label --------------------------------------------------------------------------------------------------
+
+
+def _log_sum_with_label(d: Array, total: Array) -> Array:
+    """The log-sum c = log(e^d + R), shape [...]. It is log1p(R) if the label is the largest class."""
+    excess = total + jnp.expm1(d)
+    return jnp.log1p(numerics.where(excess < 0, 0, excess))  # below 0 only if no class is possible
+
+
+@jax.custom_jvp
+def _surprise_of_label(d: Array, total: Array) -> Array:
+    """The surprise −log p_y = c − d, shape [...]. Neither term is negative.
+
+    Its derivative with respect to d is −(1 − p_y) = −R/(e^d + R), without a subtraction.
+    """
+    return _log_sum_with_label(d, total) - d
+
+
+@_surprise_of_label.defjvp
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (d, total), (d_dot, total_dot) = primals, tangents
+    whole = total + jnp.exp(d)
+    scale = 1 / numerics.where(whole == 0, 1, whole)  # 0 only if no class is possible
+    return _surprise_of_label(d, total), scale * total_dot - (scale * total) * d_dot
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6))
-def _log_sums(
+def _sums_with_label(
     values: Array, raw: Array, labels: Array, class_mask: Array | None, where: Array | None, axis_name: mesh.AxisName, differentiated: bool
-) -> tuple[Array, Array, Array, Array]:
-    """(m, d, ℓ, e^(−ℓ)) as in the module docstring, each [...].
+) -> tuple[Array, Array, Array, Array, Array]:
+    """(m, d, R, ℓ, 1/R) as in the module docstring, each [...].
 
-    If the sum is 0, ℓ is −INFINITE. Then 1 replaces e^(−ℓ), which multiplies only zeros.
+    If R is 0, ℓ is −INFINITE. Then 1 replaces 1/R, which multiplies only zeros.
     `raw` holds the numbers of `values` in the caller's dtype. The rule differentiates with respect to `values` only. `differentiated` says
     whether the rule calls this function, so that the gradient can use the same array of exponentials.
     """
@@ -146,33 +182,33 @@ def _log_sums(
         exponentials = jnp.exp(values - m[..., None]) * factor
     total = rows.class_sum(r, exponentials)
     empty = numerics.underflows(total)  # no other class exists, or all exponentials underflow: p_y = 1
-    total = numerics.where(empty, jnp.ones_like(total), total)
-    return m, _gap(r, m), numerics.where(empty, -numerics.INFINITE, jnp.log(total)), 1 / total
+    one, total = (numerics.where(empty, number, total) for number in (1, 0))
+    return m, _gap(r, m), total, numerics.where(empty, -numerics.INFINITE, jnp.log(one)), 1 / one
 
 
-@_log_sums.defjvp
+@_sums_with_label.defjvp
 def _(
     axis_name: mesh.AxisName, differentiated: bool, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     values, raw, labels, class_mask, where = primals
-    m, d, log_sum, scale = _log_sums(values, raw, labels, class_mask, where, axis_name, True)
+    m, d, total, log_sum, scale = _sums_with_label(values, raw, labels, class_mask, where, axis_name, True)
 
-    def linear(z: Array, m: Array, scale: Array, tangent: Array) -> tuple[Array, Array]:
+    def linear(z: Array, m: Array, tangent: Array) -> tuple[Array, Array]:
         r = rows.Rows(raw, values, labels, class_mask, where, axis_name)
         label = rows.on_label(r)
         # In half precision x + (−m), not x − m, so that this loop does not share the broadcast of m with the sum.
         x = z - m[..., None] if z.dtype == m.dtype else numerics.widen(z) + (-m)[..., None]
         off_label = exponentials_where(rows.combined_mask(~label, class_mask, where), x, rows.full_mask(r))
-        softmax = off_label * scale[..., None]
         at_label = numerics.where(rows.combined_mask(label, class_mask, where), tangent, 0)
-        return rows.class_sum(r, at_label), rows.class_sum(r, softmax * tangent)
+        return rows.class_sum(r, at_label), rows.class_sum(r, off_label * tangent)
 
     # A separate backward pass gets the exponentials in float32, but only the logits in half precision.
     narrow = raw.dtype != values.dtype
     linear = jax.checkpoint(linear, prevent_cse=False) if narrow else linear
     z = values.astype(raw.dtype)  # exact, because `values` were converted from this dtype
-    d_dot, log_sum_dot = linear(z, m, scale, tangents[0])
-    return (m, d, log_sum, scale), (jnp.zeros_like(m), d_dot, log_sum_dot, -scale * log_sum_dot)
+    d_dot, total_dot = linear(z, m, tangents[0])
+    log_sum_dot = scale * total_dot
+    return (m, d, total, log_sum, scale), (jnp.zeros_like(m), d_dot, total_dot, log_sum_dot, -scale * log_sum_dot)
 
 
 # The rules without a label -----------------------------------------------------------------------------------------------
@@ -282,6 +318,12 @@ def _rest_and_ties(r: rows.Rows, m: Array, marked: Array) -> tuple[Array, Array]
 def same_as_largest(r: rows.Rows, m: Array) -> Array:
     """Whether a class has the largest logit m of its row, shape [..., classes]."""
     return rows.masked(numerics.equal(lax.stop_gradient(r.raw), m.astype(r.raw.dtype)[..., None]), r.where, r.class_mask)
+
+
+def has_few_rows(r: rows.Rows) -> bool:
+    """Whether there are so few rows that LLVM unrolls loops over one number per row. It is False if the number of rows is symbolic."""
+    leading = r.raw.shape[:-1]
+    return all(isinstance(size, int) for size in leading) and math.prod(leading) <= _FEW_ROWS
 
 
 def has_few_classes(r: rows.Rows) -> bool:
