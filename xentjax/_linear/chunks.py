@@ -26,7 +26,7 @@ the loss itself sums over devices.
 
 Memory: Besides inputs and results, three things are in memory. The first is the float32 logits of one chunk, which are overwritten by their
 gradient. The second is a copy of G in the dtype of `hidden`. If that dtype is float32, there is no copy. The third is the accumulators. The
-first chunk initializes the accumulators of kernel and bias, so these are never filled with zeros.
+first chunk initializes the accumulators of kernel and bias, unless all chunks have the same size and are in one loop.
 """
 
 import functools
@@ -39,7 +39,7 @@ from jax import Array, core, lax
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 from jax.extend.core import ClosedJaxpr
 
-from xentjax._core import numerics
+from xentjax._core import mesh, numerics
 from xentjax._linear import devices, products
 from xentjax._linear.inputs import Batch, Gradient, Inputs, Layer, PyTree, masked, weighted, zero_outside
 from xentjax._linear.layout import Layout
@@ -55,7 +55,7 @@ def total(loss_fn: LossFn, batch: Batch[Array], layer: Layer[Array], layout: Lay
     `loss_fn(logits, *args)` returns aux in addition to the losses. aux is not differentiated.
     """
     batch = _vary_as_losses(loss_fn, batch, layer, layout, classes_first)
-    pairs = [_closure_as_argument(loss_fn, chunk, layer, classes_first) for chunk in _one_of_each_size(batch, layout)]
+    pairs = [_closure_as_argument(loss_fn, chunk, layer, classes_first) for chunk in _one_of_each_size(batch, layer, layout)]
     loss_fns, closed_over = zip(*pairs, strict=True)
 
     def sweep(inputs: Inputs[Array], wanted: Inputs[bool]) -> _Swept:
@@ -138,13 +138,27 @@ class _PerExample(NamedTuple):
 def _sweep(
     loss_fns: tuple[_ExplicitLossFn, ...], inputs: Inputs[Array], wanted: Inputs[bool], layout: Layout, classes_first: bool
 ) -> _Swept:
-    """The value and the wanted gradients, from all chunks. `loss_fns` has one function per size of chunk."""
-    first, others = _split(inputs.batch, layout)
+    """The value and the wanted gradients, from all chunks. `loss_fns` has one function per size of chunk.
+
+    If there is one size, all chunks are in one loop, which compiles in half the time. It adds to zeros, so the kernel's gradient is written
+    once more. If there are two sizes, the first chunk initializes the sums.
+    """
     # A derivative of the sweep in reverse mode stores only the inputs of each chunk, and computes its logits again.
     steps = [
         jax.checkpoint(functools.partial(_add_chunk, loss_fn, classes_first, wanted._replace(closed_over=(flags,))), prevent_cse=False)
         for loss_fn, flags in zip(loss_fns, wanted.closed_over, strict=True)
     ]
+    if len(steps) == 1 and layout.loops:
+        zeros = _Sums(
+            value=jnp.zeros_like(inputs.batch.weights, shape=()),
+            layer=jax.tree.map(_zeros_of_gradient, inputs.layer, wanted.layer),
+            closed_over=jax.tree.map(_zeros_of_gradient, inputs.closed_over[0], wanted.closed_over[0]),
+        )
+        chunks = jax.tree.map(layout.stack, inputs.batch)
+        sums, per_example = lax.scan(lambda before, chunk: steps[0](before, chunk, inputs.layer, inputs.closed_over[0]), zeros, chunks)
+        batch, aux = jax.tree.map(layout.unstack, per_example)
+        return _Swept(sums.value, Inputs(batch, sums.layer, (sums.closed_over,)), aux)
+    first, others = _split(inputs.batch, layout)
     sums, per_example = steps[0](None, first, inputs.layer, inputs.closed_over[0])
     if others is None:
         batch, aux = _join(per_example, None, layout)
@@ -228,7 +242,9 @@ def _zeros_of_gradient(x: Array, wanted: bool) -> Gradient:
 
 def _vary_as_losses(loss_fn: LossFn, batch: Batch[Array], layer: Layer[Array], layout: Layout, classes_first: bool) -> Batch[Array]:
     """The batch, varying over the mesh axes over which the losses vary."""
-    return devices.vary_as_losses(batch, layer, lambda: _trace(loss_fn, _one_of_each_size(batch, layout)[0], layer, classes_first)[0])
+    return devices.vary_as_losses(
+        batch, layer, lambda: _trace(loss_fn, _one_of_each_size(batch, layer, layout)[0], layer, classes_first)[0]
+    )
 
 
 def _closure_as_argument(
@@ -290,10 +306,15 @@ def _split(batch: Batch[Array], layout: Layout) -> tuple[Batch[Array], Batch[Arr
     return jax.tree.unflatten(structure, first), jax.tree.unflatten(structure, others) if layout.loops else None
 
 
-def _one_of_each_size(batch: Batch[Array], layout: Layout) -> tuple[Batch[Array], ...]:
-    """One chunk of each size: the first, and the second if there is one."""
+def _one_of_each_size(batch: Batch[Array], layer: Layer[Array], layout: Layout) -> tuple[Batch[Array], ...]:
+    """One chunk of each size.
+
+    Inside `jax.shard_map`, the first chunk always counts as a size of its own. A sum that starts from zeros would not vary over mesh axes.
+    """
     first, others = _split(batch, layout)
-    return (first,) if others is None else (first, jax.tree.map(lambda x: x[0], others))
+    if others is None or (layout.equal and not mesh.axes_of(batch, layer)):
+        return (first,)
+    return first, jax.tree.map(lambda x: x[0], others)
 
 
 def _join(first: PyTree, others: PyTree, layout: Layout) -> PyTree:

@@ -1,7 +1,7 @@
 """How the examples of a batch are cut into chunks and joined again.
 
-Chunks have two sizes. The first chunk takes the remainder and initializes the accumulators of kernel and bias. A loop takes the other
-chunks, which have equal sizes. Padding is needed only if the number of examples is symbolic.
+Chunks have at most two sizes. The first chunk takes the remainder. A loop takes the other chunks, which have equal sizes. If all chunks
+have the same size, `stack` makes one array of them, for one loop. Padding is needed only if the number of examples is symbolic.
 """
 
 import dataclasses
@@ -52,32 +52,60 @@ class Layout:
         """Whether there may be chunks after the first."""
         return is_symbolic(self.others) or self.others > 0
 
-    def split(self, x: Array) -> tuple[Array, Array | None]:
-        """Cut `x` [*leading, ...] into the first chunk [examples, ...] and the others [others, examples, ...]. Padding is filled with 0."""
+    @property
+    def equal(self) -> bool:
+        """Whether there may be several chunks, and all have the same size."""
+        return self.loops and self.first == self.chunk
+
+    def stack(self, x: Array) -> Array:
+        """Cut `x` [*leading, ...] into chunks of equal size [chunks, examples, ...]. Padding is filled with 0."""
         trailing = x.shape[len(self.leading) :]
         if is_symbolic(self.padding):
             x = jnp.concatenate([x.reshape(self.inner, *trailing), jnp.zeros((self.padding, *trailing), x.dtype)])
-            x = x.reshape(self.others + 1, self.chunk, *trailing)
+            return x.reshape(self.others + 1, self.chunk, *trailing)
+        return self._stacked(x.reshape(self.outer, self.inner, *trailing), self.others + 1)
+
+    def unstack(self, x: Array) -> Array:
+        """The inverse of `stack`."""
+        trailing = x.shape[2:]
+        if is_symbolic(self.padding):
+            return x.reshape((self.others + 1) * self.chunk, *trailing)[: self.inner].reshape(*self.leading, *trailing)
+        return self._unstacked(x, self.others + 1).reshape(*self.leading, *trailing)
+
+    def split(self, x: Array) -> tuple[Array, Array | None]:
+        """Cut `x` [*leading, ...] into the first chunk [examples, ...] and the others [others, examples, ...]. Padding is filled with 0."""
+        if is_symbolic(self.padding):
+            x = self.stack(x)
             return x[0], x[1:]
+        trailing = x.shape[len(self.leading) :]
         x = x.reshape(self.outer, self.inner, *trailing)
         first = x[:, : self.first].reshape(self.outer * self.first, *trailing)
         if not self.loops:
             return first, None
-        rest = x[:, self.first :].reshape(self.outer, self.others, self.chunk, *trailing)
-        return first, jnp.moveaxis(rest, 1, 0).reshape(self.others, self.outer * self.chunk, *trailing)
+        return first, self._stacked(x[:, self.first :], self.others)
 
     def join(self, first: Array, rest: Array | None = None) -> Array:
         """The inverse of `split`."""
         trailing = first.shape[1:]
         if is_symbolic(self.padding):
             assert rest is not None
-            x = jnp.concatenate([first[None], rest]).reshape((self.others + 1) * self.chunk, *trailing)
-            return x[: self.inner].reshape(*self.leading, *trailing)
+            return self.unstack(jnp.concatenate([first[None], rest]))
         x = first.reshape(self.outer, self.first, *trailing)
         if rest is not None:
-            rest = jnp.moveaxis(rest.reshape(self.others, self.outer, self.chunk, *trailing), 0, 1)
-            x = jnp.concatenate([x, rest.reshape(self.outer, self.others * self.chunk, *trailing)], axis=1)
+            x = jnp.concatenate([x, self._unstacked(rest, self.others)], axis=1)
         return x.reshape(*self.leading, *trailing)
+
+    def _stacked(self, x: Array, chunks: int) -> Array:
+        """Sequences [outer, chunks·chunk, ...] as chunks [chunks, outer·chunk, ...]."""
+        trailing = x.shape[2:]
+        x = x.reshape(self.outer, chunks, self.chunk, *trailing)
+        return jnp.moveaxis(x, 1, 0).reshape(chunks, self.outer * self.chunk, *trailing)
+
+    def _unstacked(self, x: Array, chunks: int) -> Array:
+        """The inverse of `_stacked`."""
+        trailing = x.shape[2:]
+        x = jnp.moveaxis(x.reshape(chunks, self.outer, self.chunk, *trailing), 0, 1)
+        return x.reshape(self.outer, chunks * self.chunk, *trailing)
 
 
 def even(leading: tuple[int, ...], chunk_size: int) -> Layout:
