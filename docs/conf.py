@@ -168,6 +168,7 @@ ROOMS = {  # the file that defines a name, and the title of its group
     "_many_classes.hierarchical": "Adaptive and hierarchical softmax",
     "_sequence.ctc": "Sequences",
     "_sequence.transducer": "Sequences",
+    "_sequence.tdt": "Sequences",
     "_sequence.crf": "Sequences",
     "sequence": "Decoders of sequences: xentjax.sequence",
     "preference": "Preferences: xentjax.preference",

@@ -89,5 +89,7 @@ from xentjax._reduction import weighted_sum as weighted_sum
 from xentjax._sequence.crf import crf_loss as crf_loss
 from xentjax._sequence.ctc import ctc_loss as ctc_loss
 from xentjax._sequence.ctc import ctc_loss_from_log_probs as ctc_loss_from_log_probs
+from xentjax._sequence.tdt import tdt_loss as tdt_loss
+from xentjax._sequence.tdt import tdt_loss_from_log_probs as tdt_loss_from_log_probs
 from xentjax._sequence.transducer import transducer_loss as transducer_loss
 from xentjax._sequence.transducer import transducer_loss_from_log_probs as transducer_loss_from_log_probs

@@ -75,6 +75,66 @@ def transducer(logits, labels, blank=0):
         return _number(-mpmath.log(total)), floats(gradient), floats(posterior)
 
 
+def tdt(logits, duration_logits, labels, durations, blank=0, sigma=0.0):
+    """(loss, gradient, gradient of the duration logits, posteriors of classes and of durations) of one sequence, from all paths.
+
+    The logits are [time, labels + 1, classes] and [time, labels + 1, durations].
+    """
+    with mpmath.workdps(DIGITS):
+        z, v = numbers(logits), numbers(duration_logits)
+        time, width, _ = z.shape
+        p, q = ([[softmax(x[t, u]) for u in range(width)] for t in range(time)] for x in (z, v))
+        under = mpmath.exp(-mpmath.mpf(float(sigma)))
+        posteriors = [np.full(x.shape, mpmath.mpf(0), object) for x in (z, v)]
+        total = mpmath.mpf(0)
+
+        def paths(t, u):
+            """Every list of moves from t and u to the end. A move is (t, u, class, duration)."""
+            for j, d in enumerate(durations):
+                if d > 0 and t + d == time and u == len(labels):
+                    yield ((t, u, blank, j),)
+                for k, step in ((blank, 0), *(((labels[u], 1),) if u < len(labels) else ())):
+                    if t + d < time and (d > 0 or step):
+                        yield from (((t, u, k, j), *rest) for rest in paths(t + d, u + step))
+
+        for path in paths(0, 0):
+            weight = mpmath.fprod(under * p[t][u][k] * q[t][u][j] for t, u, k, j in path)
+            total += weight
+            for t, u, k, j in path:
+                posteriors[0][t, u, k] += weight
+                posteriors[1][t, u, j] += weight
+        if not total:
+            return np.inf, *(np.zeros(x.shape) for x in (z, v, z, v))
+        posteriors = [x / total for x in posteriors]
+        gradients = [np.array(x, object).reshape(y.shape) * y.sum(-1, keepdims=True) - y for x, y in zip((p, q), posteriors, strict=True)]
+        return _number(-mpmath.log(total)), *map(floats, gradients + posteriors)
+
+
+def tdt_scan(logits, duration_logits, labels, durations, blank=0, sigma=0.0):
+    """(loss, gradient, gradient of the duration logits) as in `tdt`, in float64, by a loop over all nodes forwards and backwards."""
+    log_p, log_q = (x - np.logaddexp.reduce(x, -1, keepdims=True) for x in (np.asarray(logits), np.asarray(duration_logits)))
+    (time, width, _), most = log_p.shape, len(labels)
+    edges = []  # (t, u, class, duration, t after, u after, log-probability)
+    for t, u in np.ndindex(time, width):
+        for j, d in enumerate(durations):
+            for k, step in ((blank, 0), *(((labels[u], 1),) if u < most else ())):
+                if (d > 0 or step) and (t + d < time or (t + d == time and not step and u == most)):
+                    edges.append((t, u, k, j, t + d, u + step, log_p[t, u, k] - sigma + log_q[t, u, j]))
+    alpha, beta = np.full((2, time + 1, width), -np.inf)
+    alpha[0, 0] = beta[time, most] = 0
+    for t, u, _, _, s, v, weight in sorted(edges):
+        alpha[s, v] = np.logaddexp(alpha[s, v], alpha[t, u] + weight)
+    for t, u, _, _, s, v, weight in sorted(edges, reverse=True):
+        beta[t, u] = np.logaddexp(beta[t, u], weight + beta[s, v])
+    posteriors = np.zeros(log_p.shape), np.zeros(log_q.shape)
+    for t, u, k, j, s, v, weight in edges:
+        share = np.exp(alpha[t, u] + weight + beta[s, v] - alpha[time, most])
+        posteriors[0][t, u, k] += share
+        posteriors[1][t, u, j] += share
+    gradients = (np.exp(x) * y.sum(-1, keepdims=True) - y for x, y in zip((log_p, log_q), posteriors, strict=True))
+    return -alpha[time, most], *gradients
+
+
 def crf(unary, labels, transitions, start=None, end=None):
     """(loss, gradients of unary, transitions, start, end, marginals, taggings with scores) of one sequence, from all taggings."""
     with mpmath.workdps(DIGITS):

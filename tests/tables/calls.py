@@ -104,6 +104,13 @@ _ARRAYS: dict[str, dict[str, Any]] = {
     },
     "transducer_loss": {"logits": _float(N, 3, 3, K)} | WANTED | LENGTHS,
     "transducer_loss_from_log_probs": {"blank_log_probs": _float(N, 3, 3), "label_log_probs": _float(N, 3, 2)} | LENGTHS,
+    "tdt_loss": {"logits": _float(N, 3, 3, K), "duration_logits": _float(N, 3, 3, 5)} | WANTED | LENGTHS,
+    "tdt_loss_from_log_probs": {
+        "blank_log_probs": _float(N, 3, 3),
+        "label_log_probs": _float(N, 3, 2),
+        "duration_log_probs": _float(N, 3, 3, 5),
+    }
+    | LENGTHS,
     "crf_loss": CHAIN | {"labels": _indices(N, 3)},
     **dict.fromkeys(("sequence.crf_marginals", "sequence.crf_decode"), CHAIN),
     **{case.name: CLASSES | case.of_classes(K) for case in cases.CLASSES + cases.STATISTICS},

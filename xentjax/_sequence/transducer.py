@@ -77,7 +77,7 @@ def transducer_loss(
     z = arguments.logits(name, "logits", logits, 3, "[..., time, max_labels + 1, classes]")
     time, most = z.shape[-3], z.shape[-2] - 1
     sequences = arguments.sequences(name, labels, z.shape[:-3], time, logit_lengths, label_lengths, where, "logits", most)
-    batch = arguments.frames(name, z, class_mask, axis_name, sequences, _nodes(sequences, time).inside)
+    batch = arguments.frames(name, z, class_mask, axis_name, sequences, nodes_of(sequences, time).inside)
     blank = arguments.blank(name, blank, batch.classes)
     arguments.check_labels(name, sequences, batch.classes, blank)
     return _transducer(batch, sequences, checks.number(name, "fastemit", fastemit), blank)
@@ -89,17 +89,10 @@ def _transducer(batch: rows.Examples, sequences: arguments.Sequences, fastemit: 
 
 
 def _of_logits(blank: int, batch: rows.Examples, sequences: arguments.Sequences, fastemit: ArrayLike | None) -> Array:
-    nodes = _nodes(sequences, batch.logits.shape[-3])
-    r, y = rows.of(batch)._replace(where=nodes.inside), sequences.labels
-    kept = arguments.inside(sequences.counts, y)
-    valid = nodes.valid & jnp.all(~kept | (rows.is_class(r, y) & (y != blank)), axis=-1)
-    following = jnp.where(kept, y, blank)
-    following = jnp.concatenate([following, jnp.full_like(y, blank, shape=(*y.shape[:-1], 1))], axis=-1)
-    index = jnp.stack([jnp.full_like(following, blank), following], axis=-1)
-    log_p, rest = frames.probabilities(r, index[..., None, :, :])
-    blanks = log_p[..., 0]
+    nodes = nodes_of(sequences, batch.logits.shape[-3])
+    blanks, of_labels, rest, valid = log_probabilities(batch, sequences, nodes, blank)
     lost = rest + jnp.where(nodes.blank, jnp.zeros_like(rest), jnp.exp(blanks))
-    return _loss(True, nodes, blanks, log_p[..., 1], lost, valid, sequences.where, fastemit)
+    return _loss(True, nodes, blanks, of_labels, lost, valid, sequences.where, fastemit)
 
 
 def transducer_loss_from_log_probs(
@@ -155,7 +148,7 @@ def transducer_loss_from_log_probs(
     checks.shape(name, "label_log_probs", of_labels, (*leading, time, most), "one label fewer than blank_log_probs")
     none = jnp.zeros((*leading, most), jnp.int32)
     sequences = arguments.sequences(name, none, leading, time, logit_lengths, label_lengths, where, "blank_log_probs", most)
-    nodes = _nodes(sequences, time)
+    nodes = nodes_of(sequences, time)
     values.logits(name, "blank_log_probs", blanks, nodes.blank)
     values.logits(name, "label_log_probs", of_labels, nodes.label[..., :-1])
     return _transducer_from_log_probs(blanks, of_labels, sequences, checks.number(name, "fastemit", fastemit))
@@ -167,7 +160,7 @@ def _transducer_from_log_probs(blanks: Array, of_labels: Array, sequences: argum
 
 
 def _of_log_probs(blanks: Array, of_labels: Array, sequences: arguments.Sequences, fastemit: ArrayLike | None) -> Array:
-    nodes, dtype = _nodes(sequences, blanks.shape[-2]), numerics.accumulation_dtype(blanks.dtype, of_labels.dtype)
+    nodes, dtype = nodes_of(sequences, blanks.shape[-2]), numerics.accumulation_dtype(blanks.dtype, of_labels.dtype)
     blanks, of_labels = blanks.astype(dtype), of_labels.astype(dtype)
     of_labels = jnp.concatenate([of_labels, jnp.zeros_like(blanks[..., :1])], axis=-1)
     blanks, of_labels = (jnp.maximum(jnp.where(kept, x, 0), scaled.ABSENT) for x, kept in ((blanks, nodes.blank), (of_labels, nodes.label)))
@@ -177,18 +170,19 @@ def _of_log_probs(blanks: Array, of_labels: Array, sequences: arguments.Sequence
 # The lattice -------------------------------------------------------------------------------------------------------------
 
 
-class _Nodes(NamedTuple):
-    """Which nodes and moves paths may use, with axes [..., time, max_labels + 1] except for `steps`, `last` and `valid`."""
+class Nodes(NamedTuple):
+    """Which nodes and moves paths may use, with axes [..., time, max_labels + 1] if nothing else is said."""
 
     inside: Array  # whether the node belongs to a sequence that counts
     blank: Array  # whether the blank may follow at this node on a path that reaches the end
     label: Array  # whether the next label may follow at this node on such a path
-    steps: Array  # [...], number of moves of a path
+    frames: Array  # [...], number of frames
+    labels: Array  # [...], number of labels
     last: Array  # [..., max_labels + 1], whether u is the number of labels
     valid: Array  # [...], whether the lengths are possible
 
 
-def _nodes(sequences: arguments.Sequences, time: int) -> _Nodes:
+def nodes_of(sequences: arguments.Sequences, time: int) -> Nodes:
     leading, most = sequences.labels.shape[:-1], sequences.labels.shape[-1]
     frames_, labels = (jnp.full(leading, n, jnp.int32) if x is None else x for n, x in ((time, sequences.steps), (most, sequences.counts)))
     shape = (*leading, time, most + 1)
@@ -200,12 +194,28 @@ def _nodes(sequences: arguments.Sequences, time: int) -> _Nodes:
         inside &= sequences.where[..., None, None]
     last = lax.broadcasted_iota(jnp.int32, (*leading, most + 1), len(leading)) == labels[..., None]
     blank = inside & ((t < ends - 1) | (u == all_labels))
-    return _Nodes(inside, blank, inside & (u < all_labels), frames_ + labels, last, arguments.valid_lengths(sequences, time))
+    return Nodes(inside, blank, inside & (u < all_labels), frames_, labels, last, arguments.valid_lengths(sequences, time))
+
+
+def log_probabilities(batch: rows.Examples, sequences: arguments.Sequences, nodes: Nodes, blank: int) -> tuple[Array, Array, Array, Array]:
+    """At every node, log p of the blank and of the next label, and the probability of all other classes, [..., time, max_labels + 1].
+
+    The last result says whether the lengths and the labels of a sequence are valid, shape [...]. Where there is no next label, the second
+    result is log p of the blank, too.
+    """
+    r, y = rows.of(batch)._replace(where=nodes.inside), sequences.labels
+    kept = arguments.inside(sequences.counts, y)
+    valid = nodes.valid & jnp.all(~kept | (rows.is_class(r, y) & (y != blank)), axis=-1)
+    following = jnp.where(kept, y, blank)
+    following = jnp.concatenate([following, jnp.full_like(y, blank, shape=(*y.shape[:-1], 1))], axis=-1)
+    index = jnp.stack([jnp.full_like(following, blank), following], axis=-1)
+    log_p, rest = frames.probabilities(r, index[..., None, :, :])
+    return log_p[..., 0], log_p[..., 1], rest, valid
 
 
 def _loss(
     normalized: bool,
-    nodes: _Nodes,
+    nodes: Nodes,
     blanks: Array,
     of_labels: Array,
     lost: Array | None,
@@ -215,18 +225,18 @@ def _loss(
 ) -> Array:
     def weights(blanks: Array, lost: Array | None) -> lattice.Weights:
         time, states = nodes.inside.shape[-2:]
-        steps = lax.broadcasted_iota(jnp.int32, (time + states - 1, *nodes.steps.shape), 0)
+        steps = lax.broadcasted_iota(jnp.int32, (time + states - 1, *nodes.frames.shape), 0)
         xs = [jnp.where(kept, x, scaled.ABSENT) for kept, x in ((nodes.blank, blanks), (nodes.label, of_labels))]
         first = jnp.zeros_like(nodes.last).at[..., 0].set(True)
         return lattice.Weights(
             start=first,
-            xs=tuple(_diagonals(x, scaled.ABSENT) for x in xs),
+            xs=tuple(diagonals(x, scaled.ABSENT) for x in xs),
             shared=(),
             end=lattice.present(nodes.last, blanks.dtype),
-            lost=None if lost is None else _diagonals(lost, 0),
+            lost=None if lost is None else diagonals(lost, 0),
             fixed_xs=(),
             fixed=(),
-            live=steps < nodes.steps[None],
+            live=steps < (nodes.frames + nodes.labels)[None],
         )
 
     total, none = lattice.checked_total(lattice.log_total(SURE if normalized else OPEN, weights(blanks, lost)))
@@ -237,7 +247,7 @@ def _loss(
     return arguments.finish(loss, valid, none, where)
 
 
-def _diagonals(x: Array, fill: float) -> Array:
+def diagonals(x: Array, fill: float) -> Array:
     """`x` [..., time, n] with the diagonals t + u first, shape [time + n − 1, ..., n]; `fill` where a diagonal has no entry.
 
     Each row u of the transposed array is padded to time + n entries. Then all rows are joined, and cut into rows of time + n − 1 entries.

@@ -1,7 +1,7 @@
 """Sequences: decoders, alignments and posterior probabilities of CTC, transducers and conditional random fields.
 
-The losses are `xentjax.ctc_loss`, `xentjax.ctc_loss_from_log_probs`, `xentjax.transducer_loss`, `xentjax.transducer_loss_from_log_probs`
-and `xentjax.crf_loss`.
+The losses are `xentjax.ctc_loss`, `xentjax.ctc_loss_from_log_probs`, `xentjax.transducer_loss`, `xentjax.transducer_loss_from_log_probs`,
+`xentjax.tdt_loss`, `xentjax.tdt_loss_from_log_probs` and `xentjax.crf_loss`.
 
 Conventions that the losses and the functions here share:
 
