@@ -37,7 +37,7 @@ class Mutation:
 V, G, S2, M, T = (f"{PROPERTIES}/test_{n}.py" for n in ("values", "gradients", "second_derivatives", "masks", "transforms"))
 ROWS = f"{PROPERTIES}/test_functions.py"
 FAMILY = f"{FAMILIES}/test_families.py"
-CTC, TRANSDUCER, CRF = (f"tests/sequence/test_{n}.py" for n in ("ctc", "transducer", "crf"))
+CTC, TRANSDUCER, TDT, CRF = (f"tests/sequence/test_{n}.py" for n in ("ctc", "transducer", "tdt", "crf"))
 OVERLAP = f"{FAMILIES}/test_overlap.py"
 
 MUTATIONS: tuple[Mutation, ...] = (
@@ -596,6 +596,48 @@ MUTATIONS: tuple[Mutation, ...] = (
         "moved[2] = jnp.where(skips, moved[2], scaled.ABSENT)",
         "pass",
         (CTC,),
+    ),
+    Mutation(
+        "a path of a token-and-duration transducer ends with a label",
+        "_sequence/tdt.py",
+        "(d < frames_left) & (labels_left > 0))",
+        "(d <= frames_left) & (labels_left > 0))",
+        (TDT,),
+    ),
+    Mutation(
+        "the blank has duration 0 in the mass that is lost",
+        "_sequence/tdt.py",
+        "(labels_left == 0))) & (d > 0),",
+        "(labels_left == 0))),",
+        (TDT,),
+    ),
+    Mutation(
+        "the mass that σ takes is not lost",
+        "_sequence/tdt.py",
+        "lost * jnp.exp(-sigma) - jnp.expm1(-sigma)",
+        "lost * jnp.exp(-sigma)",
+        (TDT,),
+    ),
+    Mutation(
+        "no derivative through the blanks of a token-and-duration transducer",
+        "_sequence/tdt.py",
+        "return (by_class[0] + by_class[1], *of_waiting)",
+        "return (by_class[1], *of_waiting)",
+        (TDT,),
+    ),
+    Mutation(
+        "of taggings with equal scores, the last comes first",
+        "_sequence/tagging.py",
+        "jnp.argmax(sums, axis=-1).astype(jnp.int32)",
+        "(sums.shape[-1] - 1 - jnp.argmax(sums[..., ::-1], axis=-1)).astype(jnp.int32)",
+        (CRF,),
+    ),
+    Mutation(
+        "a sequence without positions has several taggings",
+        "_sequence/tagging.py",
+        "score.ndim - 1) > 0)",
+        "score.ndim - 1) > 1)",
+        (CRF,),
     ),
     Mutation(
         "the best tagging ends with positions that do not count",

@@ -1,5 +1,7 @@
 """Conditional random fields against all taggings."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,6 +148,42 @@ def test_marginals_and_the_best_tagging(rng):
     assert not sequence.crf_marginals(scores[0][0], none).any()
 
 
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_best_taggings(rng, ties):
+    """More taggings than a sequence of three positions has. With whole scores, many taggings have equal scores."""
+    scores, labels, where = draw(rng)
+    if ties:
+        scores = tuple(jnp.round(x / 2) for x in scores)
+    best = 30
+    tags, found, slope = _best(*scores, where, best)
+    assert tags.shape == (6, best, TIME) and found.shape == (6, best)
+    for i in range(6):
+        kept = np.asarray(where[i])
+        assert (tags[i][:, ~kept] == -1).all() and not slope[i][~kept].any()
+        if not kept.any():
+            np.testing.assert_array_equal(found[i], [0] + [-np.inf] * (best - 1))
+            continue
+        scored = {path: score for path, score in exact(scores, labels, where, i)[3].items() if score > -np.inf}
+        # equal scores: by the tag of the last position, then by the tag before it, and so on
+        expected = sorted(scored, key=lambda path: (-scored[path], path[::-1]))[:best]
+        assert [tuple(path) for path in tags[i][: len(expected), kept].tolist()] == expected
+        np.testing.assert_allclose(found[i][: len(expected)], [scored[path] for path in expected], rtol=ROUNDING * EPS, atol=ROUNDING * EPS)
+        assert (np.diff(found[i][: len(expected)]) <= 0).all()
+        assert (tags[i][len(expected) :] == -1).all() and (found[i][len(expected) :] == -np.inf).all()
+        np.testing.assert_array_equal(slope[i][kept], np.eye(TAGS)[np.array(expected)].sum(0))
+    assert len(scored) > best
+
+
+@functools.partial(jax.jit, static_argnames="best")
+def _best(unary, transitions, start, end, where, best):
+    def decode(unary):
+        tags, scores = sequence.crf_decode(unary, transitions, start=start, end=end, best=best, where=where)
+        return jnp.where(jnp.isfinite(scores), scores, 0).sum(), (tags, scores)
+
+    slope, found = jax.grad(decode, has_aux=True)(unary)
+    return *found, slope
+
+
 def test_bad_labels_and_nan_stay_in_their_sequence(rng):
     scores, labels, where = draw(rng)
     expected, _ = evaluate(scores, labels, where)
@@ -195,6 +233,7 @@ def test_errors():
         r"crf_loss: transitions must have shape \(4, 4\).* got \(4,\)": lambda: xentjax.crf_loss(u, y, w[0]),
         r"crf_loss: start must have shape \(4,\)": lambda: xentjax.crf_loss(u, y, w, start=w),
         r"crf_loss: where must have shape \(2, 3\).* got \(2,\)": lambda: xentjax.crf_loss(u, y, w, where=jnp.ones(2, bool)),
+        r"crf_decode: best must be at least 1; got 0": lambda: sequence.crf_decode(u, w, best=0),
         r"crf_decode: unary must have shape \[\.\.\., time, tags\]; got \(4,\)": lambda: sequence.crf_decode(u[0, 0], w),
     }.items():
         with pytest.raises(ValueError, match=message):

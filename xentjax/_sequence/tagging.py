@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import mesh, numerics
+from xentjax._core import checks, mesh, numerics
 from xentjax._sequence import crf, lattice, scaled
 
 
@@ -69,73 +70,116 @@ def crf_decode(
     *,
     start: ArrayLike | None = None,
     end: ArrayLike | None = None,
+    best: int | None = None,
     where: ArrayLike | None = None,
 ) -> tuple[Array, Array]:
-    """The tagging with the largest score, shape [..., time], and its score, shape [...].
+    """The tagging with the largest score, shape [..., time], and its score, shape [...]; or the taggings with the largest scores.
 
     The tagging y maximizes the score s(y) = a(y_1) + Σ_t z_t(y_t) + Σ_t w(y_{t−1}, y_t) + b(y_T), as in `crf_loss`.
     Gradient of the score: ∂s/∂z_t(k) = [y_t = k], and likewise for the other scores. The tags have no gradient.
+
+    With `best`, there are several taggings, from the largest score to the smallest. If two taggings have the same score, compare their tags
+    at the last position where they differ: the tagging with the smaller tag comes first.
 
     Args:
         unary: [..., time, tags], scores of the tags at every position.
         transitions: [tags, tags], scores of a tag (row) followed by another (column). −∞ forbids a transition.
         start: [tags], scores of the first tag; None: 0.
         end: [tags], scores of the last tag; None: 0.
+        best: number of taggings; None: one tagging, without an axis for it.
         where: [..., time], True for positions that count. Other positions are left out.
 
     Returns:
-        The tags [..., time], int32, which are −1 at positions that do not count, and everywhere if every tagging is forbidden; and the
-        score [...], float32, or float64 if any of the scores are float64. It is −∞ if every tagging is forbidden, and 0 if no position
-        counts.
+        The tags [..., time], or [..., best, time], int32; and the score [...], or [..., best], float32, or float64 if any of the scores
+        are float64. The tags are −1 at positions that do not count. If there are fewer taggings that are not forbidden, the other tags are
+        −1, and their scores are −∞. A sequence without positions that count has one tagging, with score 0.
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: an argument has the wrong shape.
+        ValueError: an argument has the wrong shape, or `best` is below 1.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
-        >>> stay = jnp.array([[1.0, 0.0], [0.0, 1.0]])
-        >>> tags, score = xentjax.sequence.crf_decode(jnp.array([[2.0, 0.0], [0.0, 0.5], [2.0, 0.0]]), stay)
+        >>> unary, stay = jnp.array([[2.0, 0.0], [0.0, 0.5], [2.0, 0.0]]), jnp.array([[1.0, 0.0], [0.0, 1.0]])
+        >>> tags, score = xentjax.sequence.crf_decode(unary, stay)
         >>> tags.tolist(), float(score)
         ([0, 0, 0], 6.0)
+        >>> tags, scores = xentjax.sequence.crf_decode(unary, stay, best=2)
+        >>> tags.tolist(), scores.tolist()
+        ([[0, 0, 0], [0, 1, 0]], [6.0, 4.5])
 
     Reference:
-        Viterbi, Error Bounds for Convolutional Codes and an Asymptotically Optimum Decoding Algorithm, 1967.
+        Viterbi, Error Bounds for Convolutional Codes and an Asymptotically Optimum Decoding Algorithm, 1967; Seshadri and Sundberg, List
+        Viterbi Decoding Algorithms with Applications, 1994.
     """
-    return _decode(crf.check("crf_decode", unary, transitions, start, end, where))
+    name = "crf_decode"
+    model = crf.check(name, unary, transitions, start, end, where)
+    if best is None:
+        tags, score = _decode(model, 1)
+        return tags.squeeze(-2), score.squeeze(-1)
+    return _decode(model, checks.count(name, "best", best))
 
 
-@jax.jit
-def _decode(model: crf.Model) -> tuple[Array, Array]:
-    return crf.on_each_device(_best_tagging, model)
+@functools.partial(jax.jit, static_argnames="best")
+def _decode(model: crf.Model, best: int) -> tuple[Array, Array]:
+    return crf.on_each_device(functools.partial(_best_taggings, best=best), model)
 
 
-def _best_tagging(model: crf.Model) -> tuple[Array, Array]:
+def _best_taggings(model: crf.Model, best: int) -> tuple[Array, Array]:
+    """The tags [..., best, time] and the scores [..., best].
+
+    α [..., tags, best] has the scores of the best taggings that end with a tag, sorted. Entry r of tag k has index k·best + r.
+    """
     model = crf.prepared(model)
     weights = lax.stop_gradient(crf.partition(model))
-    transitions = weights.shared
+    flat = (*weights.end.shape[:-1], -1)
 
     def forward(alpha: Array, inputs: Any) -> tuple[Array, Array]:
         x, live = inputs
-        moved = alpha[..., None] + transitions
-        best, back = jnp.max(moved, axis=-2), jnp.argmax(moved, axis=-2).astype(jnp.int32)
-        following = jnp.maximum(jnp.maximum(best, x.entering) + x.unary, scaled.ABSENT)
-        return jnp.where(live[..., None], following, alpha), back
+        following, back = _merged(alpha, jnp.swapaxes(weights.shared, -1, -2))
+        following = following.at[..., 0].max(x.entering)
+        following = jnp.maximum(following + x.unary[..., None], scaled.ABSENT)
+        return jnp.where(live[..., None, None], following, alpha), back.reshape(flat)
 
-    start = jnp.full(weights.end.shape, scaled.ABSENT, weights.end.dtype)
+    start = jnp.full((*weights.end.shape, best), scaled.ABSENT, weights.end.dtype)
     alpha, back = lax.scan(forward, mesh.vary(start, mesh.axes_of(weights)), (weights.xs, weights.live))
-    some = jnp.any(weights.live, axis=0)
-    last = alpha + weights.end
-    tag = jnp.argmax(last, axis=-1).astype(jnp.int32)
-    none = some & (jnp.max(last, axis=-1) < scaled.IMPOSSIBLE)
+    some = jnp.any(weights.live, axis=0)[..., None]
+    score, index = (x.squeeze(-2) for x in _merged(alpha, weights.end[..., None, :]))
+    none = jnp.where(some, score < scaled.IMPOSSIBLE, lax.broadcasted_iota(jnp.int32, score.shape, score.ndim - 1) > 0)
 
-    def backward(tag: Array, inputs: Any) -> tuple[Array, Array]:
+    def backward(index: Array, inputs: Any) -> tuple[Array, Array]:
         back, live = inputs
-        return jnp.where(live, jnp.take_along_axis(back, tag[..., None], axis=-1).squeeze(-1), tag), tag
+        return jnp.where(live[..., None], jnp.take_along_axis(back, index, axis=-1), index), index
 
-    _, path = lax.scan(backward, tag, (back, weights.live), reverse=True)
-    path = jnp.moveaxis(path, 0, -1)
-    used = jnp.moveaxis(weights.live, 0, -1) & ~none[..., None]
-    score = crf.score(model, jnp.where(used, path, 0))
-    score = jnp.where(some, score, jnp.zeros_like(score))
-    return jnp.where(used, path, -1), numerics.where(none, -jnp.inf, score)
+    _, path = lax.scan(backward, index, (back, weights.live), reverse=True)
+    tags = jnp.moveaxis(path, 0, -1) // best
+    used = jnp.moveaxis(weights.live, 0, -1)[..., None, :] & ~none[..., None]
+    score = jax.vmap(functools.partial(crf.score, model), -2, -1)(jnp.where(used, tags, 0))
+    score = numerics.where(none, -jnp.inf, jnp.where(some, score, jnp.zeros_like(score)))
+    order = jnp.argsort(-lax.stop_gradient(score), axis=-1, stable=True)  # the sums in α were rounded in another order
+    tags = jnp.take_along_axis(jnp.where(used, tags, -1), order[..., None], axis=-2)
+    return tags, jnp.take_along_axis(score, order, axis=-1)
+
+
+def _merged(alpha: Array, added: Array) -> tuple[Array, Array]:
+    """The largest sums of α_k [..., tags, best] and of a number [..., to, tags] for tag k, and their indices, each [..., to, best].
+
+    α_k is sorted for each tag. So the next largest sum is that of the first remaining entry of some tag. Of equal sums, the one with the
+    smaller index comes first.
+    """
+    best = alpha.shape[-1]
+    ended = jnp.concatenate([alpha, jnp.full_like(alpha[..., :1], scaled.ABSENT)], axis=-1).reshape(*alpha.shape[:-2], -1)
+    tag = lax.broadcasted_iota(jnp.int32, added.shape, added.ndim - 1)
+
+    def following(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+        sums, used = carry  # of the first remaining entry of every tag [..., to, tags], and the number of used entries
+        value, k = jnp.max(sums, axis=-1), jnp.argmax(sums, axis=-1).astype(jnp.int32)
+        chosen = tag == k[..., None]
+        rank = jnp.sum(jnp.where(chosen, used, 0), axis=-1)
+        after = jnp.take_along_axis(ended, k * (best + 1) + rank + 1, axis=-1)
+        return (jnp.where(chosen, after[..., None] + added, sums), jnp.where(chosen, used + 1, used)), (value, k * best + rank)
+
+    first = alpha[..., None, :, 0] + added
+    carry = mesh.vary((first, jnp.zeros_like(tag)), mesh.axes_of(first))
+    _, found = lax.scan(following, carry, length=best)
+    return tuple(jnp.moveaxis(x, 0, -1) for x in found)  # type: ignore[return-value]
