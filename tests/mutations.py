@@ -642,7 +642,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "the best tagging ends with positions that do not count",
         "_sequence/tagging.py",
-        "return jnp.where(live[..., None], following, alpha), back",
+        "return jnp.where(live[..., None, None], following, alpha), back",
         "return following, back",
         (CRF,),
     ),

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import xentjax
 from tests.sequence import oracle
+from xentjax import sequence
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -241,6 +242,45 @@ def test_nothing_on_the_way_is_nan_and_export(rng):
     np.testing.assert_array_equal(exported.call(*arguments)[0], found[0])
 
 
+@pytest.mark.parametrize("per_frame", [None, 2])
+def test_greedy_decoding_against_a_loop(rng, per_frame):
+    """The joint network is a table of random logits, and the predictor counts labels and remembers the last one."""
+    durations, sequences, time, most, classes = (2, 0, 1, 3), 6, 9, 7, 4
+    of_classes, of_durations = (rng.normal(size=(time, 3, classes, n)).astype(np.float32) for n in (classes, len(durations)))
+    of_durations[..., 1] += 1.5  # several labels in one frame
+    frames, lengths = rng.integers(0, time, (sequences, time, 1)), np.array([9, 9, 9, 5, 1, 0])
+
+    def predictor(label, count):
+        return (count, label), (count + 1) % 3
+
+    def joint(frame, prediction):
+        at = frame[..., 0], *prediction
+        return jnp.asarray(of_classes)[at], jnp.asarray(of_durations)[at]
+
+    found, counts = sequence.tdt_greedy_decode(
+        joint,
+        predictor,
+        jnp.asarray(frames),
+        jnp.zeros(sequences, jnp.int32),
+        durations=durations,
+        max_labels=most,
+        max_labels_per_frame=per_frame,
+        logit_lengths=jnp.asarray(lengths),
+    )
+    for i in range(sequences):
+        t, in_frame, labels = 0, 0, []
+        while t < lengths[i] and len(labels) < most:
+            at = frames[i, t, 0], len(labels) % 3, labels[-1] if labels else 0
+            k = int(np.argmax(of_classes[at]))
+            d = durations[np.argmax(of_durations[at])]
+            in_frame += k > 0
+            labels += [k] * (k > 0)
+            if d == 0 and (k == 0 or in_frame == per_frame):
+                d = 1
+            t, in_frame = t + d, in_frame if d == 0 else 0
+        assert counts[i] == len(labels) and found[i].tolist() == labels + [-1] * (most - len(labels))
+
+
 def test_errors():
     z, v, y = jnp.zeros((2, 3, 3, 4)), jnp.zeros((2, 3, 3, 5)), jnp.ones((2, 2), jnp.int32)
     for message, call in {
@@ -258,6 +298,10 @@ def test_errors():
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
+    with pytest.raises(ValueError, match=r"tdt_greedy_decode: joint must return one duration logit for each of \(0, 1\); got shape \(3,\)"):
+        sequence.tdt_greedy_decode(
+            lambda frame, _: (frame, frame), lambda y, s: (y, s), z[0, 0, :, :3], y[0, 0], max_labels=1, durations=(0, 1)
+        )
     with pytest.raises(TypeError, match=r"tdt_loss: durations must be Python integers, known before tracing; got \(0.5, 1\)"):
         xentjax.tdt_loss(z, v, y, durations=(0.5, 1))
 

@@ -194,6 +194,7 @@ _SETTINGS = {  # of those whose default is None, or that have none
 # Public functions without arrays, or that pass them on to a function of the caller.
 WITHOUT = {"checked", "fuse_linear", "fuse_linear_sharded", "plan_linear", "metrics.perplexity", "huffman_tree"}
 WITHOUT |= {
+    "sequence.tdt_greedy_decode",
     "sequence.transducer_greedy_decode",
     "init_adaptive_softmax",
     *(f"samplers.{name}" for name in ("uniform", "log_uniform", "alias", "draw")),

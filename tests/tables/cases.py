@@ -258,7 +258,7 @@ ELSEWHERE = {
     **dict.fromkeys(("ctc_loss", "ctc_loss_from_log_probs", "sequence.ctc_alignment", "sequence.ctc_posteriors"), "test_ctc.py"),
     **dict.fromkeys(("sequence.ctc_greedy_decode",), "test_ctc.py"),
     **dict.fromkeys(("transducer_loss", "transducer_loss_from_log_probs", "sequence.transducer_greedy_decode"), "test_transducer.py"),
-    **dict.fromkeys(("tdt_loss", "tdt_loss_from_log_probs"), "test_tdt.py"),
+    **dict.fromkeys(("tdt_loss", "tdt_loss_from_log_probs", "sequence.tdt_greedy_decode"), "test_tdt.py"),
     **dict.fromkeys(("crf_loss", "sequence.crf_marginals", "sequence.crf_decode"), "test_crf.py"),
     **dict.fromkeys(("metrics.Ranking", "metrics.ranking", "metrics.auroc"), "test_metrics_ranking.py"),
 }

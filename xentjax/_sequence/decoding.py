@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from xentjax._core import checks, mesh, numerics, rows, values
-from xentjax._sequence import arguments, ctc, devices, frames, lattice, scaled
+from xentjax._sequence import arguments, ctc, devices, frames, lattice, scaled, tdt
 
 
 def ctc_greedy_decode(logits: ArrayLike, *, logit_lengths: ArrayLike | None = None, blank: int = 0) -> tuple[Array, Array]:
@@ -254,7 +254,96 @@ def transducer_greedy_decode(
     Reference:
         Graves, Sequence Transduction with Recurrent Neural Networks, 2012, arXiv 1211.3711.
     """
-    name = "transducer_greedy_decode"
+
+    def choose(frame: Array, prediction: Any) -> tuple[Array, Array]:
+        best = jnp.argmax(joint(frame, prediction), axis=-1).astype(jnp.int32)
+        return best, jnp.zeros_like(best)
+
+    return _decode("transducer_greedy_decode", choose, predictor, encoded, state, max_labels, max_labels_per_frame, logit_lengths, blank)
+
+
+def tdt_greedy_decode(
+    joint: Callable[[Array, Any], tuple[Array, Array]],
+    predictor: Callable[[Array, Any], tuple[Any, Any]],
+    encoded: ArrayLike,
+    state: Any,
+    *,
+    max_labels: int,
+    durations: Sequence[int] = (0, 1, 2, 3, 4),
+    max_labels_per_frame: int | None = None,
+    logit_lengths: ArrayLike | None = None,
+    blank: int = 0,
+) -> tuple[Array, Array]:
+    """Labels of a token-and-duration transducer that always takes the most probable class and duration, shape [..., max_labels].
+
+    The second result is their number, shape [...]. At frame t after u labels, let z, v = joint(encoded_t, prediction_u), let k = argmax z,
+    and let d be the duration with the largest v. If k is not the blank, it is emitted, and u ← u + 1. In both cases t ← t + d. As in NeMo,
+    a blank with duration 0 advances by one frame.
+    Gradient: none, since the results are integers.
+
+    Args:
+        joint: (frames [..., features], prediction) → logits [..., classes] and duration logits [..., durations].
+        predictor: (labels [...], state) → (prediction, next state). The first call gets the blank as label, and the initial state.
+        encoded: [..., time, features], the output of the encoder.
+        state: the initial state of the predictor, a pytree of arrays whose leading axes are `...`.
+        max_labels: number of labels after which decoding stops.
+        durations: different Python integers, at least 0, and at least one of them above 0, as in `tdt_loss`.
+        max_labels_per_frame: number of labels after which decoding goes on to the next frame; None: `max_labels`.
+        logit_lengths: [...], number of frames of each sequence; None: all.
+        blank: class index of the blank.
+
+    Returns:
+        The labels [..., max_labels], int32, with −1 after the end; and their number [...], int32.
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument has the wrong shape, or a duration is invalid.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, xentjax
+        >>> def predictor(label, state):  # this model needs no labels
+        ...     return label, state
+        >>> def joint(frame, prediction):  # the frame holds its class and its duration
+        ...     return jax.nn.one_hot(frame[..., 0], 4), jax.nn.one_hot(frame[..., 1], 3)
+        >>> frames = jnp.array([[2, 2], [3, 1], [0, 1], [1, 2]])  # the first label skips the second frame
+        >>> labels, length = xentjax.sequence.tdt_greedy_decode(
+        ...     joint, predictor, frames, jnp.array(0), max_labels=3, durations=(0, 1, 2)
+        ... )
+        >>> labels.tolist(), int(length)
+        ([2, 1, -1], 2)
+
+    Reference:
+        Xu et al., Efficient Sequence Transduction by Jointly Predicting Tokens and Durations, 2023, arXiv 2304.06795.
+    """
+    name = "tdt_greedy_decode"
+    durations = tdt.checked_durations(name, durations)
+
+    def choose(frame: Array, prediction: Any) -> tuple[Array, Array]:
+        logits, of_durations = joint(frame, prediction)
+        if of_durations.shape[-1] != len(durations):
+            raise ValueError(f"{name}: joint must return one duration logit for each of {durations}; got shape {of_durations.shape}.")
+        index, each = (numerics.expand_leading(jnp.array(x, jnp.int32), of_durations.ndim) for x in (range(len(durations)), durations))
+        chosen = jnp.argmax(of_durations, axis=-1, keepdims=True).astype(jnp.int32) == index
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.sum(jnp.where(chosen, each, 0), axis=-1)
+
+    return _decode(name, choose, predictor, encoded, state, max_labels, max_labels_per_frame, logit_lengths, blank)
+
+
+def _decode(
+    name: str,
+    choose: Callable[[Array, Any], tuple[Array, Array]],
+    predictor: Callable[[Array, Any], tuple[Any, Any]],
+    encoded: ArrayLike,
+    state: Any,
+    max_labels: int,
+    max_labels_per_frame: int | None,
+    logit_lengths: ArrayLike | None,
+    blank: int,
+) -> tuple[Array, Array]:
+    """The labels and their number.
+
+    `choose` returns the class, and the number of frames by which the decoder advances. A blank advances by at least one frame.
+    """
     x = checks.asarray(name, "encoded", encoded)
     if x.ndim < 2:
         raise ValueError(f"{name}: encoded must have shape [..., time, features]; got {x.shape}.")
@@ -275,18 +364,18 @@ def transducer_greedy_decode(
     def step(carry: Any) -> Any:
         t, count, in_frame, labels, prediction, state = carry
         at = jnp.broadcast_to(jnp.minimum(t, time - 1)[..., None, None], (*leading, 1, x.shape[-1]))
-        logits = joint(jnp.take_along_axis(x, at, axis=-2).squeeze(-2), prediction)
-        best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        best, skipped = choose(jnp.take_along_axis(x, at, axis=-2).squeeze(-2), prediction)
         running = (t < ends) & (count < most)
-        emits = running & (best != blank) & (in_frame < per_frame)
+        emits = running & (best != blank)
+        skipped = jnp.where(emits & (in_frame + 1 < per_frame), skipped, jnp.maximum(skipped, 1))
         place = lax.broadcasted_iota(jnp.int32, labels.shape, labels.ndim - 1) == count[..., None]
         labels = jnp.where(place & emits[..., None], best[..., None], labels)
         following = predictor(jnp.where(emits, best, blank), state)
         prediction, state = jax.tree.map(
             lambda new, old: jnp.where(emits.reshape(*leading, *[1] * (new.ndim - len(leading))), new, old), following, (prediction, state)
         )
-        t = jnp.where(running & ~emits, t + 1, t)
-        return t, count + emits.astype(count.dtype), jnp.where(emits, in_frame + 1, 0), labels, prediction, state
+        t, in_frame = jnp.where(running, t + skipped, t), jnp.where(skipped > 0, 0, in_frame + 1)
+        return t, count + emits.astype(count.dtype), in_frame, labels, prediction, state
 
     prediction, state = predictor(zero + blank, state)
     carry = lax.while_loop(unfinished, step, (zero, zero, zero, labels, prediction, state))

@@ -89,7 +89,7 @@ def tdt_loss(
     name = "tdt_loss"
     z = arguments.logits(name, "logits", logits, 3, "[..., time, max_labels + 1, classes]")
     time, most = z.shape[-3], z.shape[-2] - 1
-    durations = _durations(name, durations)
+    durations = checked_durations(name, durations)
     v = checks.floating(name, "duration_logits", duration_logits)
     checks.shape(name, "duration_logits", v, (*z.shape[:-1], len(durations)), "one logit per duration at each node of logits")
     sequences = arguments.sequences(name, labels, z.shape[:-3], time, logit_lengths, label_lengths, where, "logits", most)
@@ -176,7 +176,7 @@ def tdt_loss_from_log_probs(
     leading, time, most = blanks.shape[:-2], blanks.shape[-2], blanks.shape[-1] - 1
     if most < 0:
         raise ValueError(f"{name}: blank_log_probs must have shape [..., time, max_labels + 1]; got {blanks.shape}.")
-    durations = _durations(name, durations)
+    durations = checked_durations(name, durations)
     checks.shape(name, "label_log_probs", of_labels, (*leading, time, most), "one label fewer than blank_log_probs")
     meaning = "one entry per duration at each node of blank_log_probs"
     checks.shape(name, "duration_log_probs", of_durations, (*blanks.shape, len(durations)), meaning)
@@ -204,7 +204,7 @@ def _tdt_from_log_probs(
     return _loss(False, durations, nodes, log_p, None, None, nodes.valid, sequences.where)
 
 
-def _durations(function: str, durations: Sequence[int]) -> tuple[int, ...]:
+def checked_durations(function: str, durations: Sequence[int]) -> tuple[int, ...]:
     """The checked durations."""
     try:
         found = tuple(operator.index(d) for d in durations)

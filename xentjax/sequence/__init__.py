@@ -25,6 +25,7 @@ Conventions that the losses and the functions here share:
 from xentjax._sequence.decoding import ctc_alignment as ctc_alignment
 from xentjax._sequence.decoding import ctc_greedy_decode as ctc_greedy_decode
 from xentjax._sequence.decoding import ctc_posteriors as ctc_posteriors
+from xentjax._sequence.decoding import tdt_greedy_decode as tdt_greedy_decode
 from xentjax._sequence.decoding import transducer_greedy_decode as transducer_greedy_decode
 from xentjax._sequence.tagging import crf_decode as crf_decode
 from xentjax._sequence.tagging import crf_marginals as crf_marginals
