@@ -22,7 +22,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from xentjax._core import checks, mesh, numerics, rows, statistics, surprises, values
-from xentjax._sequence import arguments, lattice, scaled, transducer
+from xentjax._sequence import arguments, devices, lattice, scaled, transducer
 from xentjax._sequence.scaled import Scaled
 
 
@@ -111,6 +111,18 @@ def _tdt(
     durations: tuple[int, ...],
     blank: int,
 ) -> Array:
+    of_sequences = batch, of_durations, sequences
+    return devices.on_each(functools.partial(_of_logits, durations, blank), batch.logits.ndim - 3, of_sequences, (sigma,))
+
+
+def _of_logits(
+    durations: tuple[int, ...],
+    blank: int,
+    batch: rows.Examples,
+    of_durations: Array,
+    sequences: arguments.Sequences,
+    sigma: ArrayLike | None,
+) -> Array:
     nodes = transducer.nodes_of(sequences, batch.logits.shape[-3])
     dtype = numerics.accumulation_dtype(batch.logits.dtype, of_durations.dtype)
     *of_classes, valid = transducer.log_probabilities(batch, sequences, nodes, blank)
@@ -193,6 +205,13 @@ def tdt_loss_from_log_probs(
 def _tdt_from_log_probs(
     blanks: Array, of_labels: Array, of_durations: Array, sequences: arguments.Sequences, durations: tuple[int, ...]
 ) -> Array:
+    of_sequences = blanks, of_labels, of_durations, sequences
+    return devices.on_each(functools.partial(_of_log_probs, durations), blanks.ndim - 2, of_sequences)
+
+
+def _of_log_probs(
+    durations: tuple[int, ...], blanks: Array, of_labels: Array, of_durations: Array, sequences: arguments.Sequences
+) -> Array:
     nodes = transducer.nodes_of(sequences, blanks.shape[-2])
     dtype = numerics.accumulation_dtype(blanks.dtype, of_labels.dtype, of_durations.dtype)
     of_labels = jnp.concatenate([of_labels, jnp.zeros_like(of_labels, shape=(*blanks.shape[:-1], 1))], axis=-1)
@@ -271,7 +290,7 @@ def _lost(durations: tuple[int, ...], nodes: transducer.Nodes, log_p: tuple[Arra
 def _lattice(durations: tuple[int, ...], normalized: bool) -> lattice.Lattice:
     """The lattice for these durations. The states are a tuple: α of this diagonal, and of each of the following diagonals so far."""
 
-    def lost(lost: Array, fixed: Any) -> tuple[Array, ...]:
+    def lost(xs: Array, lost: Array, fixed: Any) -> tuple[Array, ...]:
         return lost, *[jnp.zeros_like(lost)] * max(durations)
 
     return lattice.Lattice(functools.partial(_advance, durations), functools.partial(_retreat, durations), lost if normalized else None)
