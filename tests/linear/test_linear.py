@@ -173,8 +173,12 @@ def test_confident_labels_keep_their_loss_and_gradient():
     np.testing.assert_allclose(slope, [[-80 * tiny, 40 * tiny, 40 * tiny]], rtol=60 * EPS)
 
 
-@pytest.mark.parametrize(("leading", "chunk_size"), [((7,), 3), ((2, 7), 4), ((3, 2, 5), 6), ((5, 4), 3), ((), 1)])
+@pytest.mark.parametrize(("leading", "chunk_size"), [((7,), 3), ((2, 7), 4), ((3, 2, 5), 6), ((5, 4), 3), ((), 1), ((9,), 3), ((2, 12), 8)])
 def test_joined_chunks_have_the_order_of_the_examples(leading, chunk_size):
     x = jnp.arange(2 * math.prod(leading)).reshape(*leading, 2)
     cut = layout.even(leading, chunk_size)
     np.testing.assert_array_equal(cut.join(*cut.split(x)), x)
+    if cut.equal:
+        first, others = cut.split(x)
+        np.testing.assert_array_equal(cut.stack(x), [first, *others])
+        np.testing.assert_array_equal(cut.unstack(cut.stack(x)), x)

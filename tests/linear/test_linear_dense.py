@@ -62,6 +62,7 @@ SETTINGS = [
     ("mean", (97,), 131, 16, True),
     ("mean", (97,), 131, 1000, False),
     ("mean", (97,), 101, None, True),
+    ("mean", (96,), 131, 16, False),
     ("mean", (1,), 131, 16, False),
     ("mean", (), 101, 7, False),
     ("mean", (5, 13), 131, 16, True),
@@ -87,6 +88,17 @@ def test_equals_dense_to_second_order(rng, reduction, leading, classes, chunk_si
     expected = in_float64(derivatives(dense(reduction, labels, where), cotangent), x, t)
     close(first, expected[0], FIRST)
     close(second, expected[1], SECOND)
+
+
+def test_chunks_of_equal_size_equal_dense(rng, leading=(2, 12)):
+    # Three chunks, of four examples of both sequences. One loop computes all of them, and adds to zeros.
+    x, labels, where = problem(rng, leading)
+
+    def value_and_gradients(function):
+        return lambda x: jax.value_and_grad(lambda x: function(*x))(x)
+
+    found = jax.jit(value_and_gradients(fused("mean", labels, where, 8)))(x)
+    close(found, in_float64(value_and_gradients(dense("mean", labels, where)), x), FIRST)
 
 
 @pytest.mark.parametrize("case", [c for c in cases.CATEGORICAL if c.thorough], ids=str)

@@ -115,6 +115,11 @@ def test_number_of_products_of_a_gradient(reduction):
     assert count == {"mean": 6, "none": 7}[reduction]
 
 
+def test_chunks_of_equal_size_are_compiled_once():
+    h, y = jax.ShapeDtypeStruct((N + 3, D), jnp.float32), jax.ShapeDtypeStruct((N + 3,), jnp.int32)
+    assert products(jax.grad(loss("mean"), (0, 1)), h, K, y) == 3
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_products_take_the_input_dtype_and_accumulate_in_float32(dtype):
     h, k = jnp.zeros((N, D), dtype), jnp.zeros((D, V), dtype)

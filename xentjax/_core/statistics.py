@@ -5,7 +5,7 @@ For a row z with largest logit m and label y, let
     gap          d = z_y − m
     rest         R = Σ_{k≠y} e^(z_k − m)                over all classes but the label, so nothing cancels when the label dominates
     log-rest     ℓ = log R
-    log-sum      c = lse(z) − m = log(e^d + R) = log1p(R + (e^d − 1))
+    log-sum      c = lse(z) − m = log(e^d + R) = log1p(R + expm1(d))
     log-odds     a = d − ℓ
     surprise     u = −log p_y = c − d                   neither term is negative
 
