@@ -293,6 +293,31 @@ def test_shift_invariance(case, shift, rng):
         np.testing.assert_array_equal(shifted, plain)
 
 
+SHIFTED = [c for c in cases.CLASSES + cases.STATISTICS if "z_loss" not in c.formula and c.inputs == "logits"]
+ALWAYS = ("softmax_cross_entropy", "logit_adjusted_cross_entropy", "row_statistics-expected_logit")
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=() if str(c) in ALWAYS else pytest.mark.exhaustive, id=str(c)) for c in SHIFTED])
+def test_logits_near_the_largest_number(case, rng):
+    """Rows of equal logits, some of them −∞. Only log-normalizers and expected logits change with a shift: by the shift."""
+    kind = case.kinds[0]
+    _, labels = case.draw(rng, (3,), kind=kind)
+    possible = np.ones((3, 7), bool)
+    possible[1, 1:3] = possible[2, :5] = False
+    if kind == "index":
+        labels = jnp.array([1, 5, 6], jnp.int32)
+    moves = case.field in ("log_normalizer", "expected_logit")
+    for dtype in (jnp.float32, jnp.bfloat16):
+        plain, slope = cases.evaluate(case, jnp.where(possible, jnp.zeros((), dtype), -jnp.inf), labels)
+        for size in (3.2e38, -3.2e38, -1e37):
+            shift = jnp.asarray(size, dtype)
+            found, slope_there = cases.evaluate(case, jnp.where(possible, shift, -jnp.inf), labels)
+            expected = plain + shift.astype(jnp.float32) if moves else plain
+            np.testing.assert_allclose(found, expected, rtol=8 * EPS)  # a sum of seven products; other results are equal
+            # The expected logit of equal logits has the gradient p_k, from terms that cancel.
+            np.testing.assert_allclose(np.float32(slope_there), np.float32(slope), atol=8 * EPS)
+
+
 @pytest.mark.exhaustive
 def test_float64(x64, rng):
     for case in cases.LOSSES:

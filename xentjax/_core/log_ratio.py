@@ -116,7 +116,7 @@ def _total(r: rows.Rows, m: Array, temperature: Array) -> Array:
 
 
 def _exponentials(r: rows.Rows, m: Array, temperature: Array) -> Array:
-    x = (rows.finite_values(r) - m[..., None]) / temperature[..., None]
+    x = rows.relative(r, m) / temperature[..., None]
     keep = rows.full_mask(r)
     return jnp.exp(x if keep is None else numerics.where(keep, x, -jnp.inf))
 

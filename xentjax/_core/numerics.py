@@ -76,6 +76,22 @@ def finite(x: Array) -> Array:
 finite.defjvp(lambda primals, tangents: (finite(*primals), tangents[0]))
 
 
+@jax.custom_jvp
+def finite_difference(x: Array, m: Array) -> Array:
+    """`x` − `m` as a finite number, where `m` is finite: −INFINITE if `x` is −∞. The derivatives are 1 and −1 everywhere.
+
+    The difference is computed before infinities are replaced, so that finite numbers above INFINITE in size keep their difference. If `x`
+    is a product, XLA would round the product and the difference only once. Then x − x would not be 0. The clamp prevents this.
+    """
+    most = jnp.asarray(jnp.finfo(x.dtype).max, x.dtype)
+    return finite(where(x == -jnp.inf, x, lax.clamp(-most, x, most) - m))
+
+
+@finite_difference.defjvp
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    return finite_difference(*primals), tangents[0] - tangents[1]
+
+
 # XLA would merge two barriers with the same operand. So each barrier also has the operand `after`, which differs between barriers.
 _fresh = Primitive("fresh")
 _fresh.def_impl(lambda x, after: x)

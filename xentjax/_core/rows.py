@@ -107,7 +107,7 @@ def adjusted(rows: Rows, scale: ArrayLike = 1.0, offset: Array | float = 0.0) ->
     """
     z = rows.values
     m = reference(rows)
-    plain = numerics.where(jnp.isfinite(z), finite_values(rows) - m[..., None], 0)
+    plain = numerics.where(jnp.isfinite(z), relative(rows, m), 0)
     z = numerics.where(jnp.isfinite(z), jnp.asarray(scale, z.dtype) * plain + offset, z)
     return rows._replace(raw=z, values=z)
 
@@ -118,6 +118,14 @@ def adjusted(rows: Rows, scale: ArrayLike = 1.0, offset: Array | float = 0.0) ->
 def finite_values(rows: Rows) -> Array:
     """The logits as finite numbers, shape [..., classes]; 0 in classes that do not exist and in examples that do not count."""
     return masked(numerics.finite(rows.values), rows.where, rows.class_mask)
+
+
+def relative(rows: Rows, m: Array) -> Array:
+    """The differences z − m as finite numbers, shape [..., classes]; 0 in classes that do not exist and in examples that do not count.
+
+    m [...] is the largest logit. See `numerics.finite_difference`.
+    """
+    return masked(numerics.finite_difference(rows.values, m[..., None]), rows.where, rows.class_mask)
 
 
 def not_infinite(rows: Rows) -> Array:

@@ -378,6 +378,6 @@ def _gap(r: rows.Rows, m: Array) -> Array:
     if r.class_mask is not None:
         z = numerics.where(numerics.take_last(r.class_mask, local[..., None]).squeeze(-1), z, -jnp.inf)
     if (here := rows.is_here(r, labels)) is not None:
-        z = rows.sum_over_devices(r, numerics.where(here, numerics.finite(z), 0))
-    d = numerics.nan_unless(inside, numerics.finite(z) - m)
+        z = rows.sum_over_devices(r, numerics.where(here, z, 0))
+    d = numerics.nan_unless(inside, numerics.finite_difference(z, m))
     return d if r.where is None else numerics.where(r.where, d, jnp.zeros_like(d))

@@ -118,10 +118,10 @@ def _surprise(
     m and c are functions of `values`. The rule takes their derivatives into account, and ignores the tangents of the arguments m and c.
     """
     r = rows.Rows(raw, values, None, class_mask, where, axis_name)
-    z = rows.finite_values(r)
+    x = rows.relative(r, m)
     if class_mask is not None:
-        z = numerics.where(class_mask, z, -numerics.INFINITE)
-    u = (m[..., None] - _at(r, z, index)) + c[..., None]
+        x = numerics.where(class_mask, x, -numerics.INFINITE)
+    u = c[..., None] - _at(r, x, index)
     if class_mask is not None and index is None:
         u = numerics.where(class_mask, u, numerics.INFINITE)
     return u, c + _zero_at_largest(r, m, _is_pivot(r, m, c))
@@ -160,7 +160,7 @@ def _is_pivot(r: rows.Rows, m: Array, c: Array) -> Array:
 
 def _zero_at_largest(r: rows.Rows, m: Array, largest: Array) -> Array:
     """Σ (m − z_k) over the classes in `largest` [..., classes], which all have the logit m: 0 with a derivative, shape [...]."""
-    return rows.class_sum(r, numerics.where(largest, m[..., None] - rows.finite_values(r), 0))
+    return rows.class_sum(r, numerics.where(largest, -rows.relative(r, m), 0))
 
 
 def _at(r: rows.Rows, per_class: Array, index: Array | None) -> Array:

@@ -340,7 +340,7 @@ def _statistics(batch: rows.Examples) -> RowStatistics:
         log_prob=-statistics.finish(r, stats, loss),
         log_normalizer=rows.row_value(r, statistics.log_normalizer(r, stats)),
         entropy=rows.row_value(r, surprises.entropy(r, stats)),
-        expected_logit=rows.row_value(r, rows.class_sum(r, p * rows.finite_values(r))),
+        expected_logit=rows.row_value(r, stats.reference + rows.class_sum(r, p * rows.relative(r, stats.reference))),
         max_logit=rows.row_value(r, rows.largest(r)),
         correct=statistics.hits(r, stats),
     )

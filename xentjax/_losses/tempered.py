@@ -135,7 +135,7 @@ def _surprises(values: Array, heavy: Array, class_mask: Array | None, where: Arr
     `heavy` [...] is t2 − 1.
     """
     r = rows.Rows(values, values, None, class_mask, where, axis_name)
-    x = _solve(r, heavy)[..., None] + (rows.reference(r)[..., None] - rows.finite_values(r))
+    x = _solve(r, heavy)[..., None] - rows.relative(r, rows.reference(r))
     return numerics.where(rows.not_infinite(r), numerics.scaled_log1p(x, heavy[..., None]), numerics.INFINITE)
 
 

@@ -48,7 +48,7 @@ def _probabilities(
     rest = _of_rows(rows.class_sum(r, jnp.exp(_existing(r, values) - m[..., None]) * outside), where)
     first = _first(index)
     largest = z >= m[..., None]  # not `z - m >= 0`: if z is a product, XLA may round the product and the difference once instead of twice
-    gap = numerics.where(largest, 0, z - m[..., None])
+    gap = numerics.where(largest, 0, numerics.finite_difference(z, m[..., None]))
     below = jnp.sum(numerics.where(first & ~largest, jnp.exp(gap), 0), axis=-1)
     count = jnp.sum((first & largest).astype(m.dtype), axis=-1)  # how often the largest logit occurs in V
     total = rest + (below + count)
@@ -119,17 +119,11 @@ def _moved_at(r: rows.Rows, moved: Array, index: Array) -> Array:
 
 
 def _at(r: rows.Rows, index: Array) -> Array:
-    """The logits of the classes `index` as finite numbers, shape [..., n]; no derivative."""
-    z = rows.at_index(r, lax.stop_gradient(r.raw), index).astype(r.values.dtype) if r.axis_name is None else _split_at(r, index)
-    z = numerics.finite(z)
+    """The logits of the classes `index`, −∞ for a class that does not exist, shape [..., n]; no derivative."""
+    z = rows.at_index(r, lax.stop_gradient(r.raw), index).astype(r.values.dtype)
     if r.class_mask is not None:
-        z = numerics.where(rows.at_index(r, r.class_mask, index), z, -numerics.INFINITE)
+        z = numerics.where(rows.at_index(r, r.class_mask, index), z, -jnp.inf)
     return rows.masked(z, r.where)
-
-
-def _split_at(r: rows.Rows, index: Array) -> Array:
-    """`_at` for classes that are split over devices. A sum over devices follows, so infinite logits are made finite first."""
-    return rows.at_index(r, numerics.finite(lax.stop_gradient(r.values)), index)
 
 
 def _member(r: rows.Rows, index: Array) -> Array:

@@ -74,9 +74,10 @@ def hits(r: rows.Rows, k: int, first: bool) -> Array:
     NaN if the label is out of range or a logit is NaN. It is 0 if the example does not count or its label is impossible.
     """
     assert r.labels is not None
-    z = rows.finite_values(r)
+    most = jnp.finfo(r.values.dtype).max  # represents ∞, since logits of any size are compared
+    z = rows.masked(jnp.clip(r.values, -most, most), r.where, r.class_mask)
     own = rows.at_label(r, z)
-    possible = ~numerics.is_infinite(-own)
+    possible = ~(own <= -most)  # also if `own` is NaN
     if r.class_mask is not None:
         possible &= rows.at_label(r, r.class_mask)
     index, y, label_logit = rows.class_index(r), r.labels[..., None], rows.as_column(r, own)
