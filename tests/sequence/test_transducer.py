@@ -257,5 +257,15 @@ def test_errors():
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
+    for message, given in {
+        r"blank must be a class, at least 0; got -1\.": {"blank": -1},
+        r"blank must be a class in \[0, 4\); got 4\.": {"blank": 4},
+        r"max_labels must be at least 1; got 0\.": {"max_labels": 0},
+        r"max_labels_per_frame must be at least 1; got -1\.": {"max_labels_per_frame": -1},
+        r"joint must return logits of shape \(2, classes\); got \(4,\)\.": {"joint": lambda frame, last: frame[0]},
+    }.items():
+        arguments = {"joint": lambda frame, last: frame, "predictor": lambda label, last: (label, label), "max_labels": 2, **given}
+        with pytest.raises(ValueError, match=f"transducer_greedy_decode: {message}"):
+            sequence.transducer_greedy_decode(encoded=z[:, :, 0], state=jnp.zeros(2, jnp.int32), **arguments)
     with pytest.raises(ValueError, match=r"transducer_loss: label_lengths\[1\] = 3 is outside \[0, 2\]"):
         xentjax.checked(xentjax.transducer_loss)(z, y, label_lengths=jnp.array([2, 3]))

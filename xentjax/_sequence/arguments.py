@@ -64,13 +64,15 @@ def _outside(x: Array, high: int) -> Array:
     return (x < 0) | (x > high)
 
 
-def blank(function: str, index: int, classes: int) -> int:
-    """The checked class index of the blank."""
+def blank(function: str, index: int, classes: int | None) -> int:
+    """The checked class index of the blank. `classes` is None while the number of classes is not known."""
     try:
         found = operator.index(index)
     except TypeError as error:
         raise TypeError(f"{function}: blank must be a Python integer, known before tracing; got {type(index).__name__}.") from error
-    if not 0 <= found < classes:
+    if found < 0 and classes is None:
+        raise ValueError(f"{function}: blank must be a class, at least 0; got {found}.")
+    if classes is not None and not 0 <= found < classes:
         remedy = f" Use blank={classes - 1} for the last class." if found == -1 else ""
         raise ValueError(f"{function}: blank must be a class in [0, {classes}); got {found}.{remedy}")
     return found

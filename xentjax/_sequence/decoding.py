@@ -238,7 +238,7 @@ def transducer_greedy_decode(
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: an argument has the wrong shape.
+        ValueError: an argument or the result of `joint` has the wrong shape, `blank` is no class, or a number of labels is below 1.
 
     Example:
         >>> import jax, jax.numpy as jnp, xentjax
@@ -255,11 +255,10 @@ def transducer_greedy_decode(
         Graves, Sequence Transduction with Recurrent Neural Networks, 2012, arXiv 1211.3711.
     """
 
-    def choose(frame: Array, prediction: Any) -> tuple[Array, Array]:
-        best = jnp.argmax(joint(frame, prediction), axis=-1).astype(jnp.int32)
-        return best, jnp.zeros_like(best)
+    def score(frame: Array, prediction: Any) -> tuple[Array, ArrayLike]:
+        return joint(frame, prediction), 0
 
-    return _decode("transducer_greedy_decode", choose, predictor, encoded, state, max_labels, max_labels_per_frame, logit_lengths, blank)
+    return _decode("transducer_greedy_decode", score, predictor, encoded, state, max_labels, max_labels_per_frame, logit_lengths, blank)
 
 
 def tdt_greedy_decode(
@@ -318,20 +317,20 @@ def tdt_greedy_decode(
     name = "tdt_greedy_decode"
     durations = tdt.checked_durations(name, durations)
 
-    def choose(frame: Array, prediction: Any) -> tuple[Array, Array]:
+    def score(frame: Array, prediction: Any) -> tuple[Array, ArrayLike]:
         logits, of_durations = joint(frame, prediction)
         if of_durations.shape[-1] != len(durations):
             raise ValueError(f"{name}: joint must return one duration logit for each of {durations}; got shape {of_durations.shape}.")
         index, each = (numerics.expand_leading(jnp.array(x, jnp.int32), of_durations.ndim) for x in (range(len(durations)), durations))
         chosen = jnp.argmax(of_durations, axis=-1, keepdims=True).astype(jnp.int32) == index
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.sum(jnp.where(chosen, each, 0), axis=-1)
+        return logits, jnp.sum(jnp.where(chosen, each, 0), axis=-1)
 
-    return _decode(name, choose, predictor, encoded, state, max_labels, max_labels_per_frame, logit_lengths, blank)
+    return _decode(name, score, predictor, encoded, state, max_labels, max_labels_per_frame, logit_lengths, blank)
 
 
 def _decode(
     name: str,
-    choose: Callable[[Array, Any], tuple[Array, Array]],
+    score: Callable[[Array, Any], tuple[Array, ArrayLike]],
     predictor: Callable[[Array, Any], tuple[Any, Any]],
     encoded: ArrayLike,
     state: Any,
@@ -342,11 +341,12 @@ def _decode(
 ) -> tuple[Array, Array]:
     """The labels and their number.
 
-    `choose` returns the class, and the number of frames by which the decoder advances. A blank advances by at least one frame.
+    `score` returns the logits, and the number of frames by which the decoder advances. A blank advances by at least one frame.
     """
     x = checks.asarray(name, "encoded", encoded)
     if x.ndim < 2:
         raise ValueError(f"{name}: encoded must have shape [..., time, features]; got {x.shape}.")
+    blank = arguments.blank(name, blank, None)
     most, per_frame = checks.count(name, "max_labels", max_labels), max_labels_per_frame
     per_frame = most if per_frame is None else checks.count(name, "max_labels_per_frame", per_frame)
     leading, time = x.shape[:-2], x.shape[-2]
@@ -364,7 +364,12 @@ def _decode(
     def step(carry: Any) -> Any:
         t, count, in_frame, labels, prediction, state = carry
         at = jnp.broadcast_to(jnp.minimum(t, time - 1)[..., None, None], (*leading, 1, x.shape[-1]))
-        best, skipped = choose(jnp.take_along_axis(x, at, axis=-2).squeeze(-2), prediction)
+        logits, skipped = score(jnp.take_along_axis(x, at, axis=-2).squeeze(-2), prediction)
+        if logits.ndim != len(leading) + 1 or logits.shape[:-1] != leading:
+            expected = f"({''.join(f'{n}, ' for n in leading)}classes{'' if leading else ','})"
+            raise ValueError(f"{name}: joint must return logits of shape {expected}; got {logits.shape}.")
+        arguments.blank(name, blank, logits.shape[-1])
+        best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         running = (t < ends) & (count < most)
         emits = running & (best != blank)
         skipped = jnp.where(emits & (in_frame + 1 < per_frame), skipped, jnp.maximum(skipped, 1))
