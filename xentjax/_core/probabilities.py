@@ -35,7 +35,7 @@ def _with_complements(
     e = statistics.exponentials(r)
     largest = e.marked < -0.5
     scale, rest = lax.optimization_barrier((1 / (1 + e.excess), e.excess / (1 + e.excess)))  # once per row, not once per class
-    p = numerics.where(largest, -e.marked, e.marked) * scale[..., None]
+    p = statistics.unmarked(e.marked) * scale[..., None]
     return p, numerics.where(largest & (p > 0.5), jnp.broadcast_to(rest[..., None], p.shape), 1 - p)
 
 

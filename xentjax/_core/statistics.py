@@ -277,7 +277,7 @@ class Exponentials(NamedTuple):
     def probabilities(self) -> Array:
         """The probability p_k of every class, shape [..., classes]. The code has the correct first derivatives."""
         scale = lax.optimization_barrier(1 / (1 + self.excess))  # computed once per row, not once per class
-        return numerics.where(self.marked < -0.5, -self.marked, self.marked) * scale[..., None]
+        return unmarked(self.marked) * scale[..., None]
 
 
 def exponentials(r: rows.Rows) -> Exponentials:
@@ -285,6 +285,11 @@ def exponentials(r: rows.Rows) -> Exponentials:
     m = rows.reference(r)
     marked = marked_exponentials(r, m)
     return Exponentials(m, marked, *_rest_and_ties(r, m, marked))
+
+
+def unmarked(marked: Array) -> Array:
+    """The exponentials [..., classes] without the mark: e^(z_k − m) of every class, which is 1 at the largest."""
+    return numerics.where(marked < -0.5, -marked, marked)
 
 
 def marked_exponentials(r: rows.Rows, m: Array) -> Array:

@@ -327,5 +327,4 @@ def _exponentials(r: rows.Rows, stats: statistics.Statistics) -> tuple[Array, Ar
     m = stats.reference
     if isinstance(stats, statistics.WithLabel):
         return statistics.off_label_exponentials(r, m), jnp.exp(stats.gap)
-    marked = statistics.marked_exponentials(r, m)
-    return numerics.where(marked < -0.5, -marked, marked), None
+    return statistics.unmarked(statistics.marked_exponentials(r, m)), None

@@ -310,7 +310,8 @@ def _is_scaled(x: Any) -> bool:
 
 def _parted(numbers: Any) -> tuple[Any, Any]:
     """A pytree of `Scaled` as two pytrees: mantissas and exponents."""
-    return tuple(jax.tree.map(lambda x, i=i: x[i], numbers, is_leaf=_is_scaled) for i in range(2))  # type: ignore[return-value]
+    mantissas, exponents = (jax.tree.map(lambda x, i=i: x[i], numbers, is_leaf=_is_scaled) for i in range(2))
+    return mantissas, exponents
 
 
 def _joined(mantissas: Any, exponents: Any) -> Any:
