@@ -288,7 +288,7 @@ def lovasz_softmax_loss(
 def _lovasz_softmax(batch: rows.Examples, spatial: int) -> Array:
     r = rows.of(batch)
     e = _per_pixel(r)
-    return _finish(batch, spatial, _lovasz(e.wrong, e.target, rows.full_mask(r), spatial))
+    return _finish(batch, spatial, _lovasz(e.wrong, e.target, spatial))
 
 
 def lovasz_hinge_loss(logits: ArrayLike, labels: ArrayLike, *, spatial: int = 2, where: ArrayLike | None = None) -> Array:
@@ -342,8 +342,7 @@ def _lovasz_hinge(logits: Array, labels: Array, where: Array | None, spatial: in
         z, y = numerics.where(where, z, 0), numerics.where(where, y, 0)
     error = 1 - numerics.where(y == 1, z, -z)
     error = numerics.where(error > 0, error, 0) if where is None else numerics.where((error > 0) & where, error, 0)
-    keep = None if where is None else where[..., None]
-    loss = _lovasz(error[..., None], (y == 1).astype(dtype)[..., None], keep, spatial)[..., 0]
+    loss = _lovasz(error[..., None], (y == 1).astype(dtype)[..., None], spatial)[..., 0]
     return numerics.nan_unless(jnp.all((y == 0) | (y == 1), axis=_pixel_axes(y.ndim, spatial)), numerics.restore_infinity(loss))
 
 
@@ -504,7 +503,7 @@ def _sums(batch: rows.Examples, spatial: int, squared: bool, alpha: Array | floa
     return _Errors(*(_pixel_sum(x, spatial) for x in _per_pixel(rows.of(batch), squared, alpha, beta)))
 
 
-def _lovasz(error: Array, target: Array, keep: Array | None, spatial: int) -> Array:
+def _lovasz(error: Array, target: Array, spatial: int) -> Array:
     """Σ_i m_i (Δ_i − Δ_{i−1}) over the pixels, shape [..., classes], from errors and labels [..., *spatial, classes].
 
     Let I be the number of pixels of the class without the first i − 1 pixels, U the number of pixels in the union of the class and the
@@ -513,7 +512,8 @@ def _lovasz(error: Array, target: Array, keep: Array | None, spatial: int) -> Ar
         Δ_i − Δ_{i−1} = I/U − (I − t)/(U + 1 − t) = (I (1 − t) + U t)/(U (U + 1 − t)),
 
     in which nothing cancels. If the class is absent, Δ_1 is 1. These factors depend only on the order of the errors, so they are treated as
-    constants.
+    constants. Errors are at least 0. A pixel that does not count has error 0 and label 0. It changes the factors only of pixels with
+    error 0, whose terms and derivatives are 0. So its place in the order does not matter.
     """
     if error.size == 0:
         return _pixel_sum(error, spatial)
@@ -523,8 +523,6 @@ def _lovasz(error: Array, target: Array, keep: Array | None, spatial: int) -> Ar
 
     m = last(error)
     negative, axis = -lax.stop_gradient(m), m.ndim - 1
-    if keep is not None:  # pixels that do not count come last
-        negative = numerics.where(last(jnp.broadcast_to(keep, error.shape)), negative, 1)
     place = lax.broadcasted_iota(jnp.int32, m.shape, axis, out_sharding=mesh.split_of(m))
     _, place, t = lax.sort((negative, place, last(lax.stop_gradient(target))), dimension=axis, num_keys=1, is_stable=False)
     left, others = lax.cumsum(t, axis, reverse=True), lax.cumsum(1 - t, axis)
