@@ -119,6 +119,17 @@ def test_a_path_through_an_improbable_tag(rng):
     np.testing.assert_allclose(sequence.crf_marginals(unary, transitions), marginals, atol=ROUNDING * EPS)
 
 
+@pytest.mark.parametrize("keyword", ["start", "end"])
+def test_a_forbidden_first_or_last_tag(keyword):
+    forbidden = {keyword: jnp.array([0, -jnp.inf, 0])}
+    labels = jnp.array([[1, 0, 2, 1], [0, 1, 1, 2]])  # the tags of the second sequence are possible
+    loss, pull = jax.vjp(lambda u: xentjax.crf_loss(u, labels, jnp.zeros((TAGS, TAGS)), **forbidden), jnp.zeros((2, TIME, TAGS)))
+    (slope,) = pull(jnp.ones(2))
+    assert loss[0] == jnp.inf and not slope[0].any()
+    np.testing.assert_allclose(loss[1], np.log(2 * 3**3), rtol=ROUNDING * EPS)
+    assert slope[1].any()
+
+
 def test_marginals_and_the_best_tagging(rng):
     scores, labels, where = draw(rng)
 

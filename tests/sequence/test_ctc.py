@@ -349,6 +349,30 @@ def test_checked(rng):
     )
 
 
+def test_a_lost_class_that_is_repeated(rng):
+    """At the last frames, nearly all lost probability is that of label 1, which stands twice among the labels."""
+    z = rng.normal(size=(5, CLASSES))
+    z[np.arange(5), [1, 0, 1, 2, 2]] += 40
+    z[3:, 1] += 20
+    loss, slope = jax.value_and_grad(xentjax.ctc_loss)(jnp.asarray(z, jnp.float32), jnp.array([1, 1, 2]))
+    expected, gradient, *_ = oracle.ctc(np.float32(z), [1, 1, 2])
+    assert expected < 1e-6
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)  # exponents up to 40 are rounded
+    np.testing.assert_allclose(slope, gradient, atol=1e-4 * expected)
+
+
+def test_gradient_of_a_certain_path(rng):
+    """The component of the class of a frame is 1 − p, which is the sum of the other probabilities."""
+    z, path = rng.normal(size=(4, CLASSES)), [1, 0, 2, 2]
+    z[np.arange(4), path] += 40
+    slope = jax.grad(lambda z: sequence.ctc_alignment(z, jnp.array([1, 2]))[1])(jnp.asarray(z, jnp.float32))
+    e = np.exp(np.float64(np.float32(z)))
+    p = e / e.sum(-1, keepdims=True)
+    others = np.where(np.eye(CLASSES)[path] == 1, 0, p)
+    # The exponents up to 45 are rounded.
+    np.testing.assert_allclose(slope, np.where(np.eye(CLASSES)[path] == 1, others.sum(-1, keepdims=True), -p), rtol=100 * EPS)
+
+
 def test_torch(rng, x64):
     """torch differentiates through its log-softmax. The first four sequences have an alignment."""
     torch = pytest.importorskip("torch")
