@@ -548,8 +548,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "the derivative of a certain class as a difference",
         "_sequence/frames.py",
-        "numerics.where(on_pivot, jnp.broadcast_to(of_pivot[..., None], general.shape), general)",
-        "general",
+        "numerics.where(pivot, of_pivot, of_index - by_all[..., None])",
+        "of_index - by_all[..., None]",
         (CTC,),
     ),
     Mutation(
