@@ -156,6 +156,7 @@ ROOMS = {  # the file that defines a name, and the title of its group
     "_losses.imbalance": "Rare classes",
     "_losses.margin": "Embeddings",
     "_losses.distillation": "Distillation",
+    "_losses.top_k_teacher": "Distillation from the most probable classes of a teacher",
     "_losses.likelihood": "Real numbers, counts and levels",
     "_losses.ordinal": "Ordered classes",
     "_losses.overlap": "Regions",

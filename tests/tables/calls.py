@@ -122,6 +122,11 @@ _ARRAYS: dict[str, dict[str, Any]] = {
     "margin_cross_entropy": {"cosines": _float(N, K), "labels": _indices(N)},
     "sigmoid_cross_entropy": BITS | {"pos_weight": _float(K)},
     "distillation_loss": {"student_logits": _float(N, K), "teacher_logits": _float(N, K)},
+    "top_k_distillation_loss": {
+        "student_logits": _float(N, K),
+        "teacher_ids": np.array([[0, 1], [3, 2], [1, 3]], np.int32),
+        "teacher_log_probs": _float(N, 2) - 1.9,
+    },
     "gaussian_nll": {"mean": _float(N), "targets": _float(N), "variance": _float(N)},
     "laplace_nll": {"mean": _float(N), "targets": _float(N), "log_scale": _float(N)},
     "poisson_nll": {"log_rate": _float(N), "targets": _indices(N)},

@@ -311,18 +311,23 @@ def class_weights(function: str, class_weights: ArrayLike | None, batch: rows.Ex
 def top_k(function: str, ids: ArrayLike, probs: ArrayLike, batch: rows.Examples) -> tuple[Array, Array]:
     """Checked sparse soft labels: k class indices per example and their probabilities, both of shape [..., k]."""
     i, p = integers(function, "label_ids", ids), floating(function, "label_probs", probs)
-    z, axis = batch.logits, batch.axis
-    leading = _without(z.shape, axis)
-    if i.ndim != z.ndim or i.shape[:-1] != leading:
-        expected = f"({''.join(f'{n}, ' for n in leading)}k)" if leading else "(k,)"
-        raise ValueError(
-            f"{function}: label_ids must have shape {expected}, the shape of logits without its class axis, followed by k classes per "
-            f"example; got {i.shape}."
-        )
-    shape(function, "label_probs", p, i.shape, "the shape of label_ids")
+    sparse(function, {"label_ids": i, "label_probs": p}, batch)
     values.indices(function, "label_ids", i, batch.classes, batch.where)
     values.probabilities(function, "label_probs", p, batch.where)
     return i, p
+
+
+def sparse(function: str, named: dict[str, Array], batch: rows.Examples, inputs: str = "logits") -> None:
+    """Raise ValueError unless class indices and a number for each of them, the two entries of `named`, have shape [..., k]."""
+    (ids, i), (numbers, x) = named.items()
+    z, leading = batch.logits, _without(batch.logits.shape, batch.axis)
+    if i.ndim != z.ndim or i.shape[:-1] != leading:
+        expected = f"({''.join(f'{n}, ' for n in leading)}k)" if leading else "(k,)"
+        raise ValueError(
+            f"{function}: {ids} must have shape {expected}, the shape of {inputs} without its class axis, followed by k classes per "
+            f"example; got {i.shape}."
+        )
+    shape(function, numbers, x, i.shape, f"the shape of {ids}")
 
 
 def elements(function: str, logits: ArrayLike, labels: ArrayLike, where: ArrayLike | None) -> tuple[Array, Array, Array | None]:

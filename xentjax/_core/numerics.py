@@ -344,6 +344,31 @@ def _take_by_comparison(x: Array, index: Array) -> Array:
     return jnp.stack([jnp.sum(where(here, x, 0), axis=-1) for here in places], axis=-1)  # all other terms are 0, so the sum is exact
 
 
+def remove_last(x: Array, index: Array) -> Array:
+    """`x` [..., n], with −∞ at the positions `index` [..., k] of every row. A position of n or more removes nothing.
+
+    The derivative is 1 everywhere: a function of logits has derivative 0 at a logit of −∞. Half-precision numbers are removed as integers
+    (see `select_logits`).
+    """
+    return _by_bits(_remove, lambda x, index: x, x, index)
+
+
+def _remove(x: Array, index: Array) -> Array:
+    if x.dtype.itemsize == 2:
+        return lax.bitcast_convert_type(_put(_bits(x), index, _bits(jnp.array(-jnp.inf, x.dtype))), x.dtype)
+    return _put(x, index, jnp.array(-jnp.inf, x.dtype))
+
+
+def _put(x: Array, index: Array, value: Array) -> Array:
+    if mesh.is_explicit(x):  # JAX cannot put values at positions of an axis that is split
+        position = lax.broadcasted_iota(index.dtype, x.shape, x.ndim - 1, out_sharding=mesh.split_of(x))
+        for i in range(index.shape[-1]):
+            x = where(position != index[..., i : i + 1], x, value)
+        return x
+    leading = tuple(lax.broadcasted_iota(index.dtype, index.shape, i) for i in range(x.ndim - 1))
+    return x.at[(*leading, index)].set(value, mode="drop")
+
+
 def widen(x: Array) -> Array:
     """`x` in the accumulation dtype. bfloat16 is converted in a way that XLA cannot share with another loop.
 

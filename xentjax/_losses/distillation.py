@@ -108,22 +108,29 @@ def distillation_loss(
     mesh.check_class_split(name, axis_name, {"teacher_logits": teacher_logits}, {})
     checks.same_shape(name, "teacher_logits", teacher_logits, student.logits.shape, "the shape of student_logits")
     teacher = checks.examples(name, teacher_logits, *common, labelled=False, inputs="teacher_logits")
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"{name}: divergence must be one of {', '.join(map(repr, DIVERGENCES))}; got {divergence!r}.")
+    beta = check_divergence(name, divergence, beta)
     temperature = checks.positive(name, "temperature", temperature)
-    beta = checks.fraction(name, "beta", beta)
-    if isinstance(beta, float) and beta in (0.0, 1.0):
-        raise ValueError(f"{name}: beta must lie strictly between 0 and 1; got {beta:g}. Use divergence='forward' or 'reverse'.")
     return _distillation(student, teacher, temperature, beta, divergence)
+
+
+def check_divergence(function: str, divergence: str, beta: ArrayLike) -> ArrayLike:
+    """The checked `beta`. Raises ValueError if `divergence` is unknown or the number `beta` is outside (0, 1)."""
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"{function}: divergence must be one of {', '.join(map(repr, DIVERGENCES))}; got {divergence!r}.")
+    beta = checks.fraction(function, "beta", beta)
+    if isinstance(beta, float) and beta in (0.0, 1.0):
+        raise ValueError(f"{function}: beta must lie strictly between 0 and 1; got {beta:g}. Use divergence='forward' or 'reverse'.")
+    return beta
 
 
 @functools.partial(jax.jit, static_argnames="divergence")
 def _distillation(student: rows.Examples, teacher: rows.Examples, temperature: ArrayLike, beta: ArrayLike, divergence: str) -> Array:
-    loss = functools.partial(_loss, divergence=divergence)
+    loss = functools.partial(loss_of_rows, divergence=divergence)
     return blocks.in_blocks(loss, (rows.of(teacher), rows.of(student)), temperature, beta)
 
 
-def _loss(teacher: rows.Rows, student: rows.Rows, temperature: Array, beta: Array, *, divergence: str) -> Array:
+def loss_of_rows(teacher: rows.Rows, student: rows.Rows, temperature: Array, beta: Array, *, divergence: str) -> Array:
+    """The loss [...] of two rows of logits with the same masks."""
     p, q = _softened(teacher, temperature), _softened(student, temperature)
     loss = _divergence(log_ratio.operands(p, q, temperature), beta, p.axis_name, divergence)
     all_impossible = (rows.largest(p) == -jnp.inf) | (rows.largest(q) == -jnp.inf)
@@ -147,7 +154,7 @@ def _softened(row: rows.Rows, temperature: Array) -> rows.Rows:
 def _divergence(both: log_ratio.Operands, beta: Array, axis_name: mesh.AxisName, divergence: str) -> Array:
     """The divergence of teacher and student, which are p and q in `both`."""
     pair = log_ratio.pair(both, axis_name, both.numbers.error)
-    return rows.class_sum(_row(both.p_values, both, axis_name), _terms(pair, beta, divergence))
+    return rows.class_sum(_row(both.p_values, both, axis_name), terms(pair, beta, divergence))
 
 
 @functools.partial(_divergence.defjvp, symbolic_zeros=True)
@@ -166,7 +173,7 @@ def _(
         if not isinstance(z_dot, SymbolicZero):
             total += rows.class_sum(row, slope(row, pair, beta, divergence, after) * rows.masked(z_dot, both.where, both.class_mask))
     if divergence == "js" and not isinstance(beta_moved, SymbolicZero):
-        to_p, to_q = _mixture_terms(pair(loss), beta[..., None])
+        to_p, to_q = mixture_terms(pair(loss), beta[..., None])
         total += (rows.class_sum(p, to_p) - rows.class_sum(q, to_q)) * beta_moved
     return loss, total
 
@@ -175,7 +182,7 @@ def _row(z: Array, both: log_ratio.Operands, axis_name: mesh.AxisName) -> rows.R
     return rows.Rows(z, z, None, both.class_mask, both.where, axis_name)
 
 
-def _terms(pair: log_ratio.Pair, beta: Array, divergence: str) -> Array:
+def terms(pair: log_ratio.Pair, beta: Array, divergence: str) -> Array:
     """The terms of the sum over classes. No term is negative."""
     if divergence == "forward":
         return _excess(pair.p, pair.log_ratio, pair.difference)
@@ -184,7 +191,7 @@ def _terms(pair: log_ratio.Pair, beta: Array, divergence: str) -> Array:
     if divergence == "tv":
         return jnp.abs(pair.difference) / 2
     beta = beta[..., None]
-    of_p, of_q = _mixture_terms(pair, beta)
+    of_p, of_q = mixture_terms(pair, beta)
     return beta * of_p + (1 - beta) * of_q
 
 
@@ -199,7 +206,7 @@ def _slope_of_student(row: rows.Rows, pair: _PairOf, beta: Array, divergence: st
             return both.q, -both.log_ratio
         if divergence == "tv":
             return both.q, jnp.sign(both.difference) / -2
-        return both.q, (1 - beta)[..., None] * _log_ratios_to_mixture(both, beta[..., None])[1]
+        return both.q, (1 - beta)[..., None] * log_ratios_to_mixture(both, beta[..., None])[1]
 
     return log_ratio.centred(row, terms, after)
 
@@ -224,13 +231,13 @@ def _slope_of_teacher(row: rows.Rows, pair: _PairOf, beta: Array, divergence: st
     return _slope_of_student(row, exchanged, 1 - beta, {"forward": "reverse", "reverse": "forward"}.get(divergence, divergence), after)
 
 
-def _mixture_terms(pair: log_ratio.Pair, beta: Array) -> tuple[Array, Array]:
+def mixture_terms(pair: log_ratio.Pair, beta: Array) -> tuple[Array, Array]:
     """The terms of D(p‖m) and of D(q‖m). They need p − m = (1 − β)(p − q) and q − m = −β(p − q)."""
-    to_p, to_q = _log_ratios_to_mixture(pair, beta)
+    to_p, to_q = log_ratios_to_mixture(pair, beta)
     return _excess(pair.p, to_p, (1 - beta) * pair.difference), _excess(pair.q, to_q, -beta * pair.difference)
 
 
-def _log_ratios_to_mixture(pair: log_ratio.Pair, beta: Array) -> tuple[Array, Array]:
+def log_ratios_to_mixture(pair: log_ratio.Pair, beta: Array) -> tuple[Array, Array]:
     """log(p/m) and log(q/m).
 
     Let a = max(p, q) and b = min(p, q), and let `share` be the weight of b in m. Then log(m/a) = log1p(share·(b − a)/a).
