@@ -60,6 +60,8 @@ def _top_k_teacher(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 _BASELINES = {"softmax_cross_entropy", "softmax_log_prob", "row_statistics"}
 _OWN = {
+    "sparsemax_loss": ("a root, found by passes over classes",),
+    "entmax_loss": ("a root, found by passes over classes",),
     "bi_tempered_cross_entropy": ("a root, found by at most eight passes over classes",),
     "forward_corrected_cross_entropy": ("two sums under the noise", _MOST),
     "backward_corrected_cross_entropy": ("a distribution per label", _MOST),

@@ -152,6 +152,7 @@ ROOMS = {  # the file that defines a name, and the title of its group
     "_losses.sigmoid": "Binary cross-entropy",
     "_losses.robust": "Robust losses",
     "_losses.tempered": "Robust losses",
+    "_losses.sparse": "Sparse distributions",
     "_losses.noise": "Noisy labels with a known noise matrix",
     "_losses.imbalance": "Rare classes",
     "_losses.margin": "Embeddings",

@@ -71,6 +71,8 @@ from xentjax._losses.softmax import softmax_cross_entropy as softmax_cross_entro
 from xentjax._losses.softmax import softmax_cross_entropy_with_top_k_labels as softmax_cross_entropy_with_top_k_labels
 from xentjax._losses.softmax import softmax_focal_loss as softmax_focal_loss
 from xentjax._losses.softmax import softmax_log_prob as softmax_log_prob
+from xentjax._losses.sparse import entmax_loss as entmax_loss
+from xentjax._losses.sparse import sparsemax_loss as sparsemax_loss
 from xentjax._losses.tempered import bi_tempered_cross_entropy as bi_tempered_cross_entropy
 from xentjax._losses.top_k_teacher import top_k_distillation_loss as top_k_distillation_loss
 from xentjax._many_classes.hierarchical import AdaptiveSoftmax as AdaptiveSoftmax

@@ -186,6 +186,8 @@ FAMILIES = (
         exact_at_margins=False,
         thorough=False,
     ),
+    _family(xentjax.sparsemax_loss, "sparsemax", tolerance=4.0, exact_at_margins=False),
+    _family(xentjax.entmax_loss, "entmax", tolerance=4.0, exact_at_margins=False),
     _family(xentjax.forward_corrected_cross_entropy, "forward", **_NOISE, exact_at_margins=False),
     _family(xentjax.backward_corrected_cross_entropy, "backward", **_NOISE, tolerance=2.0, exact_at_margins=False),
     _family(xentjax.logit_adjusted_cross_entropy, "logit_adjusted", arrays={"class_log_prior": log_prior}, exact_at_margins=False),

@@ -188,3 +188,45 @@ def bi_tempered_gradient(m, z, t, t1=0.8, t2=1.2):
     escort = p**t2 / (p**t2).sum(-1, keepdims=True)
     g = p ** (t2 - t1) * (t.sum(-1, keepdims=True) * p - t)
     return g - escort * g.sum(-1, keepdims=True)
+
+
+# Sparse distributions ---------------------------------------------------------------------------------------------------
+
+
+def _entmax(m, z, alpha):
+    """The distribution for α = 2 (Martins and Astudillo, algorithm 1) or α = 1.5 (Peters et al., algorithm 2), by sorting."""
+    y = (z - z.max(-1, keepdims=True)) * (m.array(alpha) - 1)
+    count = m.array(np.arange(1, z.shape[-1] + 1))
+    falling = np.sort(y, -1)[..., ::-1]
+    mean = np.cumsum(falling, -1) / count
+    if alpha == 2:
+        threshold = mean - 1 / count
+    else:
+        left = (1 - np.cumsum(falling**2, -1) + count * mean**2) / count
+        threshold = mean - m.sqrt(np.where(left > 0, left, 0 * left))
+    size = (threshold <= falling).sum(-1, keepdims=True)
+    above = y - np.take_along_axis(threshold, size - 1, -1)
+    return np.where(above > 0, above, 0 * above) ** {2: 1, 1.5: 2}[alpha]
+
+
+def entmax(m, z, t, alpha=1.5):
+    """s·max_p (p·z + H(p)) − t·z − H(t) with Tsallis' entropy H."""
+
+    def entropy(x):
+        return (x - x ** m.array(alpha)).sum(-1) / (m.array(alpha) * (m.array(alpha) - 1))
+
+    p = _entmax(m, z, alpha)
+    z = z - z.max(-1, keepdims=True)
+    return t.sum(-1) * ((p * z).sum(-1) + entropy(p)) - (t * z).sum(-1) - entropy(t)
+
+
+def entmax_gradient(m, z, t, alpha=1.5):
+    return t.sum(-1, keepdims=True) * _entmax(m, z, alpha) - t
+
+
+def sparsemax(m, z, t):
+    return entmax(m, z, t, alpha=2)
+
+
+def sparsemax_gradient(m, z, t):
+    return entmax_gradient(m, z, t, alpha=2)
