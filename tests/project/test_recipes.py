@@ -86,6 +86,33 @@ def test_step(recipes, given):
 
 
 @pytest.mark.exhaustive
+def test_multi_token_prediction(recipes, given):
+    """Head 0 predicts the next token, head 1 the token after it; each head is averaged over its own tokens."""
+    k, y, where = (given[n] for n in ("kernel", "labels", "where"))
+    h = jnp.stack([given["hidden"], given["hidden"][::-1]])
+
+    def dense(h, k):
+        return (
+            mean(-at(log_probs(h[0, :, :-1], k), y[:, 1:]), where[:, 1:]) + mean(-at(log_probs(h[1, :, :-2], k), y[:, 2:]), where[:, 2:])
+        ) / 2
+
+    equal(lambda h, k: recipes["multi_token_prediction"](h, k, y, where), dense, h, k)
+
+
+@pytest.mark.exhaustive
+def test_draft(recipes, given):
+    h, k, where = (given[n] for n in ("hidden", "kernel", "where"))
+    target, ids = given["teacher_hidden"] @ given["teacher_kernel"], jnp.arange(0, V, 2)
+    counts = where & (target.argmax(-1) % 2 == 0)
+    assert 0 < counts.sum() < where.sum()
+
+    def dense(h, k):
+        return mean(-(jax.nn.softmax(target[..., ::2]) * log_probs(h, k)).sum(-1), counts)
+
+    equal(lambda h, k: recipes["draft"](h, k, target, ids, where), dense, h, k[:, ::2])
+
+
+@pytest.mark.exhaustive
 def test_token_statistics(recipes, given):
     h, k, y, where = (given[n] for n in ("hidden", "kernel", "labels", "where"))
 
