@@ -162,6 +162,7 @@ ROOMS = {  # the file that defines a name, and the title of its group
     "_losses.ordinal": "Ordered classes",
     "_losses.overlap": "Regions",
     "_losses.detection": "Boxes",
+    "_routing": "Mixtures of experts",
     "_linear.fused": "Fused linear layers",
     "_linear.sharded": "Fused linear layers",
     "_linear.plan": "Fused linear layers",

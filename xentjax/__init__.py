@@ -89,6 +89,10 @@ from xentjax._many_classes.sampled import sampled_softmax_cross_entropy as sampl
 from xentjax._reduction import WeightedSum as WeightedSum
 from xentjax._reduction import weighted_mean as weighted_mean
 from xentjax._reduction import weighted_sum as weighted_sum
+from xentjax._routing import ExpertLoad as ExpertLoad
+from xentjax._routing import expert_load as expert_load
+from xentjax._routing import load_balancing_loss as load_balancing_loss
+from xentjax._routing import router_z_loss as router_z_loss
 from xentjax._sequence.crf import crf_loss as crf_loss
 from xentjax._sequence.ctc import ctc_loss as ctc_loss
 from xentjax._sequence.ctc import ctc_loss_from_log_probs as ctc_loss_from_log_probs

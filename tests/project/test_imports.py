@@ -31,7 +31,7 @@ def imported(path):
 FLOORS = (
     {"_core"},
     {"_losses", "_reduction", "_checked", "information", "policy", "preference"},
-    {"_linear", "metrics"},
+    {"_linear", "_routing", "metrics"},
     {"_contrastive", "_many_classes", "_sequence"},
     {"samplers", "sequence"},
 )

@@ -249,6 +249,8 @@ ELSEWHERE = {
     "LinearPlan": "test_linear_programs.py",
     "RowStatistics": "test_values.py",
     "checked": "test_checked.py",
+    "ExpertLoad": "test_routing.py",
+    "expert_load": "test_routing.py",
     "class_balanced_weights": "test_families.py",
     "inverse_frequency_weights": "test_families.py",
     "present_classes": "test_overlap.py",
