@@ -82,12 +82,12 @@ def products(function, *arguments):
 @pytest.mark.parametrize(
     ("argnums", "expected"), [(None, 1), ((0,), 2), ((1,), 2), ((0, 1), 3), ((3,), 1), ((2,), 2)], ids="value H K HK weights bias".split()
 )
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])  # for values of one chunk, XLA merges the two computations of the logits
 def test_undifferentiated_inputs_cost_nothing(reduction, argnums, expected):
     run = xentjax.fuse_linear(xentjax.softmax_cross_entropy, reduction=reduction, chunk_size=N)
 
     def value(h, k, b, w, y):
-        return run(h, k, y, bias=b, weights=w)
+        return run(h, k, y, bias=b, weights=w).sum()
 
     function = value if argnums is None else jax.value_and_grad(value, argnums)
     arguments = H, K, jax.ShapeDtypeStruct((V,), jnp.float32), jax.ShapeDtypeStruct((N,), jnp.float32), Y
@@ -118,6 +118,14 @@ def test_number_of_products_of_a_gradient(reduction):
 def test_chunks_of_equal_size_are_compiled_once():
     h, y = jax.ShapeDtypeStruct((N + 3, D), jnp.float32), jax.ShapeDtypeStruct((N + 3,), jnp.int32)
     assert products(jax.grad(loss("mean"), (0, 1)), h, K, y) == 3
+
+
+def test_every_statistic_takes_the_products_of_one():
+    def value(h, k, y):
+        found = xentjax.fuse_linear(xentjax.row_statistics, reduction="none", chunk_size=CHUNK)(h, k, y)
+        return sum(jnp.sum(jnp.sin(x)) for x in found[:-1])
+
+    assert products(jax.grad(value, (0, 1)), H, K, Y) == 7
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -214,3 +222,12 @@ def test_value_and_gradient_take_a_third_of_the_peer_s_memory():
 
     theirs = temporary(lambda h, k, y: optax.softmax_cross_entropy_with_integer_labels(h @ k, y).mean())
     assert temporary(xentjax.linear_softmax_cross_entropy) <= 0.35 * theirs
+
+
+def test_values_per_example_have_one_accumulator_of_the_kernel():
+    # The kernel takes 82 MB, and the logits of a chunk 15 MB. The gradient of the kernel is a result. The temporaries hold no second
+    # gradient, only a block of 17 MB and the logits of three chunks.
+    h, k = jax.ShapeDtypeStruct((384, 512), jnp.float32), jax.ShapeDtypeStruct((512, 40_000), jnp.float32)
+    y = jax.ShapeDtypeStruct((384,), jnp.int32)
+    memory = jax.jit(jax.grad(loss("none", 96), (0, 1))).lower(h, k, y).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 512 * 40_000 * 4

@@ -119,11 +119,17 @@ def test_token_statistics(recipes, given):
     def dense(h, k):
         return jnp.where(where, at(log_probs(h, k), y), 0)
 
-    equal(lambda h, k: recipes["token_statistics"](h, k, y, where)[0], dense, h, k)
-    _, entropies, hits = recipes["token_statistics"](h, k, y, where)
+    equal(lambda h, k: recipes["token_statistics"](h, k, y, where).log_prob, dense, h, k)
+    found = recipes["token_statistics"](h, k, y, where)
     table = log_probs(h, k)
-    np.testing.assert_allclose(entropies, jnp.where(where, -(jnp.exp(table) * table).sum(-1), 0), rtol=TOLERANCE)
-    np.testing.assert_array_equal(hits, where & (table.argmax(-1) == y))
+    np.testing.assert_allclose(found.entropy, jnp.where(where, -(jnp.exp(table) * table).sum(-1), 0), rtol=TOLERANCE)
+    np.testing.assert_array_equal(found.correct, where & (table.argmax(-1) == y))
+
+    def dense_with_bonus(h, k):
+        table = log_probs(h, k)
+        return mean(-at(table, y) + 0.01 * (jnp.exp(table) * table).sum(-1), where)
+
+    equal(lambda h, k: recipes["loss_with_entropy_bonus"](h, k, y, where), dense_with_bonus, h, k)
 
 
 @pytest.mark.exhaustive

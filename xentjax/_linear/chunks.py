@@ -14,8 +14,9 @@ sum is Σ ⟨gradient, tangent⟩ over the inputs that have a tangent. JAX trans
 cotangent. The loss and all its gradients take three matrix products. They take fewer if fewer gradients are wanted. The rule is a
 `custom_jvp`, so it can be differentiated again.
 
-`per_example` returns w·loss for every example. Each example then has its own cotangent, which the forward pass does not know. So JAX
-derives the backward pass, which computes the logits of each chunk again. The loss and all its gradients take four matrix products.
+`per_example` returns one or several numbers for every example. Each number then has its own cotangent, which the forward pass does not
+know. So JAX derives the backward pass, which computes the logits of each chunk again. All numbers and all gradients together take four
+matrix products.
 
 Dtypes: Matrix products take operands in the dtype of `hidden`. They accumulate in float32, or in float64 if `hidden` is float64. G is cast
 to the dtype of `hidden` before its two products. For inputs that all chunks share, the gradients of the chunks are added up in float32 or
@@ -26,7 +27,8 @@ the loss itself sums over devices.
 
 Memory: Besides inputs and results, three things are in memory. The first is the float32 logits of one chunk, which are overwritten by their
 gradient. The second is a copy of G in the dtype of `hidden`. If that dtype is float32, there is no copy. The third is the accumulators. The
-first chunk initializes the accumulators of kernel and bias, unless all chunks have the same size and are in one loop.
+first chunk initializes the accumulators of kernel and bias, unless all chunks have the same size and are in one loop. The backward pass
+of `per_example` has one accumulator for the kernel too, because the chunks are a chain of products (`products.chained_product`).
 """
 
 import functools
@@ -79,30 +81,44 @@ def total(loss_fn: LossFn, batch: Batch[Array], layer: Layer[Array], layout: Lay
     return value(Inputs(batch, layer, closed_over))
 
 
-def per_example(loss_fn: LossFn, batch: Batch[Array], layer: Layer[Array], layout: Layout, classes_first: bool) -> tuple[Array, PyTree]:
-    """The weighted loss w·loss of every example, shape [...], and aux as in `total`.
+def per_example(
+    loss_fn: Callable[..., tuple[PyTree, PyTree]], batch: Batch[Array], layer: Layer[Array], layout: Layout, classes_first: bool
+) -> tuple[PyTree, PyTree]:
+    """The weighted results of every example, a pytree of arrays [..., ...], and aux as in `total`.
 
-    The backward pass computes the logits of each chunk again.
+    `loss_fn(logits, *args)` returns a pytree of arrays [examples, ...] and aux. Floating arrays are multiplied by w and differentiated. The
+    backward pass computes the logits of each chunk again.
     """
     batch = _vary_as_losses(loss_fn, batch, layer, layout, classes_first)
     accumulator = layer.kernel.astype(numerics.accumulation_dtype(batch.hidden.dtype))
-    hidden, *shared = devices.vary_alike(batch.hidden, layer.kernel.astype(batch.hidden.dtype), accumulator, layer.bias)
+    hidden, kernel, accumulator, bias = devices.vary_alike(batch.hidden, layer.kernel.astype(batch.hidden.dtype), accumulator, layer.bias)
 
     # Checkpointed twice. The first derivative removes the outer checkpoint. The inner one keeps a second derivative from storing logits.
     @functools.partial(jax.checkpoint, prevent_cse=False)  # inside a loop, XLA cannot merge the two computations of the logits anyway
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def losses(link: Array, chunk: Batch[Array], kernel: Array, accumulator: Array, bias: Array | None) -> tuple[Array, tuple[Array, PyTree]]:
+    def results_of(
+        link: Array, chunk: Batch[Array], kernel: Array, accumulator: Array, bias: Array | None
+    ) -> tuple[Array, tuple[PyTree, PyTree]]:
         chunk = masked(chunk)
         logits, link = products.chained_product(chunk.hidden, kernel, accumulator, link, 0 if classes_first else 1)
-        loss, aux = loss_fn(_add_bias(logits, bias), *chunk.args)
-        return link, (weighted(chunk, loss), zero_outside(chunk.where, lax.stop_gradient(aux)))
+        results, aux = loss_fn(_add_bias(logits, bias), *chunk.args)
+        return link, (weighted(chunk, results), zero_outside(chunk.where, lax.stop_gradient(aux)))
 
     # The first chunk comes last. So in the backward pass it comes first, and makes the gradient of the kernel, to which the loop adds.
     first, others = _split(batch._replace(hidden=hidden), layout)
-    link, other_results = shared[1], None
+    link, other_results = accumulator, None
     if others is not None:
-        link, other_results = lax.scan(lambda link, chunk: losses(link, chunk, *shared), link, others)
-    _, results = losses(link, first, *shared)
+
+        def step(carry: tuple[Array, Array], chunk: Batch[Array]) -> tuple[tuple[Array, Array], tuple[PyTree, PyTree]]:
+            link, done = carry
+            link, results = results_of(link, chunk, kernel, accumulator, bias)
+            return (link, lax.optimization_barrier(done + 1)), results
+
+        (link, done), other_results = lax.scan(step, (link, jnp.zeros((), jnp.int32)), others)
+        # XLA keeps the logits of the first chunk for the backward pass. It would also compute them before the loop, if they did not depend
+        # on it. Without the barrier, XLA knows the number of chunks done.
+        first = first._replace(hidden=jnp.where(done > 0, first.hidden, jnp.zeros_like(first.hidden)))
+    _, results = results_of(link, first, kernel, accumulator, bias)
     return _join(results, other_results, layout)
 
 

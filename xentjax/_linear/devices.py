@@ -37,7 +37,7 @@ def vary_as_losses(batch: Batch[Array], layer: Layer[Array], trace: Callable[[],
     if not together:
         return batch
     program = trace()
-    axes = mesh.axes_of(program.out_avals[0]) - _axes_used(program.effects)
+    axes = mesh.axes_of(program.out_avals) - _axes_used(program.effects)
     for name, x in (("where", batch.where), ("weights", batch.weights)):
         mesh.check_shared(_NAME, name, x, together - axes)
     axes |= mesh.axes_of(batch.weights)

@@ -58,7 +58,16 @@ def masked(chunk: Batch[Array]) -> Batch[Array]:
     return chunk._replace(hidden=zero_outside(chunk.where, chunk.hidden), args=zero_outside(chunk.where, chunk.args))
 
 
-def weighted(chunk: Batch[Array], loss: Array) -> Array:
-    """The weighted loss w·loss per example, shape [examples]. It is 0 if w is 0, even if the loss is infinite or NaN."""
-    w, loss = chunk.weights, zero_outside(chunk.where, loss)
-    return w * jnp.where((w == 0) & ~jnp.isfinite(loss), jnp.zeros_like(loss), loss)
+def weighted(chunk: Batch[Array], results: PyTree) -> PyTree:
+    """The arrays [examples, ...] of a pytree, with 0 in examples that do not count. Floating arrays are multiplied by the weights.
+
+    The product is 0 if the weight is 0, even if the number is infinite or NaN.
+    """
+
+    def weigh(x: Array) -> Array:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        w = chunk.weights.reshape(-1, *(1,) * (x.ndim - 1))
+        return w * jnp.where((w == 0) & ~jnp.isfinite(x), jnp.zeros_like(x), x)
+
+    return jax.tree.map(weigh, zero_outside(chunk.where, results))

@@ -10,6 +10,9 @@ from jax.typing import ArrayLike
 from xentjax._core import checks, mesh, values
 from xentjax._linear.inputs import PyTree
 
+_NAME = "fuse_linear"
+_RESULT = "the result of loss_fn"
+
 
 def arguments(
     function: str,
@@ -98,23 +101,53 @@ def per_example(function: str, args: tuple, leading: tuple[int, ...]) -> tuple:
     return jax.tree_util.tree_map_with_path(check, args)
 
 
-def loss_per_example(result: Any, logits: Array, has_aux: bool) -> tuple[Array, PyTree]:
+def results_of(result: Any, logits: Array, reduction: str, has_aux: bool) -> tuple[PyTree, PyTree]:
     """Check the result of a user's loss function for logits [examples, classes].
 
-    Returns the losses in the dtype of the logits, and aux.
+    Returns the losses, and aux. With "none", the losses are a pytree of arrays. Otherwise they are one array. Floating losses are converted
+    to the dtype of the logits.
     """
-    function, examples = "fuse_linear", logits.shape[:1]
     if has_aux and not (isinstance(result, tuple) and len(result) == 2):
-        raise ValueError(f"{function}: with has_aux=True loss_fn must return a pair (loss, aux); got {type(result).__name__}.")
+        raise ValueError(f"{_NAME}: with has_aux=True loss_fn must return a pair (loss, aux); got {type(result).__name__}.")
     loss, aux = result if has_aux else (result, ())
-    loss = checks.floating(function, "the result of loss_fn", loss)  # type: ignore[arg-type]  # a user's function may return anything
-    remedy = "Do not reduce inside loss_fn: reduction='mean' does it." if loss.ndim == 0 else ""
-    checks.shape(function, "the result of loss_fn", loss, examples, f"one value per example for logits of shape {logits.shape}", remedy)
+    loss = _values_per_example(loss, logits) if reduction == "none" else _loss_per_example(loss, logits, reduction)
     for path, leaf in jax.tree_util.tree_leaves_with_path(aux):
-        if jnp.shape(leaf)[:1] != examples:
-            name = f"aux{jax.tree_util.keystr(path)}"
-            raise ValueError(
-                f"{function}: {name} must have shape ({examples[0]}, ...), one entry per example for logits of shape {logits.shape}; "
-                f"got {jnp.shape(leaf)}."
-            )
-    return loss.astype(logits.dtype), jax.tree.map(jnp.asarray, aux)
+        _check_entries(f"aux{jax.tree_util.keystr(path)}", jnp.shape(leaf), logits)
+    return loss, jax.tree.map(jnp.asarray, aux)
+
+
+def _loss_per_example(loss: Any, logits: Array, reduction: str) -> Array:
+    if not jax.tree_util.all_leaves([loss]) and loss is not None:
+        raise TypeError(
+            f"{_NAME}: with reduction={reduction!r} loss_fn must return one array, one loss per example; got {type(loss).__name__}. Use "
+            "reduction='none' for several arrays, or has_aux=True for arrays that are not differentiated."
+        )
+    loss = checks.floating(_NAME, _RESULT, loss)  # type: ignore[arg-type]  # a user's function may return anything
+    remedy = "Do not reduce inside loss_fn: reduction='mean' does it." if loss.ndim == 0 else ""
+    checks.shape(_NAME, _RESULT, loss, logits.shape[:1], f"one value per example for logits of shape {logits.shape}", remedy)
+    return loss.astype(logits.dtype)
+
+
+def _values_per_example(values: PyTree, logits: Array) -> PyTree:
+    if not jax.tree.leaves(values):
+        raise TypeError(f"{_NAME}: loss_fn must return an array or a pytree of arrays; got {values!r}, which has none.")
+
+    def check(path: tuple, x: Any) -> Array:
+        name = f"{_RESULT}{jax.tree_util.keystr(path)}"
+        array = checks.asarray(_NAME, name, x)
+        remedy = "" if array.ndim else " Do not reduce inside loss_fn: reduce what the fused loss returns."
+        _check_entries(name, array.shape, logits, remedy)
+        if array.dtype == bool or jnp.issubdtype(array.dtype, jnp.integer):
+            return array
+        return checks.floating(_NAME, name, array).astype(logits.dtype)
+
+    return jax.tree_util.tree_map_with_path(check, values)
+
+
+def _check_entries(name: str, shape: tuple[int, ...], logits: Array, remedy: str = "") -> None:
+    examples = logits.shape[:1]
+    if shape[:1] != examples:
+        raise ValueError(
+            f"{_NAME}: {name} must have shape ({examples[0]}, ...), one entry per example for logits of shape {logits.shape}; "
+            f"got {shape}.{remedy}"
+        )

@@ -149,7 +149,7 @@ def _add_and_pass_transpose(cotangents: tuple[Any, Any], z: Any, a: Any, hidden:
 
 
 def _add_and_pass_batch(arrays: tuple[Array, ...], axes: tuple[Any, ...], *, classes: int) -> tuple[list[Array], tuple[int, Any]]:
-    return [jax.vmap(functools.partial(_add, classes=classes), axes)(*arrays), arrays[1]], (0, axes[1])
+    return [jax.vmap(lambda z, a, hidden: _add(z, a, hidden, classes), axes)(*arrays), arrays[1]], (0, axes[1])
 
 
 def _add_and_pass_factor(z: Array, a: Array, hidden: Array, *, classes: int) -> list[Array]:

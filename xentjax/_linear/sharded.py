@@ -55,7 +55,7 @@ def fuse_linear_sharded(
 
     The result is a function `fused_loss(hidden, kernel, *args, bias=None, where=None, weights=None, **per_class)` of global arrays. It
     returns the value that `fuse_linear` returns on one device. The value is Σ w·loss / Σ w, shape [] ("mean"), Σ w·loss, shape [] ("sum"),
-    or w·loss, shape [...] ("none"). The sums run over the tokens of all devices. The losses of "none" are sharded like the tokens.
+    or w·loss, shape [...] ("none"). The sums run over the tokens of all devices. The arrays of "none" are sharded like the tokens.
 
     At any time, each device holds the logits of one chunk of its own tokens, for its own classes. Devices exchange a few numbers per token.
     They also sum two gradients, each of them once. The gradient of `hidden` is summed over the devices that hold different classes. The
@@ -74,7 +74,8 @@ def fuse_linear_sharded(
         reduction: "mean", "sum" or "none".
         chunk_size: maximum number of examples whose logits are in memory at a time on one device; None: chosen by `plan_linear` for the
             part of one device.
-        has_aux: whether `loss_fn` returns a pair (loss, aux). aux must be the same on all devices that hold classes of the same token.
+        has_aux: whether `loss_fn` returns a pair (loss, aux). All that `loss_fn` returns must be the same on all devices that hold classes
+            of the same token.
         classes_first: whether `kernel` has shape [classes, features].
 
     Returns:
