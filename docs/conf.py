@@ -205,6 +205,7 @@ def mentions() -> dict[str, str]:
         "devices",
         "metrics",
         "regions-and-boxes",
+        "language-models",
         "preferences-and-policies",
         "sequences",
         "migration",

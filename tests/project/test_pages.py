@@ -218,7 +218,8 @@ def test_code_of_every_page_is_executed():
         "when-something-is-nan.md",
         "fused-linear.md",
         "devices.md",
-    }  # the last two by test_recipes.py
+        "language-models.md",
+    }  # the last three by test_recipes.py and test_language_models.py
     assert {page.name for page in pages.DOCS if pages.code(page)} == executed
 
 

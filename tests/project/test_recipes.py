@@ -145,42 +145,8 @@ def test_distillation(recipes, given):
         np.testing.assert_allclose(s, e, rtol=0, atol=TOLERANCE * np.abs(e).max())
 
 
-def test_top_k_distillation(recipes, given):
-    ids, probs, where = given["ids"], given["probs"], given["where"]
-
-    def dense(h, k):
-        picked = jnp.take_along_axis(log_probs(h, k), ids, -1)
-        return mean(-(probs * picked).sum(-1), where)
-
-    equal(lambda h, k: recipes["top_k_distillation"](h, k, ids, probs, where), dense, given["hidden"], given["kernel"])
-
-
 @pytest.mark.exhaustive
-def test_dpo(recipes, given):
-    shape = 2, B // 2, T
-    h, y, where = given["hidden"].reshape(*shape, D), given["labels"].reshape(shape), given["where"].reshape(shape)
-    reference = jnp.array([[-20.0, -25.0], [-22.0, -21.0]])
-
-    def dense(h, k):
-        gain = jnp.where(where, at(log_probs(h, k), y), 0).sum(-1) - reference
-        return -jax.nn.log_sigmoid(0.1 * (gain[0] - gain[1])).mean()
-
-    equal(lambda h, k: recipes["dpo"](h, k, y, where, reference), dense, h, given["kernel"])
-
-
 @pytest.mark.exhaustive
-def test_grpo(recipes, given):
-    y, where, old, reference, advantages = (given[n] for n in ("labels", "where", "old", "reference", "advantages"))
-
-    def dense(h, k):
-        log_prob = at(log_probs(h, k), y)
-        ratio = jnp.exp(log_prob - old)
-        gain = jnp.minimum(ratio * advantages, jnp.clip(ratio, 0.8, 1.2) * advantages)
-        return mean(0.04 * (jnp.exp(reference - log_prob) - (reference - log_prob) - 1) - gain, where)
-
-    equal(lambda h, k: recipes["grpo"](h, k, y, where, old, reference, advantages), dense, given["hidden"], given["kernel"])
-
-
 def test_focal(recipes, given):
     y, where = given["labels"], given["where"]
 

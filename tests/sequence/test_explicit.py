@@ -50,6 +50,13 @@ def transducer(z, labels, frames, counts, where):
     return xentjax.transducer_loss(z, labels, fastemit=0.1, class_mask=np.arange(CLASSES) != 5, **given)
 
 
+def greedy_tdt(z, frames):
+    def scores(frame, prediction):
+        return joint(frame, prediction), frame[..., :2]
+
+    return sequence.tdt_greedy_decode(scores, last_label, z, jnp.zeros_like(frames), max_labels=4, durations=(1, 2), logit_lengths=frames)
+
+
 def greedy_transducer(z, frames):
     start = jnp.zeros_like(frames)
     return sequence.transducer_greedy_decode(joint, last_label, z, start, max_labels=4, logit_lengths=frames, blank=1)
@@ -80,14 +87,25 @@ ROWS = {
     "ctc_alignment": (ctc(sequence.ctc_alignment), ("z", *PATHS[:3])),
     "ctc_posteriors": (ctc(sequence.ctc_posteriors), ("z", *PATHS[:3])),
     "transducer_greedy_decode": (greedy_transducer, ("z", "frames")),
+    "tdt_greedy_decode": (greedy_tdt, ("z", "frames")),
+    "tdt_loss": (
+        lambda z, y, where: xentjax.tdt_loss(z, z[..., :3], y, durations=(0, 1, 2), where=where),
+        ("nodes", "labels", "where"),
+    ),
+    "tdt_loss_from_log_probs": (
+        lambda z, where: xentjax.tdt_loss_from_log_probs(z[..., 0], z[..., :LABELS, 1], z[..., 2:4], durations=(0, 1), where=where),
+        ("nodes", "where"),
+    ),
     "crf_marginals": (lambda z, w, where: sequence.crf_marginals(z, w, where=where), ("z", "scores", "positions")),
+    "crf_decode, the two best": (lambda z, w, where: sequence.crf_decode(z, w, where=where, best=2), ("z", "scores", "positions")),
     "crf_decode": (lambda z, w, where: sequence.crf_decode(z, w, end=w[0], where=where), ("z", "scores", "positions")),
 }
 SPLIT_CLASSES = ("ctc_loss", "transducer_loss", "ctc_alignment", "ctc_posteriors")
 
 
 def test_all_functions():
-    public = {n for n in dir(sequence) if not n.startswith("_")} | {n for n in dir(xentjax) if n.startswith(("ctc", "transducer", "crf"))}
+    losses = {n for n in dir(xentjax) if n.startswith(("ctc", "transducer", "tdt", "crf"))}
+    public = losses | {n for n in dir(sequence) if not n.startswith("_")}
     assert public - set(ROWS) <= {"sequence"}
 
 
@@ -125,13 +143,13 @@ def check(name, rng, spec, only_first=False):
     return {c.kind for c in collectives(compiled.as_text())}
 
 
-SHORT = ("ctc_loss", "transducer_loss", "crf_loss", "crf_decode", "ctc_greedy_decode", "transducer_greedy_decode")
+SHORT = ("ctc_loss", "crf_decode", "transducer_greedy_decode")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in SHORT else pytest.mark.exhaustive) for n in ROWS])
 def test_batches(name, rng):
     """Devices exchange only sums: of the gradient of shared scores, and of whether a decoder still runs."""
-    shared = name in ("crf_loss", "crf_marginals", "crf_decode", "transducer_greedy_decode")
+    shared = name.startswith("crf") or name in ("transducer_greedy_decode", "tdt_greedy_decode")
     assert check(name, rng, DATA) <= ({"all-reduce"} if shared else set())
 
 

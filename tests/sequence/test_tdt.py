@@ -229,35 +229,6 @@ def test_classes_split_over_devices(rng):
         np.testing.assert_allclose(slope, gradient, atol=ROUNDING * EPS)
 
 
-def on_explicit_mesh(function, axes, *batch):
-    """The results of `function` for a batch that is split over the mesh axes `axes`, next to those without a mesh."""
-    expected = function(*batch)
-    with jax.set_mesh(jax.make_mesh((4, 2), ("data", "more"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)):
-        found = function(*(jax.device_put(x, P(axes)) if x.ndim else x for x in batch))
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert jax.typeof(x).sharding.spec[0] == axes
-        np.testing.assert_allclose(x, y, atol=ROUNDING * EPS, rtol=ROUNDING * EPS)
-
-
-def test_batches_split_over_explicit_meshes(rng):
-    on_explicit_mesh(evaluate, "data", *ragged(rng), jnp.float32(0.05), jnp.ones(8, bool))
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("axes", ["data", ("data", "more")])
-def test_other_functions_of_batches_split_over_explicit_meshes(rng, axes):
-    @jax.jit
-    def run(z, v, labels):
-        decoded = sequence.tdt_greedy_decode(
-            lambda frame, _: (frame, frame[..., :3]), lambda y, _: (y, y), z[:, :, 0], labels[:, 0], durations=DURATIONS, max_labels=3
-        )
-        log_p = z[..., 0], z[:, :, :-1, 1], v
-        slope = jax.grad(lambda v: xentjax.tdt_loss(z, v, labels, durations=DURATIONS).sum())(v)
-        return xentjax.tdt_loss_from_log_probs(*log_p, durations=DURATIONS), slope, *decoded
-
-    on_explicit_mesh(run, axes, *ragged(rng)[:3])
-
-
 def test_nothing_on_the_way_is_nan_and_export(rng):
     batch = ragged(rng)
     jax.config.update("jax_debug_nans", True)
