@@ -32,7 +32,7 @@ def two_classes(alpha, margin):
 def test_small_losses_keep_their_digits(alpha, quick_compilation):
     """Below the margin 1/(α − 1) by h, p is of size h^β. h is exact for these margins, so the relative errors are a few β·eps."""
     edge = 1 / (alpha - 1)
-    margins = np.float32([edge - 2.0**-12, edge - 2.0**-7, edge - 0.25, 0.25, 0.0, -0.5, -3 * edge, edge, 2 * edge, 1e4])
+    margins = np.array([edge - 2.0**-12, edge - 2.0**-7, edge - 0.25, 0.25, 0.0, -0.5, -3 * edge, edge, 2 * edge, 1e4], np.float32)
     logits = jnp.stack([jnp.asarray(margins), jnp.zeros(len(margins))], -1)
 
     def both(labels):
@@ -54,7 +54,7 @@ def test_the_conditions_of_the_maximum(alpha, rng, quick_compilation):
     soft = jnp.asarray(rng.dirichlet(np.ones(50), 4), jnp.float32)
     loss = functools.partial(xentjax.entmax_loss, alpha=alpha)
     slope = jax.grad(lambda z: loss(z, jnp.zeros(4, jnp.int32)).sum())(logits)  # p, minus 1 at class 0
-    p, z, t, a = np.float64(jnp.maximum(slope.at[:, 0].add(1), 0)), np.float64(logits), np.float64(soft), alpha
+    p, z, t, a = np.float64(jnp.maximum(slope.at[:, 0].add(1), 0)), np.asarray(logits, np.float64), np.asarray(soft, np.float64), alpha
     np.testing.assert_allclose(p.sum(-1), 1, rtol=20 * EPS / (a - 1))
     marginal = (z - p ** (a - 1) / (a - 1))[:, 1:]
     for row, inside in zip(marginal, p[:, 1:] > 0, strict=True):

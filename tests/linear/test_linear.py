@@ -180,5 +180,6 @@ def test_joined_chunks_have_the_order_of_the_examples(leading, chunk_size):
     np.testing.assert_array_equal(cut.join(*cut.split(x)), x)
     if cut.equal:
         first, others = cut.split(x)
+        assert others is not None
         np.testing.assert_array_equal(cut.stack(x), [first, *others])
         np.testing.assert_array_equal(cut.unstack(cut.stack(x)), x)

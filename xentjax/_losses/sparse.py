@@ -141,7 +141,7 @@ def entmax_loss(
     if exponent == 1:
         raise ValueError(f"{name}: alpha must be above 1; got 1. Use xentjax.softmax_cross_entropy.")
     assert exponent is not None  # None stands for 0, which is out of range
-    return _sparse(batch, exponent, {2.0: 1, 1.5: 2}.get(exponent))
+    return _sparse(batch, exponent, 1 if exponent == 2 else 2 if exponent == 1.5 else None)
 
 
 @functools.partial(jax.jit, static_argnames="beta")

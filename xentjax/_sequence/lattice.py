@@ -210,8 +210,9 @@ def _backward(
                 before, after, ell, x, fixed_x, live = inputs
                 moved = jax.tree.map(lambda x: jnp.where(live[..., None], x, jnp.zeros_like(x)), bar)
                 earlier, of_x, of_shared = lattice.retreat(moved, before, after, x, shared, fixed_x, weights.fixed)
-                if by_lost is not None and ell is not None:
-                    of_lost = jax.tree.map(lambda ell, alpha: by_lost[..., None] * ell * scaled.power(alpha.exponent), ell, before)
+                weight = by_lost
+                if weight is not None and ell is not None:
+                    of_lost = jax.tree.map(lambda ell, alpha: weight[..., None] * ell * scaled.power(alpha.exponent), ell, before)
                     earlier = jax.tree.map(jnp.add, earlier, of_lost)
                 earlier = jax.tree.map(lambda x, y: jnp.where(live[..., None], x, y), earlier, bar)
                 return (earlier, jax.tree.map(jnp.add, shared_bar, of_shared)), of_x
@@ -219,13 +220,13 @@ def _backward(
             return lax.scan(backward, carry, (before, after, ell, x, steps.fixed_xs, steps.live), reverse=True)
 
         found, xs_bar = retreated(found, None)
-        lost_bar = None
-        if (lost := lattice.lost) is not None and by_lost is not None:
+        lost_bar, weight = None, by_lost
+        if (lost := lattice.lost) is not None and weight is not None:
 
             def with_lost() -> Any:
                 ell, pull = jax.vjp(lambda xs, other: lost(xs, other, weights.fixed), steps.xs, steps.lost)
                 following, of_edges = retreated(sure, ell)
-                counted = jnp.where(steps.live, by_lost, jnp.zeros_like(by_lost))[..., None]
+                counted = jnp.where(steps.live, weight, jnp.zeros_like(weight))[..., None]
                 of_lost, lost_bar = pull(scaled.tree_map(lambda x: counted * scaled.plain(x), before))
                 return following, _chosen(certain, 1, jax.tree.map(jnp.add, of_edges, of_lost), xs_bar), lost_bar
 
