@@ -54,7 +54,8 @@ def test_the_conditions_of_the_maximum(alpha, rng, quick_compilation):
     soft = jnp.asarray(rng.dirichlet(np.ones(50), 4), jnp.float32)
     loss = functools.partial(xentjax.entmax_loss, alpha=alpha)
     slope = jax.grad(lambda z: loss(z, jnp.zeros(4, jnp.int32)).sum())(logits)  # p, minus 1 at class 0
-    p, z, t, a = np.float64(jnp.maximum(slope.at[:, 0].add(1), 0)), np.asarray(logits, np.float64), np.asarray(soft, np.float64), alpha
+    p, z, t = (np.asarray(x, np.float64) for x in (jnp.maximum(slope.at[:, 0].add(1), 0), logits, soft))
+    a = alpha
     np.testing.assert_allclose(p.sum(-1), 1, rtol=20 * EPS / (a - 1))
     marginal = (z - p ** (a - 1) / (a - 1))[:, 1:]
     for row, inside in zip(marginal, p[:, 1:] > 0, strict=True):
