@@ -39,6 +39,7 @@ ROWS = f"{PROPERTIES}/test_functions.py"
 FAMILY = f"{FAMILIES}/test_families.py"
 CTC, TRANSDUCER, TDT, CRF = (f"tests/sequence/test_{n}.py" for n in ("ctc", "transducer", "tdt", "crf"))
 OVERLAP = f"{FAMILIES}/test_overlap.py"
+POLICY, ACCURACY = f"{FAMILIES}/test_policy.py", f"{FAMILIES}/test_preference_accuracy.py"
 
 MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
@@ -430,15 +431,15 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "the chunks in another order",
         "_linear/layout.py",
-        "rest = jnp.moveaxis(rest.reshape(self.others, self.outer, self.chunk, *trailing), 0, 1)",
-        "rest = rest.reshape(self.outer, self.others, self.chunk, *trailing)",
+        "x = jnp.moveaxis(x.reshape(chunks, self.outer, self.chunk, *trailing), 0, 1)",
+        "x = x.reshape(self.outer, chunks, self.chunk, *trailing)",
         (LINEAR,),
     ),
     Mutation(
         "a weight of 0 does not silence infinity",
         "_linear/inputs.py",
-        "return w * jnp.where((w == 0) & ~jnp.isfinite(loss), jnp.zeros_like(loss), loss)",
-        "return w * loss",
+        "return w * jnp.where((w == 0) & ~jnp.isfinite(x), jnp.zeros_like(x), x)",
+        "return w * x",
         (LINEAR,),
     ),
     Mutation(
@@ -745,6 +746,55 @@ MUTATIONS: tuple[Mutation, ...] = (
         "numerics.where(pivot, rest * moved - by_others, moved - (by_others + by_pivot))",
         "(moved - (by_others + by_pivot))",
         (OVERLAP,),
+    ),
+    Mutation(
+        "the difference of two differences is rounded twice",
+        "_core/differences.py",
+        "return with_slope_of(outer + (rest + (lost - lost_too)), (a - b) - (c - d))",
+        "return (a - b) - (c - d)",
+        (ACCURACY,),
+    ),
+    Mutation(
+        "the odds of a certain answer are infinite",
+        "preference/_pairs.py",
+        "jnp.maximum(-x, 2.0**-60)",
+        "-x",
+        (f"{FAMILIES}/test_preference.py",),
+    ),
+    Mutation(
+        "the reference point of KTO is differentiated",
+        "preference/_answers.py",
+        "lax.stop_gradient(kl)",
+        "kl",
+        (f"{FAMILIES}/test_preference.py",),
+    ),
+    Mutation(
+        "a clipped ratio overflows in the gradient",
+        "policy/_losses.py",
+        "jnp.exp(numerics.where(clipped, 0, d))",
+        "jnp.exp(d)",
+        (POLICY,),
+    ),
+    Mutation(
+        "the old policy is differentiated",
+        "policy/_losses.py",
+        "lax.stop_gradient(old)",
+        "old",
+        (POLICY,),
+    ),
+    Mutation(
+        "the excess of an exponential as a difference",
+        "policy/_losses.py",
+        "differences.exponential_excess(d)",
+        "jnp.expm1(d) - d",
+        (ACCURACY,),
+    ),
+    Mutation(
+        "equal rewards differ from their rounded mean",
+        "policy/_advantages.py",
+        "r - lax.stop_gradient(over_group(jnp.max, r, -jnp.inf))",
+        "r",
+        (POLICY,),
     ),
 )
 

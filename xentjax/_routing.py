@@ -83,8 +83,9 @@ def load_balancing_loss(
 def expert_load(router_logits: ArrayLike, *, top_k: int, where: ArrayLike | None = None, per: str = "batch") -> WeightedSum:
     """The load of each expert as sums over tokens, a `WeightedSum` of an `ExpertLoad` of shape [experts] or [..., experts].
 
-    assigned_i = Σ_t [expert i is among the `top_k` of token t]/`top_k`, probability_i = Σ_t p_ti, and the weight is the number of tokens.
-    Gradient: ∂probability_i/∂z_tj = p_ti ([i = j] − p_tj). `assigned` has gradient 0.
+    The field `assigned` holds f_i, the number of tokens t for which expert i is among the `top_k`, divided by `top_k`. The field
+    `probability` holds P_i = Σ_t p_ti. The weight is the number of tokens.
+    Gradient: ∂P_i/∂z_tj = p_ti ([i = j] − p_tj), and f has gradient 0.
 
     The sums of microbatches can be added. `(a + b).mean().imbalance` is the load-balancing loss of both together. Compute it in one
     function, and differentiate this function.

@@ -113,6 +113,7 @@ def test_normalizers(rng):
     np.testing.assert_allclose(xentjax.weighted_mean(loss), sum(row.sum() for row in rows) / mask.size, **tolerance)
 
 
+@pytest.mark.exhaustive
 def test_estimates_in_expectation(rng):
     """Over all tokens of a policy: k1 and k3 are the divergence. The gradient is 0 for k1, D(π‖ρ)' for k2 and D(ρ‖π)' for k3."""
     z, reference = (jnp.asarray(rng.normal(size=7), jnp.float32) for _ in range(2))

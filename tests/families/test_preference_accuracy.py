@@ -60,6 +60,7 @@ def test_margins_lose_nothing(kind, rng):
     assert_close(slope, slopes, bounds)
 
 
+@pytest.mark.exhaustive
 def test_log_odds_lose_nothing(rng):
     """Probabilities per token near 0 and near 1. The exponents of the odds have the size of the surprises."""
     mpmath.mp.dps = 60

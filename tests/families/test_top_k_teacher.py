@@ -155,6 +155,7 @@ def test_unknown_words_and_shapes():
         *[pytest.param(d, o, marks=pytest.mark.exhaustive) for d, o in (("js", "ignore"), ("reverse", "tail"), ("forward", "renormalize"))],
     ],
 )
+@pytest.mark.exhaustive
 def test_classes_split_over_devices_and_a_linear_layer(divergence, outside, rng, quick_compilation):
     """Four devices hold two classes each, the last of which do not exist. One example does not count, one has padded ids."""
     student, teacher = logits_of(rng, 6, 8), logits_of(rng, 6, 7)

@@ -99,10 +99,11 @@ def test_adds_little_to_the_import_of_jax():
     added = run(code).split()
     others = [name for name in added if not name.startswith(("xentjax", "jax"))]
     assert len(others) <= 5, others
-    # and the share of the time, the median of three: 35 ms beside 350 ms for jax were measured, and 100 ms are promised
+    # and the share of the time, the median of three: 35 ms beside 350 ms for jax were measured, and 100 ms are promised. Python's garbage
+    # collector is off: it scans all objects of jax in the middle of some import, for 50 ms, and in which one is chance.
     compileall.compile_dir(ROOT, quiet=1)  # as pip does on installing
     timed = (
-        "import time; t = time.perf_counter(); import jax; u = time.perf_counter(); import xentjax; "
+        "import gc, time; gc.disable(); t = time.perf_counter(); import jax; u = time.perf_counter(); import xentjax; "
         "print((time.perf_counter() - u) / (u - t))"
     )
     ratios = sorted(float(run(timed)) for _ in range(3))

@@ -125,11 +125,16 @@ def test_token_statistics(recipes, given):
     np.testing.assert_allclose(found.entropy, jnp.where(where, -(jnp.exp(table) * table).sum(-1), 0), rtol=TOLERANCE)
     np.testing.assert_array_equal(found.correct, where & (table.argmax(-1) == y))
 
-    def dense_with_bonus(h, k):
+
+@pytest.mark.exhaustive
+def test_loss_with_entropy_bonus(recipes, given):
+    h, k, y, where = (given[n] for n in ("hidden", "kernel", "labels", "where"))
+
+    def dense(h, k):
         table = log_probs(h, k)
         return mean(-at(table, y) + 0.01 * (jnp.exp(table) * table).sum(-1), where)
 
-    equal(lambda h, k: recipes["loss_with_entropy_bonus"](h, k, y, where), dense_with_bonus, h, k)
+    equal(lambda h, k: recipes["loss_with_entropy_bonus"](h, k, y, where), dense, h, k)
 
 
 @pytest.mark.exhaustive

@@ -95,6 +95,7 @@ def test_certain_sequences_keep_their_digits(rng):
         np.testing.assert_allclose(loss, expected, rtol=ROUNDING * EPS)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("durations", [(1, 0), pytest.param((0, 1, 2, 3, 4), marks=pytest.mark.exhaustive)])
 def test_long_sequences_and_derivatives_in_float64(rng, x64, durations):
     time, most, lengths = 25, 6, ((25, 4), (17, 6))
@@ -208,6 +209,7 @@ def test_other_forms(rng):
     assert jax.eval_shape(functools.partial(xentjax.tdt_loss, durations=DURATIONS), *folded).shape == (2, 4)
 
 
+@pytest.mark.exhaustive
 def test_classes_split_over_devices(rng):
     batch = ragged(rng)
     mesh = jax.make_mesh((2, 2), ("data", "model"), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,) * 2)
