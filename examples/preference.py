@@ -1,11 +1,12 @@
 """Preferences and rewards: a small language model is pre-trained, then trained with DPO, or with GRPO.
 
 The strings consist of three kinds of brackets. A prompt is the first 6 brackets of a string, and the answer is the rest. An answer is
-balanced if each bracket of the string is closed by one of its kind, and the string has at least 16 brackets. In the pre-training, half of
-the strings have a wrong bracket. Both trainings start from the pre-trained model.
+balanced if the brackets of the whole string are correctly nested, each opening bracket is closed by a bracket of the same kind, and the
+string has at least 16 brackets. In the pre-training, half of the strings have a wrong bracket. DPO and GRPO both start from the pre-trained
+model.
 
     DPO     pairs of a balanced and an unbalanced answer to the same prompt, both sampled from the pre-trained model
-    GRPO    8 samples per prompt. Half of the reward is for a balanced answer, half for the share of its tokens before the first error.
+    GRPO    8 samples per prompt. The reward is 1/2 for a balanced answer, plus 1/2 times the share of its tokens before the first error.
 
 Run:      pip install "xentjax[examples]" && python examples/preference.py
 Takes:    50 s on two CPU cores (measured)
@@ -14,11 +15,12 @@ Prints:   a table, and picture in examples/output/preference.png (measured, jax 
               pre-trained      35.4%    0.525         0.00     14.8     0.00             0.0%
               DPO              79.2%    0.855         1.08     14.4     4.55            95.3%
               GRPO             92.8%    0.946         2.44     13.9     6.37            83.5%
-          The figures are means over 2,000 samples, one for each unseen prompt. The divergence from the pre-trained model is the k3
-          estimate in nats per answer. The margin is the difference of the implicit rewards of two answers, in pairs that DPO has not seen.
-          It is 0 for all pairs before DPO and GRPO. With β = 0.1, DPO reaches only 57.4 %, at a divergence of 3.96 nats. GRPO makes the
-          answers one token shorter. With the seeds 0 to 2, the shares of balanced answers are 29.6 to 35.4 % (pre-trained), 75.1 to
-          79.2 % (DPO) and 90.2 to 92.8 % (GRPO).
+          The first four columns are means over 2,000 samples, one for each unseen prompt. The divergence from the pre-trained model is
+          the k3 estimate in nats per answer. The margin is the difference between the implicit rewards of the two answers of a pair. Its
+          mean is over pairs that DPO has not seen. A pair is in order if its margin is positive. Before DPO and GRPO, the margin of every
+          pair is 0. With β = 0.1 instead of 1, DPO makes only 57.4 % of the answers balanced, at a divergence of 3.96 nats. GRPO makes
+          the answers about one token shorter. With the seeds 0 to 2, the shares of balanced answers are 29.6 to 35.4 % (pre-trained),
+          75.1 to 79.2 % (DPO) and 90.2 to 92.8 % (GRPO).
 Picture:  the figures during both trainings, and answers of the three models to the same prompts
 """
 
