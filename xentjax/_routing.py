@@ -1,7 +1,8 @@
 """Losses of routers, which send each token of a mixture of experts to `top_k` of the experts.
 
-The balance of the load is a product of two means over tokens. The mean of such products over microbatches or devices is not the product of
-the means. So `expert_load` returns the sums of both means, and these sums are added before they are divided and multiplied.
+For each expert, the load-balancing loss multiplies two means over tokens. The mean of such products over microbatches or devices is not the
+product of the means. So `expert_load` returns sums over tokens. Add these sums over microbatches or devices first. Then divide them by the
+number of tokens, and multiply the means.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ _PER = ("batch", "sequence")
 
 
 class ExpertLoad(NamedTuple):
-    """The load of each expert, each field of shape [..., experts]. `expert_load` makes sums of it, and their mean is a share."""
+    """The load of each expert. Each field has shape [..., experts].
+
+    `expert_load` returns sums over tokens. The method `mean` divides them by the number of tokens, and the fields are then shares.
+    """
 
     assigned: Array
-    """The number of tokens that are sent to the expert, divided by `top_k`; it has no derivative."""
+    """The number of tokens that are sent to the expert, divided by `top_k`. It is a constant for differentiation."""
     probability: Array
-    """The sum of the probabilities that the router gives to the expert; differentiable."""
+    """The sum over tokens of the probabilities that the router gives to the expert. It is differentiable."""
 
     @property
     def imbalance(self) -> Array:
@@ -45,11 +49,12 @@ def load_balancing_loss(
     """Load-balancing loss of a router, shape [] for the whole batch, or [...] with one value per sequence.
 
     loss = E Σ_i f_i P_i. E is the number of experts, f_i is the share of the assignments that go to expert i, and P_i is the mean
-    probability of expert i. Both means are over the tokens in `where`.
+    probability of expert i. Both are taken over the tokens for which `where` is True.
     Gradient: ∂loss/∂z_ti = (E/T) p_ti (f_i − Σ_j p_tj f_j) for each of T tokens t. f is a constant.
 
-    The loss is 1 if P is uniform, and at most E. The shares f sum to 1 for every `top_k`, as in DeepSeek. If an implementation lets f sum
-    to `top_k`, as Mixtral's does, multiply its coefficient by `top_k`. Without any token, the loss and its gradient are 0.
+    The loss is 1 if P is uniform, and at most E. The shares f sum to 1 for every `top_k`, as in DeepSeek. In other implementations, such as
+    Mixtral's, f sums to `top_k`. To use the coefficient of such an implementation here, multiply it by `top_k`. Without any token, the loss
+    and its gradient are 0.
 
     For several microbatches, do not average the losses. Add the results of `xentjax.expert_load`.
 
@@ -87,8 +92,8 @@ def expert_load(router_logits: ArrayLike, *, top_k: int, where: ArrayLike | None
     `probability` holds P_i = Σ_t p_ti. The weight is the number of tokens.
     Gradient: ∂P_i/∂z_tj = p_ti ([i = j] − p_tj), and f has gradient 0.
 
-    The sums of microbatches can be added. `(a + b).mean().imbalance` is the load-balancing loss of both together. Compute it in one
-    function, and differentiate this function.
+    The sums of microbatches can be added. `(a + b).mean().imbalance` is the load-balancing loss of the microbatches of a and b together.
+    Compute a, b and this loss in one function, and differentiate this function.
 
     Args:
         router_logits: [..., tokens, experts].
@@ -129,7 +134,8 @@ def router_z_loss(
     loss = lse(z)², where lse(z) = log Σ_i e^(z_i).
     Gradient: ∂loss/∂z_i = 2·lse(z)·p_i, where p = softmax(z).
 
-    The paper's loss is the mean over tokens, `weighted_mean(loss, where=where)`. Over microbatches, add the results of `weighted_sum`.
+    The paper's loss is the mean over tokens, `weighted_mean(loss, where=where)`. For several microbatches, add the results of
+    `weighted_sum`.
 
     Args:
         router_logits: [..., experts].

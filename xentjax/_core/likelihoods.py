@@ -1,6 +1,6 @@
-"""Log-probabilities as arguments of losses: their checks, and how they enter and leave a formula.
+"""Log-probabilities as arguments of losses: checks, and the replacement of infinities before a formula and in its result.
 
-A log-probability of −∞ enters a formula as −INFINITE (see `numerics`). So the difference of two log-probabilities of −∞ is 0. If both
+In a formula, −INFINITE (see `numerics`) replaces a log-probability of −∞. So the difference of two log-probabilities of −∞ is 0. If both
 models say that an answer is impossible, the ratio of its probabilities counts as 1.
 """
 
@@ -17,8 +17,8 @@ def arguments(
 ) -> tuple[tuple[Array, ...], Array | None]:
     """The log-probabilities as arrays of one shape, and `where` of the same shape or None.
 
-    Each number belongs to a whole answer. If `densities` is True, each number belongs to a token or an action, and may be the logarithm of
-    a density, which may be above 0.
+    If `densities` is False, each number belongs to a whole answer, and is at most 0. If `densities` is True, each number belongs to a token
+    or an action, and may be the logarithm of a density. So it may be above 0.
     """
     arrays = tuple(checks.floating(function, name, x) for name, x in given.items())
     (first, *_), shape = given, arrays[0].shape
@@ -36,14 +36,14 @@ def arguments(
 
 
 def _differ_in_tokens(got: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """Whether the last axes differ, as those of answers with different numbers of tokens do."""
+    """Whether the shapes differ only in the last axis. Log-probabilities of tokens differ in this way if the answers differ in length."""
     return len(got) == len(expected) > 1 and got[:-1] == expected[:-1] and got[-1] != expected[-1]
 
 
 def entered(where: Array | None, *log_probs: Array) -> list[Array]:
     """The log-probabilities in the accumulation dtype, with finite numbers for ±∞, and −1 where an element does not count.
 
-    All differences are 0 there, and no probability is 0 or 1. So every formula has finite derivatives.
+    So for elements that do not count, all differences are 0, no probability is 0 or 1, and every formula has finite derivatives.
     """
     dtype = numerics.accumulation_dtype(*(x.dtype for x in log_probs))
     wide = [numerics.finite(x.astype(dtype)) for x in log_probs]
@@ -51,5 +51,5 @@ def entered(where: Array | None, *log_probs: Array) -> list[Array]:
 
 
 def finished(x: Array, where: Array | None) -> Array:
-    """The result, with ±∞ where a finite number represents it, and exactly 0 where an element does not count."""
+    """The result, with ±∞ in place of the finite numbers that represent ±∞, and exactly 0 where an element does not count."""
     return numerics.nan_or_zero(-numerics.restore_infinity(-numerics.restore_infinity(x)), None, where)

@@ -8,8 +8,8 @@ All functions share these conventions:
   has the dtype of the given kernel. So float32 master weights get float32 gradients, even if the activations are bfloat16.
 - `bias` has shape [classes].
 - `where` [...] is True for examples that count. All other examples have loss exactly 0 and weight 0. They may contain NaN or any label.
-- `weights` [...] holds one weight per example. With `reduction="mean"`, weights must be ≥ 0. With "none", weights
-  multiply every floating array that the loss function returns. They do not change integers and booleans.
+- `weights` [...] holds one weight per example. With `reduction="mean"`, weights must be ≥ 0. With "none", weights multiply every floating
+  array that the loss function returns, except those in aux. They do not change integers and booleans.
 - `reduction` selects the result. "mean" returns Σ w·loss / Σ w, "sum" returns Σ w·loss, and "none" returns w·loss per example, shape [...].
   If no example counts, the mean is 0.
 - `chunk_size` is the maximum number of examples whose logits are in memory at a time. If it is None, `plan_linear` chooses it. Under
@@ -60,15 +60,16 @@ def fuse_linear(
 
     The result is a function `fused_loss(hidden, kernel, *args, bias=None, where=None, weights=None)`. Let
     loss = `loss_fn(hidden @ kernel + bias, *args)`, and let w be the `weights`. `fused_loss` returns Σ w·loss / Σ w, shape [] ("mean"),
-    Σ w·loss, shape [] ("sum"), or w·loss, shape [...] ("none"). With "none", `loss_fn` may also return several statistics, and `fused_loss`
-    returns all of them. The value equals the value of the dense computation, but only the logits of one chunk are in memory at a time.
+    Σ w·loss, shape [] ("sum"), or w·loss, shape [...] ("none"). With "none", `loss_fn` may also return several arrays per example, and
+    `fused_loss` returns all of them. The value equals the value of the dense computation, but only the logits of one chunk are in memory at
+    a time.
     `jax.grad`, `jvp`, `vjp`, Hessian-vector products, `vmap`, `jit`, `scan` and `jax.checkpoint` work on `fused_loss`.
 
     Gradient: equal to the gradient of the dense computation. With G = ∂value/∂logits, the gradients are ∂/∂hidden = G·kernelᵀ,
     ∂/∂kernel = hiddenᵀ·G and ∂/∂bias = Σ G. `weights` and floating `args` are differentiated too. So are floating arrays that `loss_fn`
     closes over, such as a temperature, class weights or a teacher's kernel. With "mean" and "sum", the forward pass computes the gradients.
-    The value and the gradients then take three matrix products. With "none", the logits are computed twice, for one array or for several.
-    The gradients of inputs that are not differentiated are not computed.
+    The value and the gradients then take three matrix products. With "none", the forward pass and the backward pass both compute the
+    logits, however many arrays `loss_fn` returns. The gradients of inputs that are not differentiated are not computed.
 
     Compilation: the compiled programs of `loss_fn` are kept as long as `loss_fn` exists. So a loop may call `fuse_linear(loss_fn)` in every
     step without compiling again. The same holds for a `functools.partial` of `loss_fn` with the same numbers and strings. If a step creates
@@ -78,9 +79,9 @@ def fuse_linear(
     Args:
         loss_fn: a function `loss_fn(logits, *args)` that returns one loss per example, shape [chunk]. It is a loss of this library or a
             pure function of your own. It is called with `logits` [chunk, classes] and the `args` of the examples in one chunk. The logits
-            are float32, or float64 if `hidden` is float64. With "none", it may return any pytree of arrays [chunk, ...]. Floating arrays
-            are multiplied by the weights and can be differentiated with any cotangent. Integers and booleans are neither. In examples that
-            do not count, all are 0 or False.
+            are float32, or float64 if `hidden` is float64. With "none", `loss_fn` may return any pytree of arrays [chunk, ...]. Floating
+            arrays are multiplied by the weights, and can be differentiated with any cotangent. Integers and booleans are not multiplied
+            and not differentiated. In examples that do not count, all entries are 0 or False.
         reduction: "mean", "sum" or "none".
         chunk_size: maximum number of examples whose logits are in memory at a time; None: chosen by `plan_linear`.
         has_aux: whether `loss_fn` returns a pair (loss, aux), where aux is a pytree of arrays [chunk, ...]. `fused_loss` then returns
@@ -90,7 +91,8 @@ def fuse_linear(
 
     Returns:
         `fused_loss`. Its `args` are pytrees of arrays [..., ...], which begin with the leading axes of `hidden`. Its value is float32, or
-        float64 if `hidden` is float64. With "none", its value has the structure that `loss_fn` returns, and arrays [..., ...].
+        float64 if `hidden` is float64. With "none", its value has the structure of the pytree that `loss_fn` returns, with arrays
+        [..., ...]. Integers and booleans keep their dtypes.
 
     Raises:
         TypeError: an argument of `fuse_linear` or of `fused_loss` has the wrong type or dtype.

@@ -12,7 +12,7 @@ from jax.interpreters import ad, batching, mlir
 
 from xentjax._core import mesh, numerics
 
-_BLOCK_BYTES = 2**24  # On CPUs, XLA cannot add a product in place: a sum of products is computed in blocks of at most this size.
+_BLOCK_BYTES = 2**24  # XLA on CPUs cannot add a product in place. So a sum of products is computed in blocks of about this size.
 
 
 def dot(x: Array, y: Array, x_axis: int, y_axis: int, like: Any = None) -> Array:
@@ -40,8 +40,8 @@ def _(features: int, primals: tuple[Array, ...], tangents: tuple[Array, ...]) ->
     hidden, kernel, accumulator = primals
     hidden_dot, _, kernel_dot = tangents
     # JAX transposes a product into another product, whose result has the dtype of the input. The first tangent is rounded to the dtype of
-    # `hidden`, because its transpose is the gradient of `hidden`. The transpose of the second tangent is added up over chunks, so this
-    # product is in float32 whatever the dtype of `hidden`.
+    # `hidden`, because its transpose is the gradient of `hidden`. The transpose of the second tangent is added up over chunks. So the
+    # second product is computed in the dtype of `accumulator`, even if `hidden` is in half precision.
     first = lax.dot_general(hidden_dot, kernel, (((1,), (features,)), ((), ())))
     second = dot(hidden.astype(kernel_dot.dtype), kernel_dot, 1, features)
     return product(hidden, kernel, accumulator, features), first.astype(second.dtype) + second
@@ -52,8 +52,8 @@ def chained_product(hidden: Array, kernel: Array, accumulator: Array, link: Arra
     """The product H·K, and `link`. `classes` is the position of the class axis in K.
 
     `accumulator` and `link` are both K in float32, or in float64 if `hidden` is float64. Each product of a chain gets the link that the
-    product before it returned. Reverse mode follows the links from the last product to the first, and adds the gradient of K of each
-    product in place to one array. A second derivative uses `accumulator` as in `product`, because a loop would store its links.
+    product before it returned. Reverse mode follows the links from the last product to the first. For each product, it adds the gradient of
+    K to one array in place. A second derivative uses `accumulator` as in `product`, because a loop would store the link of every step.
     """
     return product(hidden, kernel, accumulator, 1 - classes), link
 
@@ -93,13 +93,14 @@ def _add_at_once(total: Array, left: Array, right: Array) -> Array:
 def _add_in_blocks(classes: int, total: Array, left: Array, right: Array) -> Array:
     """`_add_at_once` in blocks of classes, for CPUs.
 
-    XLA on CPUs stores a product before it adds it. Storing the whole product would take as much time as the addition. So only one block
-    is stored at a time. XLA also stores the same block of the factor with the classes. If there are many more examples than features, both
-    blocks would take more memory than the whole product, which is then added at once.
+    XLA on CPUs stores a product before it adds the product. Storing the whole product would take as much time as the addition. So only one
+    block of the product is stored at a time. For each block, XLA also stores a block of the factor that has the class axis. If there are
+    many more examples than features, these two blocks would take more memory than the whole product. Then the whole product is added at
+    once.
     """
     size, features, examples = total.shape[classes], total.shape[1 - classes], left.shape[0]
     width = max(1, -(-size // max(1, -(-total.nbytes // _BLOCK_BYTES))))
-    many = isinstance(examples, int) and (features + examples) * width >= features * size  # otherwise the number is symbolic
+    many = isinstance(examples, int) and (features + examples) * width >= features * size  # a symbolic number of examples is not an int
     if width >= size or many:
         return _add_at_once(total, left, right)
 
@@ -117,7 +118,7 @@ def _add_in_blocks(classes: int, total: Array, left: Array, right: Array) -> Arr
 # The tangent of a product ----------------------------------------------------------------------------------------------------
 
 # (Z, A, H) → (Z + H·A, A), linear in Z and A. Its transpose is (Z̄, Ā) → (Z̄, Ā + Hᵀ·Z̄), which `add_product` computes in place. JAX's own
-# transpose would store Hᵀ·Z̄, an array of the size of the kernel, before it adds it. Z̄ is cast to the dtype of H before the product.
+# transpose would store Hᵀ·Z̄, an array of the size of the kernel, before the addition. Z̄ is cast to the dtype of H before the product.
 _add_and_pass = Primitive("add_product_and_pass_factor")
 _add_and_pass.multiple_results = True
 

@@ -5,18 +5,19 @@ entropy. α = 2 is sparsemax, and α → 1 is softmax. With β = 1/(α − 1) an
 
     p_k = max(η_k, 0)^β,  η_k = 1 + (α − 1)(z_k − m) − u
 
-where u in [0, 1) makes the probabilities sum to 1. u is small if one class has nearly all of the probability, and 0 if it has all of it.
-The root is found for u, not for a threshold of the logits, so that it has a small relative error.
+where u in [0, 1) makes the probabilities sum to 1. If one class has nearly all of the probability, u is small. If one class has all of the
+probability, u is 0. The equation is solved for u, and not for a threshold of the logits, so that u has a small relative error.
 
-Root. Let S(u) = Σ_k p_k. The function S^(1/β) − 1 is convex and falls, so Newton's method from u = 0 approaches the root from one side and
-needs no bounds. For α = 2 it drops classes until the support is exact. The sum S − 1 is computed without the largest class: it is
-Σ_{k≠*} p_k + ((1 − u)^β − 1). The last step is differentiable, so its derivative is that of the root.
+Root. Let S(u) = Σ_k p_k. The function S^(1/β) − 1 is convex and decreasing. So Newton's method from u = 0 approaches the root from one side
+and needs no bounds. For α = 2, Newton's method removes classes from the support until the support is exact. Let * be a class with the
+largest logit. Then η_* = 1 − u, and S − 1 is computed as Σ_{k≠*} p_k + ((1 − u)^β − 1), where the bracket is computed by expm1. The steps
+of Newton's method are not differentiated. The derivatives are the closed forms below.
 
 Loss. For labels t of sum 1, the Fenchel–Young loss max_p (p·z + H_α(p)) − t·z − H_α(t) is a sum of terms that are never negative:
 
     B_k = (t_k^α − p_k^α)/(α(α − 1)) − η_k (t_k − p_k)/(α − 1)
 
-This is p_k^α/α for t_k = 0. If t_k and p_k are nearly equal, B_k is about p_k^(α − 2)(t_k − p_k)²/2, and it is computed by a series.
+For t_k = 0, B_k is p_k^α/α. If t_k and p_k are nearly equal, B_k is about p_k^(α − 2)(t_k − p_k)²/2. Then B_k is computed by a series.
 
 Derivatives. Let s_k = p_k^(2 − α) on the support and 0 elsewhere. Then dp_k = s_k (dz_k − Σ_j s_j dz_j/Σ_j s_j).
 """
@@ -34,7 +35,7 @@ from jax.typing import ArrayLike
 from xentjax._core import blocks, checks, mesh, numerics, rows, values
 
 _STEPS = 32
-_NEAR = 0.5  # for (t − p)/p of this size, B is a series
+_NEAR = 0.5  # B is computed by a series where |t − p|/p is below this number
 
 
 def sparsemax_loss(
@@ -103,7 +104,8 @@ def entmax_loss(
     approaches 1, p approaches softmax(z), and the loss approaches the cross-entropy minus the entropy of the labels. For α = 1, use
     `softmax_cross_entropy`.
 
-    Second derivatives exist except where a class enters or leaves the support of p. There, the derivative from one side is returned.
+    Second derivatives exist except at logits where a class enters or leaves the support of p. At these logits, a one-sided derivative is
+    returned.
 
     Args:
         logits: [..., classes].
@@ -163,10 +165,10 @@ def _loss(r: rows.Rows, alpha: Array, *, beta: int | None) -> Array:
 
 
 class _Sparse(NamedTuple):
-    """The distribution p of a row, and numbers of its classes, each of shape [..., classes]."""
+    """The distribution p of a row, and two more numbers of each class. All have shape [..., classes]."""
 
     p: Array
-    eta: Array  # η as in the module docstring; it is negative off the support
+    eta: Array  # η as in the module docstring; at most 0 outside the support
     slope: Array  # s = p^(2 − α) = η^(β − 1) on the support, 0 elsewhere
 
 
@@ -224,7 +226,7 @@ def _centred(r: rows.Rows, alpha: Array) -> tuple[Array, Array]:
 
 
 def _newton(r: rows.Rows, centred: Array, largest: Array, alpha: Array, beta: int | None, u: Array) -> Array:
-    """One step of Newton's method for S(u)^(1/β) = 1 from u [...]. A row without a class has u = 0."""
+    """One step of Newton's method for S(u)^(1/β) = 1 from u [...]. In a row without classes, the step is 0."""
     p, slope = _powers(centred - rows.as_column(r, u), alpha, beta)
     others, ties = rows.class_sum(r, numerics.where(largest, 0, p)), rows.class_sum(r, largest.astype(p.dtype))
     of_largest = jnp.expm1(jnp.log1p(-u) / (alpha - 1))

@@ -1,18 +1,19 @@
 """Divergences between the predictions of a student and the k most probable classes of a teacher.
 
-The teacher is known by k class indices i_j and their log-probabilities ℓ_j. The student has logits z of all classes. The loss compares two
-short rows of numbers. If all other classes together are one bucket, the rows have k + 1 numbers:
+The teacher is given as k class indices i_j and their log-probabilities ℓ_j. The student has logits z of all classes. The loss compares two
+short rows of numbers. If all classes that are not listed form one bucket, the rows have k + 1 numbers:
 
     teacher  ℓ_1 … ℓ_k            log(1 − Σ_j e^(ℓ_j))
     student  z_{i_1} … z_{i_k}    log Σ_{c not listed} e^(z_c)
 
 The softmax of the second row is the distribution of the student over the k classes and the bucket. So a divergence of both rows is computed
-as in `distillation`, with the same accuracy. The bucket of the student is the sum of its own exponentials: 1 minus the other probabilities
-would cancel. For the bucket of the teacher, let ℓ_1 be the largest log-probability. Then
+as in `distillation`, with the same accuracy. The bucket of the student is computed from the exponentials of the logits in the bucket. The
+difference of 1 and the other probabilities would lose digits by cancellation. For the bucket of the teacher, let ℓ_1 be the largest
+log-probability. Then
 
     1 − Σ_j e^(ℓ_j) = −expm1(ℓ_1) − Σ_{j>1} e^(ℓ_j)
 
-has an error relative to 1 − e^(ℓ_1), and not relative to 1.
+has a rounding error that is proportional to 1 − e^(ℓ_1), and not to 1.
 """
 
 from __future__ import annotations
@@ -45,16 +46,17 @@ def top_k_distillation_loss(
 ) -> Array:
     """Divergence per example between the k listed classes of a teacher and a student, shape [...].
 
-    Let p_j be the probability that the teacher gives to its class j, and let q_j be the probability that the student gives to it. The
-    divergences are those of `xentjax.distillation_loss`. `outside` says how they treat all classes that are not listed:
+    Let p_j and q_j be the probabilities that the teacher and the student give to listed class j. The divergences are those of
+    `xentjax.distillation_loss`. `outside` selects how a divergence treats all classes that are not listed:
 
         "tail"         one more class, with p_t = 1 − Σ_j p_j and q_t = 1 − Σ_j q_j
         "renormalize"  left out; p_j and q_j are divided by their sums
         "ignore"       left out; the divergence is that of numbers that do not sum to 1. For "forward", it is
                        Σ_j (p_j log(p_j/q_j) − p_j + q_j)
 
-    With "tail" and "ignore", the loss is at most the divergence over all classes. If all classes are listed, all three are equal to it.
-    "renormalize" gives no gradient to classes that are not listed, and it does not see their probability.
+    With "tail" and "ignore", the loss is at most the divergence over all classes. If all classes are listed, each of the three losses is
+    equal to this divergence. With "renormalize", the loss does not depend on the logits of classes that are not listed, and their gradient
+    is 0.
 
     Gradient: for "tail", ∂loss/∂z_c of a class that is not listed is q_c·(g_t − Σ_j q_j g_j), where g_j = ∂loss/∂q_j and the sum includes
     the bucket. For "forward", it is q_c·(1 − p_t/q_t), and q_j − p_j for a listed class.
@@ -66,7 +68,8 @@ def top_k_distillation_loss(
             the teacher at the same T.
         teacher_ids: [..., k], distinct class indices. The last axis has length k, whatever the value of `axis` is.
         teacher_log_probs: [..., k], at most 0. An entry of −∞ is padding: its class counts as not listed, and its index is ignored. Pass
-            them in the dtype in which they were stored, because the dtype tells how much their sum may exceed 1 by rounding.
+            the log-probabilities in the dtype in which they were stored. This dtype determines by how much the sum of the probabilities
+            may exceed 1 because of rounding.
         divergence: "forward", "reverse", "js" or "tv".
         outside: "tail", "renormalize" or "ignore".
         beta: β in (0, 1), weight of the teacher in the mixture of "js".
@@ -76,9 +79,10 @@ def top_k_distillation_loss(
         where: [...], True for examples that count.
 
     Returns:
-        [...], ≥ 0, in nats; float32, or float64 if either argument is float64. NaN if an index is out of range or repeated, if a
-        log-probability is above 0, or, for "tail", if the probabilities sum to more than 1. If they sum to 1 after rounding, p_t is 0. Then
-        "reverse" is +∞ if q_t > 0.
+        [...], ≥ 0; float32, or float64 if `student_logits` or `teacher_log_probs` is float64. The unit is nats, but "tv" has no unit. NaN
+        if the index of a listed class is out of range or repeated, or if a log-probability is above 0. For "tail", NaN also if the
+        probabilities of the teacher sum to more than 1. If their sum is 1 within the rounding error, p_t is 0. Then "reverse" is +∞ if
+        q_t > 0.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -144,9 +148,9 @@ def _loss(student: rows.Rows, teacher: rows.Rows, beta: Array, *, divergence: st
 
 
 def _reduced(r: rows.Rows, ids: Array, listed: Array, outside: str) -> tuple[Array, Array]:
-    """The short row of the student [..., k + 1], up to a constant, and whether a class exists that is not listed [...].
+    """The short row of the student [..., k + 1], up to an additive constant, and whether a class exists that is not listed [...].
 
-    For "renormalize", the row has no bucket.
+    For "renormalize", the row has no bucket and shape [..., k].
     """
     z = numerics.where(listed, rows.at_index(r, r.values, ids, differentiated=True), -jnp.inf)
     if r.class_mask is not None:
@@ -179,7 +183,7 @@ def _finite_or_zero(m: Array) -> Array:
 
 
 def _negative_tail(log_p: Array, dtype: jax.typing.DTypeLike) -> tuple[Array, Array]:
-    """Σ_j e^(ℓ_j) − 1, shape [...], and a bound of its rounding error if ℓ was rounded to `dtype`."""
+    """Σ_j e^(ℓ_j) − 1, shape [...], and a bound on its error if every ℓ_j was rounded to `dtype`."""
     position = lax.broadcasted_iota(jnp.int32, log_p.shape, log_p.ndim - 1, out_sharding=mesh.split_of(log_p))
     largest = position == lax.argmax(lax.stop_gradient(log_p), log_p.ndim - 1, jnp.int32)[..., None]
     terms = numerics.where(largest, jnp.expm1(log_p), jnp.exp(log_p))

@@ -16,10 +16,10 @@ from xentjax._core import mesh, numerics, rows
 
 
 def on_each(f: Callable[..., Any], axes: int, batched: Sequence[Any], shared: Sequence[Any] = ()) -> Any:
-    """`f(*batched, *shared)`. The first `axes` axes of all arrays in `batched` and of all results are those of the batch.
+    """`f(*batched, *shared)`. The first `axes` axes of all arrays in `batched` and of all results are the axes of the batch.
 
-    If an explicit mesh splits these axes, or the classes of `rows.Examples` in `batched`, each device calls `f` with its own part.
-    `Examples` then get an `axis_name` for the classes.
+    If an array lies on an explicit mesh, each device calls `f` with its own part of the batch, and of the classes of `rows.Examples` in
+    `batched`. If the mesh splits the classes of `Examples`, their `axis_name` becomes the mesh axes of the classes.
     """
     splits = [jax.typeof(x).sharding for x in jax.tree.leaves((batched, shared)) if mesh.is_explicit(x)]
     if not splits:
@@ -42,7 +42,10 @@ def on_each(f: Callable[..., Any], axes: int, batched: Sequence[Any], shared: Se
 
 
 def _with_split_classes(examples: rows.Examples) -> tuple[rows.Examples, Any]:
-    """The examples with an `axis_name` and a class mask [..., classes], and the axes of the mesh that split the classes."""
+    """The examples, and the mesh axes that split the classes, or None.
+
+    These mesh axes become the `axis_name` of the examples. A class mask is broadcast to [..., classes].
+    """
     z, mask = examples.logits, examples.class_mask
     split = jax.typeof(z).sharding.spec[-1] if mesh.is_last_axis_split(z) else None
     if mask is not None:

@@ -1,9 +1,10 @@
 """Log-probabilities of a few classes of a row, and the probability of all other classes, with one derivative rule.
 
 Let V be the set of the blank and the labels that paths may take in a row of logits. The losses of sequences need log p_k for k ∈ V, and
-U = Σ_{k∉V} p_k, the probability of the classes that no path can take. U is computed as a sum over the other classes. The difference
-1 − Σ_{k∈V} p_k would lose digits by cancellation if U is small. This sum is the only one over all classes. Σ_{k∈V} e^(z_k − m) needs only
-the logits of V, where m is the largest logit. If m is in V, the log-sum c = lse(z) − m is log1p of the sum over all other classes.
+U = Σ_{k∉V} p_k, the probability of the classes that no path can take. U is computed as a sum over the classes outside V. The difference
+1 − Σ_{k∈V} p_k would lose digits by cancellation if U is small. U is the only sum that reads all classes. Let m be the largest logit. The
+sum Σ_{k∈V} e^(z_k − m) needs only the logits of V. If a class of V has the logit m, the log-sum c = lse(z) − m is computed as log1p of the
+sum of e^(z_k − m) over all classes except this one.
 
 Derivatives. The pivot * is the class of V with p_* > 1/2, if there is one. Its q = 1 − p_* is computed from log p_*. With
 A = Σ_{j∉V} p_j dz_j and B = Σ_{j∈V} p_j dz_j,
@@ -11,10 +12,10 @@ A = Σ_{j∉V} p_j dz_j and B = Σ_{j∈V} p_j dz_j,
     d log p_k = dz_k − A − B   for k ≠ *        d log p_* = q dz_* − A − Σ_{j∈V, j≠*} p_j dz_j
     dU = (Σ_{k∈V} p_k) A − U B                  dc = A + B
 
-Only A is a sum over all classes. So the gradient is one product per class, and a few more numbers at the classes of V.
+Only A reads all classes. So the gradient is one product for each class, with additional terms only at the classes of V.
 
-Memory. XLA on CPUs stores the operands of a sum if they contain a selection, but not if they are products. So the classes of V are left out
-of both sums by a factor of 0. The gradient computes the exponentials again, as e^(z_k − m − c), so it shares no array with the value.
+Memory. XLA on CPUs stores the operands of a sum if they contain a selection, but not if they are products. So a factor of 0 removes the
+classes of V from the sums U and A. The gradient computes the exponentials again, as e^(z_k − m − c), so it shares no array with the value.
 """
 
 import functools
@@ -32,8 +33,8 @@ from xentjax._sequence import scaled
 def probabilities(r: rows.Rows, index: Array) -> tuple[Array, Array]:
     """Log p_k of the classes `index`, shape [..., n], and the probability U [...] of all classes that are not in `index`.
 
-    `index` [..., n] holds global class indices. Its axes may have length 1 where the rows have more. If an index is outside the range of
-    classes, callers must not use its result. The logarithm of a probability of 0 is ABSENT.
+    `index` [..., n] holds global class indices. Its leading axes are those of the rows, or have length 1. If an index is outside the range
+    of classes, callers must not use its result. The logarithm of a probability of 0 is ABSENT.
     """
     return _probabilities(r.values, r.raw, index, r.class_mask, r.where, r.axis_name)[:2]
 
@@ -66,7 +67,7 @@ def _(axis_name: mesh.AxisName, primals: tuple[Any, ...], tangents: tuple[Any, .
     def linear(values: Array, raw: Array, tangent: Array) -> tuple[Array, ...]:
         r = rows.Rows(raw, values, None, class_mask, where, axis_name)
         z, moved = numerics.widen(raw) if r.half else values, rows.masked(tangent, where, class_mask)
-        gap = _existing(r, z) + (-rows.reference(r))[..., None]  # a sum, so that this loop does not share the difference of the value
+        gap = _existing(r, z) + (-rows.reference(r))[..., None]  # a sum, so that XLA does not store `z − m` of the value for this loop
         p = jnp.exp(gap - rows.as_column(r, log_sum)) * _outside(r, index)
         by_rest = _of_rows(rows.class_sum(r, p * moved), where)
         of_index = _moved_at(r, moved, index)
@@ -78,7 +79,7 @@ def _(axis_name: mesh.AxisName, primals: tuple[Any, ...], tangents: tuple[Any, .
         of_rest = inside * by_rest - rest * by_index
         return numerics.where(pivot, of_pivot, of_index - by_all[..., None]), of_rest, -of_rest, by_all
 
-    # A separate backward pass stores the logits and log p, and computes everything else again.
+    # If the backward pass is separate, the forward pass stores the logits, log p and three numbers per row. The rest is computed again.
     linear = jax.checkpoint(linear, prevent_cse=False)
     return (log_p, rest, inside, log_sum), linear(values, raw, tangents[0])
 
@@ -108,8 +109,8 @@ def _outside(r: rows.Rows, index: Array) -> Array:
 def _moved_at(r: rows.Rows, moved: Array, index: Array) -> Array:
     """The tangents of the logits of the classes `index`, shape [..., n].
 
-    The transpose of a sum of selections is a selection, which is part of the loop of the gradient. The transpose of a lookup is a loop over
-    all indices.
+    Up to four tangents are computed as sums of selections. The transpose of such a sum is a selection, which XLA computes in the loop of
+    the gradient. More tangents are looked up. The transpose of a lookup is a loop over all indices.
     """
     if index.shape[-1] > 4:
         return rows.at_index(r, moved, index)
@@ -119,7 +120,7 @@ def _moved_at(r: rows.Rows, moved: Array, index: Array) -> Array:
 
 
 def _at(r: rows.Rows, index: Array) -> Array:
-    """The logits of the classes `index`, −∞ for a class that does not exist, shape [..., n]; no derivative."""
+    """The logits of the classes `index`, −∞ for a class that does not exist, shape [..., n]. They are not differentiated."""
     z = rows.at_index(r, lax.stop_gradient(r.raw), index).astype(r.values.dtype)
     if r.class_mask is not None:
         z = numerics.where(rows.at_index(r, r.class_mask, index), z, -jnp.inf)

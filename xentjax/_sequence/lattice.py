@@ -10,8 +10,8 @@ relative error, and a step needs no exponentials and no logarithms.
 
 Lost mass. In a lattice of probabilities, the total is the probability p of the labels. If the labels are nearly certain, p ≈ 1. Then
 −log p, computed as the logarithm of a sum near 1, has no correct digits. Let ℓ_t(s) be the probability that step t from state s does not
-continue any path of the lattice. The probability is 1 at the start. What does not arrive at the end is lost in a step, or in a state where
-paths do not end:
+continue any path of the lattice. The total probability at the start is 1. Each part of it either reaches the end, or is lost in a step, or
+is lost after the last step in a state where no path may end:
 
     1 − p = Σ_t Σ_s α_{t−1}(s) ℓ_t(s) + Σ_s α_T(s) (1 − e(s))
 
@@ -20,16 +20,17 @@ No term of this sum is negative, so the sum has a small relative error. Where p 
 Derivatives. The derivative of log p with respect to log α_t(s) follows from a backward recursion over the same edges. The derivative of
 each state is divided among the edges that lead to the state, in proportion to their shares of the sum. If log p is computed from the total,
 these derivatives are the posterior probabilities of the states. If log p is computed from the lost mass, the derivative is −1/p times the
-probability that a path is in state s after step t and is lost later. In the recursion, each step then adds the mass that is lost in this
+probability that a path is in state s after step t and is lost later. For this derivative, the recursion adds the mass that is lost in each
 step. In both cases all terms have the same sign, so the derivatives are as accurate as the sums.
 
-One backward pass computes all derivatives of a sequence. It needs α of every step. The forward pass stores α only before segments of √T
-steps. The backward pass computes α of one segment at a time again, from the α before the segment. So the memory of α is proportional to √T
-in place of T. The tangent is linear in the tangents of the weights, so JAX can transpose it.
+One backward pass computes all derivatives of a sequence. It needs α of every step. The forward pass stores α only before each segment of √T
+steps. The backward pass recomputes α of one segment at a time, from the α before the segment. So the memory of α is proportional to √T
+instead of T. If `Lattice.segments` is False, the forward pass stores α of every step. The tangent is linear in the tangents of the weights,
+so JAX can transpose it.
 
-Normalization. α before a step is normalized, and α after the step is not. So the exponent after a step does not depend on the sum of the
-mantissas. Each loop of XLA on CPUs has one result. If α after the step were normalized, the loop for the exponent would compute the sum of
-the mantissas a second time.
+Normalization. α is normalized before each step, and not after it. So the exponent after a step does not depend on the sum of the mantissas.
+Each loop of XLA on CPUs has only one result. If α were normalized after the step, one loop would compute the mantissas, and a second loop
+would compute the sum of the mantissas again for the exponent.
 
 No path. The logarithm of a weight of 0 is represented by `scaled.ABSENT`, a large negative number, so no difference of infinities occurs.
 """
@@ -51,23 +52,23 @@ from xentjax._sequence.scaled import Scaled
 class Lattice(NamedTuple):
     """The edges of a lattice, as functions of arrays with any leading axes.
 
-    α is a `Scaled` [..., states], or a pytree of `Scaled` if the states have several kinds. `advance` gets the weights as `Scaled`: `x` are
-    those of one step, and `shared` those of all steps. `fixed_x` and `fixed` are like `x` and `shared`, but hold arrays that are not
-    differentiated. ᾱ are derivatives of the log-total by the mantissas of α after a step. The exponents of α after the step say by which
-    power of 2 the weight of an edge is divided.
+    α is a `Scaled` [..., states], or a pytree of `Scaled` if the states have several kinds. `advance` and `retreat` get the weights as
+    `Scaled`: `x` holds the weights of one step, and `shared` holds the weights that all steps share. `fixed_x` and `fixed` are like `x` and
+    `shared`, but hold arrays that are not differentiated. ᾱ are the derivatives of the log-total with respect to the mantissas of α after
+    a step. Let a and b be the exponents of α before and after the step. `retreat` multiplies ᾱ by the weight of an edge and by 2^(a − b).
     """
 
     advance: Callable  # (normalized α, x, shared, fixed_x, fixed) → α after the step, not normalized
     retreat: Callable  # (ᾱ, α before, α after, x, shared, fixed_x, fixed) → ᾱ before the step, derivatives by log x and by log shared
     lost: Callable | None  # (xs, Weights.lost, fixed) → ℓ_t(s) [steps, ..., states]; None if the weights are not probabilities
-    segments: bool = True  # whether α is kept before every segment of steps only, and computed again from there
+    segments: bool = True  # whether α is stored only before each segment of steps, and recomputed from there in the backward pass
 
 
 class Weights(NamedTuple):
-    """The weights of a lattice as logarithms.
+    """The weights of a lattice. `xs`, `shared` and `end` are logarithms.
 
-    A leaf of a field with a step axis has shape [steps, ..., n]; `...` are the axes of the sequences. If α is a pytree, `start` and `end`
-    are pytrees of the same structure.
+    In a field with a step axis, this axis is the first axis of every leaf. The axes of the sequences come next in `xs` and `lost`, and come
+    first in `shared` and `end`. If α is a pytree, `start` and `end` are pytrees of the same structure.
     """
 
     start: Any  # whether a path may start in a state
@@ -143,7 +144,10 @@ def value_and_slopes(lattice: Lattice, weights: Weights) -> tuple[Array, _Slopes
 
 
 def _segments(lattice: Lattice, weights: Weights) -> _Steps:
-    """The steps of the weights in segments of equal length. Steps that are added at the end are not live."""
+    """The steps of the weights in segments of equal length. The last segment is padded with steps that are not live.
+
+    If `lattice.segments` is False, or if the number of steps is symbolic, all steps are one segment.
+    """
     steps = weights.live.shape[0]
     if not isinstance(steps, int):  # a symbolic size
         return jax.tree.map(lambda x: x[None], _Steps(weights.xs, weights.lost, weights.fixed_xs, weights.live))
@@ -158,7 +162,7 @@ def _segments(lattice: Lattice, weights: Weights) -> _Steps:
 
 
 def _forward(lattice: Lattice, weights: Weights, steps: _Steps) -> tuple[Any, Any]:
-    """α after the last step, and α before every segment. If `lattice.segments` is False, it is α before every step of the segment."""
+    """α after the last step, and α before every segment. If `lattice.segments` is False, the second result is α before every step."""
 
     def segment(alpha: Any, steps: _Steps) -> Any:
         after, before = _advanced(lattice, weights, alpha, steps, keep=not lattice.segments)
@@ -170,7 +174,10 @@ def _forward(lattice: Lattice, weights: Weights, steps: _Steps) -> tuple[Any, An
 
 
 def _advanced(lattice: Lattice, weights: Weights, alpha: Any, steps: _Steps, keep: bool = True) -> tuple[Any, Any]:
-    """α after the last step of a segment, and α before every step if `keep` is True, otherwise None. A step that is not live is skipped."""
+    """α after the last step of a segment, and α before every step. A step that is not live is skipped.
+
+    If `keep` is False, the second result is None.
+    """
     shared = jax.tree.map(scaled.of_log, weights.shared)
 
     def forward(alpha: Any, inputs: Any) -> Any:
@@ -190,10 +197,11 @@ def _before(lattice: Lattice, weights: Weights, kept: Any, steps: _Steps) -> Any
 def _backward(
     lattice: Lattice, weights: Weights, steps: _Steps, kept: Any, alpha: Any, direct: Array, last_bar: Any, by_lost: Array | None
 ) -> tuple[Any, Any, Any]:
-    """The derivatives with respect to the logarithms of `xs`, to `lost` and to the logarithms of `shared`.
+    """The derivatives of the log-total with respect to `weights.xs`, `weights.lost` and `weights.shared`.
 
-    α and its derivative `last_bar` are those after the last step. `by_lost` is the derivative by the probability that is lost in all steps.
-    Every segment is computed without what is lost. If the batch has certain sequences, it is also computed with what is lost, for them.
+    `alpha` is α after the last step. `last_bar` is the derivative with respect to the mantissas of `alpha`, and `by_lost` is the derivative
+    with respect to the probability that is lost in all steps. The recursion over a segment always runs without the lost mass. If the batch
+    has certain sequences (see `_certain`), the recursion also runs with the lost mass. Certain sequences take the second result.
     """
     certain, shared = _certain(direct), jax.tree.map(scaled.of_log, weights.shared)
 
@@ -250,7 +258,10 @@ def _chosen(mask: Array, step_axes: int, x: Any, y: Any) -> Any:
 
 
 def _lost(lattice: Lattice, weights: Weights, steps: _Steps, kept: Any, direct: Array) -> Array | None:
-    """The probability [...] that is lost in all steps; zeros if no total of the batch is above 1/2."""
+    """The probability [...] that is lost in all steps together.
+
+    On one device, the result is 0 if no total of the batch is above 1/2. It is None if the weights are not probabilities.
+    """
     if (lost := lattice.lost) is None:
         return None
 
@@ -266,10 +277,11 @@ def _lost(lattice: Lattice, weights: Weights, steps: _Steps, kept: Any, direct: 
 
 
 def _if_certain(direct: Array, weights: Weights, found: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
-    """`found()` if any total of the batch is above 1/2, else `otherwise()`. Only certain sequences need what is lost.
+    """`found()` if any total of the batch is above 1/2, else `otherwise()`. Only certain sequences need the lost mass.
 
-    The results of other sequences do not depend on the choice, so the numbers of a sequence do not depend on the others of its batch. In a
-    program for several devices, the result is always `found()`, so that no device waits for the others.
+    Sequences that are not certain get the same loss and gradient from `found()` and from `otherwise()`. So the loss of a sequence does not
+    depend on the other sequences of its batch. In a program for several devices, the result is always `found()`, so that no device waits
+    for the others.
     """
     return lax.cond(~blocks.every(~_certain(direct)), *(lambda f=f: _varying(f(), weights) for f in (found, otherwise)))
 
@@ -292,6 +304,7 @@ def _total(alpha: Any, end: Any, lost: Array | None) -> Array:
 
 
 def _certain(direct: Array) -> Array:
+    """Whether the total is above 1/2, from its logarithm. The log-total is then computed from the lost mass."""
     return direct > -math.log(2)
 
 

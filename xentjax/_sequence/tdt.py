@@ -4,9 +4,10 @@ Lattice. A node is a frame t = 0, …, T and a number u of labels so far. A move
 duration d from the list of durations. The blank leads from (t, u) to (t + d, u), and the next label leads to (t + d, u + 1). A path starts
 at (0, 0). It ends with a blank that leads to frame T after all labels. The blank never has duration 0.
 
-Every move increases t + u, the blank by d and a label by d + 1. So the states are those of the next D + 1 diagonals t + u, where D is the
-longest duration. A step of the lattice is a step from one diagonal to the next. The paths on this diagonal make their moves, and arrive on
-later diagonals. Paths that are already on their way to a later diagonal come one diagonal closer.
+Every move increases t + u. A blank of duration d increases it by d, and a label by d + 1. A diagonal holds all nodes with the same t + u. A
+step of the lattice leads from one diagonal to the next. Let D be the longest duration. The states are the nodes of the current diagonal and
+of the D diagonals after it. In a step, each path at a node of the current diagonal makes one move, which ends on a later diagonal. A path
+whose move ends on a later diagonal waits there until that diagonal is the current one.
 """
 
 from __future__ import annotations
@@ -43,17 +44,18 @@ def tdt_loss(
     """Token-and-duration transducer (TDT) loss per sequence, shape [...].
 
     loss = −log Σ_π Π_i e^(−σ)·p_i(k_i)·q_i(d_i), where σ is `sigma`, and π runs over all paths. A path is a list of pairs of a class k_i
-    and a duration d_i. It starts at frame 0, each pair advances by d_i frames, and the durations add up to the number of frames. The
-    classes are the labels in their order, with any number of blanks between them. The last class is a blank, and the duration of a blank
-    is at least 1. p_i and q_i are the softmaxes of `logits` and of `duration_logits`, at the frame and the number of labels that the path
-    has reached before pair i. The equations of the paper also admit paths that end with a label. As in NeMo, these paths are left out.
+    and a duration d_i. It starts at frame 0. Pair i advances it by d_i frames, and the durations add up to the number of frames. The
+    classes are the labels in their order, with any number of blanks before, between and after them. The last class is a blank. The
+    duration of a blank is at least 1. p_i and q_i are the softmaxes of `logits` and of `duration_logits`. Both are taken at the frame and
+    the number of labels that the path has reached before pair i. The equations of the paper also admit paths that end with a label. As in
+    NeMo, these paths are left out.
     Gradient at frame t after u labels: ∂loss/∂z_k = β·(p_k − [k = b]) + γ·(p_k − [k = y]), where b is the blank, and y is the next label. β
     and γ are the posterior probabilities that a path is at t and u and continues with b or with y. For logit v_j of duration j,
     ∂loss/∂v_j = (β + γ)·q_j − δ_j, where δ_j is the posterior probability that a path is at t and u and continues with duration j.
 
-    If the paths together have a probability above 1/2, the loss is computed from the probability of everything else. So even a loss of
-    1e-15 has a small relative error in float32. The loss is never negative. With σ > 0, the loss is at least σ times the smallest number of
-    pairs of a path. So models learn to prefer few pairs with long durations. The paper uses σ = 0.05.
+    If the paths together have a probability above 1/2, the loss is computed from the probability of all other outcomes. So even a loss of
+    1e-15 has a small relative error in float32. The loss is never negative. With σ > 0, the loss is at least σ times the number of pairs of
+    the shortest path. So models learn to prefer few pairs with long durations. The paper uses σ = 0.05.
 
     Args:
         logits: [..., time, max_labels + 1, classes], unnormalized log-probabilities after u = 0, …, max_labels labels.
@@ -149,9 +151,9 @@ def tdt_loss_from_log_probs(
     Gradient: minus the posterior probability that a path, at frame t after u labels, continues with the blank, with the next label, or with
     the duration.
 
-    This function does not get the probabilities of the other classes. So the absolute error of a small loss is that of a sum of
-    log-probabilities, and the loss may be slightly negative. Only `tdt_loss` has a small relative error. Log-probabilities need not be
-    normalized. To get the σ of `tdt_loss`, subtract it from `blank_log_probs` and `label_log_probs`.
+    This function does not get the probabilities of the other classes. So a small loss has the absolute rounding error of a sum of
+    log-probabilities, and may be slightly negative. Only `tdt_loss` computes a small loss with a small relative error. Log-probabilities
+    need not be normalized. To apply the σ of `tdt_loss`, subtract σ from `blank_log_probs` and `label_log_probs`.
 
     Args:
         blank_log_probs: [..., time, max_labels + 1], log-probability of the blank after u = 0, …, max_labels labels.
@@ -164,7 +166,7 @@ def tdt_loss_from_log_probs(
 
     Returns:
         [...], in nats, float32, or float64 if any of the log-probabilities are float64. +∞ with gradient 0 if no path has a positive
-        probability, NaN if a length is invalid.
+        probability. NaN if a length is invalid.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -224,7 +226,7 @@ def _of_log_probs(
 
 
 def checked_durations(function: str, durations: Sequence[int]) -> tuple[int, ...]:
-    """The checked durations."""
+    """The durations as a tuple of Python integers. Raises TypeError or ValueError if they are invalid."""
     try:
         found = tuple(operator.index(d) for d in durations)
     except TypeError as error:
@@ -276,7 +278,7 @@ def _loss(
 
 
 def _lost(durations: tuple[int, ...], nodes: transducer.Nodes, log_p: tuple[Array, Array, Array], rest: Array) -> Array:
-    """The probability that a path makes no possible move at a node, shape [..., time, n]."""
+    """The probability, at each node, that the next move of the model belongs to no path of the lattice, shape [..., time, n]."""
     blanks, of_labels, of_durations = log_p
     t, u = (jnp.arange(size, dtype=jnp.int32) for size in blanks.shape[-2:])
     t, u = numerics.expand_leading(t[:, None], blanks.ndim), numerics.expand_leading(u, blanks.ndim)
@@ -288,7 +290,7 @@ def _lost(durations: tuple[int, ...], nodes: transducer.Nodes, log_p: tuple[Arra
 
 @functools.cache
 def _lattice(durations: tuple[int, ...], normalized: bool) -> lattice.Lattice:
-    """The lattice for these durations. The states are a tuple: α of this diagonal, and of each of the following diagonals so far."""
+    """The lattice for these durations. α is a tuple: α of the current diagonal, and partial sums of α of each of the next D diagonals."""
 
     def lost(xs: Array, lost: Array, fixed: Any) -> tuple[Array, ...]:
         return lost, *[jnp.zeros_like(lost)] * max(durations)

@@ -7,16 +7,17 @@
 The log-probabilities of tokens come from `xentjax.softmax_log_prob`, or without stored logits from
 `xentjax.fuse_linear(xentjax.softmax_log_prob, reduction="none")`.
 
-No function here reduces over tokens, sequences or devices. `xentjax.weighted_mean` does. Let `loss` and `mask` have shape
-[sequences, tokens]. Masked tokens have a loss of 0. The papers divide by different numbers:
+No function here averages losses over tokens, sequences or devices. Use `xentjax.weighted_mean`. Let `loss` and `mask` have shape
+[sequences, tokens]. Tokens outside the mask have a loss of 0. The papers use different means:
 
-    weighted_mean(loss, where=mask)                                                   all tokens of the batch alike (DAPO)
-    weighted_mean(loss, mask / jnp.maximum(mask.sum(-1, keepdims=True), 1))           all sequences alike (GRPO)
-    weighted_mean(loss)                                                               all positions, padding too: a constant (Dr. GRPO)
-    weighted_mean(loss_of_sequences, where=mask.any(-1))                              all sequences alike, for level="sequence" (GSPO)
+    weighted_mean(loss, where=mask)                                            equal weight for every token of the batch (DAPO)
+    weighted_mean(loss, mask / jnp.maximum(mask.sum(-1, keepdims=True), 1))    equal weight for every sequence (GRPO)
+    weighted_mean(loss)                                                        the sum, divided by the constant sequences·tokens (Dr. GRPO)
+    weighted_mean(loss_of_sequences, where=mask.any(-1))                       equal weight for every sequence, level="sequence" (GSPO)
 
 For an entropy bonus, subtract `coefficient * entropy` from the loss of each token before the mean. `xentjax.row_statistics` returns the
-entropy of each token with its log-probability. A divergence penalty is added in the same way: `coefficient * kl_estimate(…)`.
+entropy of each token together with its log-probability. For a divergence penalty, add `coefficient * kl_estimate(…)` to the loss of each
+token before the mean.
 
 Shared conventions:
 
@@ -24,9 +25,10 @@ Shared conventions:
   argument.
 - Results are differentiable to every order, except that `old_log_probs` are held constant. If advantages depend on parameters, for example
   on those of a critic, apply `jax.lax.stop_gradient` to them. Hyper-parameters that are numbers may be traced.
-- `where` is True for tokens or samples that count. The result and all derivatives of every other one are exactly 0, whatever it contains.
+- `where` is True for tokens or samples that count. All other tokens or samples may contain anything. Their results and all their
+  derivatives are exactly 0.
 - A log-probability of −∞ means an impossible token. If both log-probabilities of a difference are −∞, the difference counts as 0, so the
-  ratio is 1. A ratio of the new policy to the old policy that exceeds the range of the dtype is +∞ where it is not clipped.
+  ratio is 1. If the ratio of the new policy to the old policy exceeds the range of the dtype and is not clipped, the ratio is +∞.
 - Log-probabilities may be logarithms of densities, for continuous actions. So `xentjax.checked` reports NaN and +∞, but not numbers above
   0.
 - A wrong dtype raises TypeError. A wrong shape, or a Python number out of range, raises ValueError.

@@ -29,16 +29,16 @@ def group_advantages(
     - "mean" (Dr. GRPO): A_i = r_i − m.
     - "leave_one_out" (RLOO): A_i = r_i − Σ_(j ≠ i) r_j/(n − 1), so the baseline is the mean of the other samples.
 
-    If all rewards of a group are equal, its advantages and their derivatives are exactly 0. The same holds for a group of one sample. No
-    ε is added to s.
+    If all rewards of a group are equal, its advantages are exactly 0. For "std", their derivatives are then also exactly 0. In a group of
+    one sample, the advantage and its derivative are exactly 0 for every `normalize`. No ε is added to s.
 
     Gradient: let δ_ij = [i = j]. Then ∂A_i/∂r_j = δ_ij − 1/n for "mean", (n·δ_ij − 1)/(n − 1) for "leave_one_out", and
     (δ_ij − 1/n − A_i·A_j/(n − 1))/s for "std".
 
     Args:
         rewards: [..., samples].
-        groups: a Python integer n if the samples of each group are n neighbors on the last axis. Otherwise [..., samples], integers that
-            are equal for samples of the same group. Samples in different rows never belong to the same group.
+        groups: a Python integer n if each group is n consecutive samples on the last axis. Otherwise [..., samples], integers that are
+            equal for samples of the same group. Samples in different rows never belong to the same group.
         normalize: "std", "mean" or "leave_one_out".
         where: [..., samples], True for samples that count. All others have advantage 0, and their rewards are not used.
 
@@ -59,7 +59,7 @@ def group_advantages(
         [1.155..., -0.577..., -0.577..., 0.0, 0.0, 0.0]
 
     Reference:
-        Shao et al., DeepSeekMath, 2024, arXiv 2402.03300 ("std"; the paper does not say whether n or n − 1 divides). Liu et al.,
+        Shao et al., DeepSeekMath, 2024, arXiv 2402.03300 ("std"; the paper does not say whether to divide by n or n − 1). Liu et al.,
         Understanding R1-Zero-Like Training, 2025, arXiv 2503.20783 ("mean"). Ahmadian et al., Back to Basics, 2024, arXiv 2402.14740
         ("leave_one_out").
     """
@@ -102,7 +102,7 @@ def _within_groups(r: Array, groups: int | Array, counts: Array, normalize: Norm
         same = groups[..., :, None] == groups[..., None, :]
         return reduce(numerics.where(same, jnp.broadcast_to(x[..., None, :], same.shape), fill), axis=-1, initial=fill)
 
-    # Relative to the largest reward of the group, equal rewards are exactly 0, and so are their deviations from the mean.
+    # The largest reward of the group is subtracted from every reward. Then equal rewards are exactly 0, and so are their deviations.
     r = numerics.where(counts, r, 0)
     r = numerics.where(counts, r - lax.stop_gradient(over_group(jnp.max, r, -jnp.inf)), 0)
     n = over_group(jnp.sum, jnp.ones_like(r), 0)
@@ -112,7 +112,8 @@ def _within_groups(r: Array, groups: int | Array, counts: Array, normalize: Norm
     others = jnp.maximum(n - 1, 1)
     if normalize == "leave_one_out":
         return deviation / others
-    # The result does not depend on the scale of the rewards. Relative to the largest deviation, no square overflows or underflows.
+    # The result does not depend on the scale of the rewards. So deviations are divided by the largest deviation. Then no square overflows,
+    # and the sum of the squares does not underflow.
     scale = lax.stop_gradient(over_group(jnp.max, jnp.abs(deviation), 0))
     equal = numerics.underflows(scale)
     deviation = numerics.where(equal, 0, deviation / numerics.where(equal, 1, scale))

@@ -44,12 +44,12 @@ def policy_gradient_loss(
     Args:
         log_probs: [..., tokens], log-probabilities of the sampled tokens or actions under the trained policy. They may also be logarithms
             of densities.
-        old_log_probs: [..., tokens], those under the policy that drew the samples. They are held constant.
+        old_log_probs: [..., tokens], log-probabilities under the policy that drew the samples. They are held constant.
         advantages: [...] for one advantage per sequence, as `group_advantages` returns them, or [..., tokens] for one per token. For
-            `level="sequence"`, [...].
-        clip_low: scalar in [0, 1], how far below 1 the ratio counts.
-        clip_high: scalar ≥ 0, how far above 1 the ratio counts. PPO and GRPO use the same number for both, such as 0.2. DAPO uses 0.2 and
-            0.28, and GSPO uses 3e-4 and 4e-4.
+            `level="sequence"`, the shape must be [...].
+        clip_low: scalar in [0, 1], how far the ratio may fall below 1 before it is clipped.
+        clip_high: scalar ≥ 0, how far the ratio may rise above 1 before it is clipped. PPO and GRPO use the same number, such as 0.2, for
+            `clip_low` and `clip_high`. DAPO uses 0.2 and 0.28, and GSPO uses 3e-4 and 4e-4.
         level: "token" or "sequence".
         where: [..., tokens], True for tokens that count. A sequence without such tokens has a loss of 0.
 
@@ -120,18 +120,18 @@ def kl_estimate(log_probs: ArrayLike, reference: ArrayLike, *, kind: Estimator =
     """Estimate of the Kullback–Leibler divergence of a policy from a reference, one per sampled token, shape [...].
 
     Let d = reference − log_probs. Then k1 = −d, k2 = d²/2 and k3 = e^d − 1 − d. If the tokens are drawn from the policy π, the expectations
-    of k1 and k3 are the divergence D(π‖reference). The expectation of k2 is close to it if the policies are close. k2 and k3 are never
-    negative, and they have a small relative error, also near d = 0.
+    of k1 and k3 are the divergence D(π‖reference). If the policies are close, the expectation of k2 is close to this divergence. k2 and k3
+    are never negative. Their rounding errors are small relative to their values, also near d = 0.
 
     Gradient: ∂k1/∂log_probs = 1, ∂k2/∂log_probs = −d and ∂k3/∂log_probs = 1 − e^d. The gradient of `reference` has the opposite sign.
 
-    The gradient of an estimate is not always an estimate of the gradient of the divergence. For samples of π, the expectation of the
-    gradient is 0 for k1, that of D(π‖reference) for k2, and that of D(reference‖π) for k3. So k1 can be
-    subtracted from the reward, but must not be added to the loss.
+    The gradient of an estimate is not always an estimate of the gradient of the divergence. For samples of π, the expected gradient of k1
+    is 0. The expected gradient of k2 is the gradient of D(π‖reference). The expected gradient of k3 is the gradient of D(reference‖π). So
+    k1 can be subtracted from the reward, but must not be added to the loss.
 
     Args:
         log_probs: [...], log-probabilities of the sampled tokens or actions under the policy. They may also be logarithms of densities.
-        reference: [...], those under the reference policy.
+        reference: [...], log-probabilities of the same tokens or actions under the reference policy.
         kind: "k1", "k2" or "k3".
         where: [...], True for tokens that count.
 

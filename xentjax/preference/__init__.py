@@ -14,11 +14,12 @@ Shared conventions:
 - All losses have derivatives of every order with respect to log-probabilities and hyper-parameters. Hyper-parameters may be traced. To
   train only one of two models, apply `jax.lax.stop_gradient` to the log-probabilities of the other.
 - Losses and gradients are finite and accurate at any margin. If a model is certain, its small loss keeps a small relative error.
-- `where` has the shape of the result, and is True for pairs or answers that count. The value and all derivatives of every other one are
-  exactly 0, whatever it contains.
-- A log-probability of −∞ means an impossible answer. The loss is +∞ if it should be possible, and its gradient is finite. If both
-  log-probabilities of a difference are −∞, the difference counts as 0.
-- Inside `xentjax.checked`, a log-probability above 0 or NaN raises an error that gives its position.
+- `where` has the shape of the result, and is True for pairs or answers that count. All other pairs or answers may contain anything. Their
+  values and all their derivatives are exactly 0.
+- A log-probability of −∞ means an impossible answer. If the chosen answer is impossible, the loss is +∞, and its gradient is finite.
+  `kto_loss` is bounded. For an impossible desirable answer, it is `desirable_weight`. If both log-probabilities of a difference are −∞,
+  the difference counts as 0.
+- Inside `xentjax.checked`, a log-probability that is above 0 or NaN raises an error. The error gives the position of the number.
 - A wrong dtype raises TypeError. A wrong shape, or a Python number out of range, raises ValueError.
 """
 

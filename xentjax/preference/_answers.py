@@ -24,18 +24,18 @@ def kto_loss(
     """Kahneman-Tversky optimization (KTO), one loss per answer, shape [...].
 
     Let r = log_probs − reference be the log-ratio of the trained model and the reference model, and let z be the reference point `kl`. Then
-    loss = λ_D·σ(β(z − r)) for desirable answers, and loss = λ_U·σ(β(r − z)) for undesirable answers. It needs no pairs.
+    loss = λ_D·σ(β(z − r)) for desirable answers, and loss = λ_U·σ(β(r − z)) for undesirable answers. KTO needs no pairs of answers.
     Gradient: let s = σ(β(z − r)). Then ∂loss/∂log_probs = −λ_D·β·s(1 − s) for desirable and λ_U·β·s(1 − s) for undesirable answers.
     ∂loss/∂reference has the opposite sign.
 
     The reference point is an estimate of the Kullback–Leibler divergence of the trained model from the reference model. The paper pairs
-    each prompt of the batch with the answer to another prompt, and takes the mean of the log-ratios of these answers, or 0 if the mean is
-    negative: `jnp.maximum(xentjax.weighted_mean(log_probs_of_others - reference_of_others), 0)`. As in the paper, z is a constant and has
-    no gradient.
+    each prompt of the batch with the answer to another prompt. Its estimate is the mean of the log-ratios of these answers, or 0 if the
+    mean is negative: `jnp.maximum(xentjax.weighted_mean(log_probs_of_others - reference_of_others), 0)`. As in the paper, z is a constant
+    and has no gradient.
 
     Args:
         log_probs: [...], log-probabilities of the answers under the trained model, summed over tokens.
-        reference: [...], those under the reference model.
+        reference: [...], log-probabilities of the same answers under the reference model.
         desirable: [...], bool, True for desirable and False for undesirable answers.
         kl: scalar or [...], the reference point z ≥ 0. It is held constant.
         beta: scalar β > 0.
@@ -44,7 +44,8 @@ def kto_loss(
         where: [...], True for answers that count.
 
     Returns:
-        [...], between 0 and λ_D or λ_U; float32, or float64 if `log_probs` or `reference` is float64.
+        [...], at least 0, and at most λ_D for desirable and λ_U for undesirable answers; float32, or float64 if `log_probs` or `reference`
+        is float64.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -94,14 +95,14 @@ def _kto(
 
 
 def implicit_rewards(log_probs: ArrayLike, reference: ArrayLike, *, beta: ArrayLike = 0.1, where: ArrayLike | None = None) -> Array:
-    """The rewards of answers that a model trained with DPO or KTO implies, shape [...].
+    """The rewards that a model trained with DPO or KTO implicitly gives to answers, shape [...].
 
     reward = β·(log_probs − reference). The difference of the rewards of two answers to one prompt is the margin βh of `dpo_loss`.
     Gradient: ∂reward/∂log_probs = β and ∂reward/∂reference = −β.
 
     Args:
         log_probs: [...], log-probabilities of answers under the trained model, summed over tokens.
-        reference: [...], those under the reference model.
+        reference: [...], log-probabilities of the same answers under the reference model.
         beta: scalar β > 0, as in the loss.
         where: [...], True for answers that count. The rewards of all others are 0.
 

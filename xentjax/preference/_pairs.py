@@ -241,11 +241,12 @@ def _orpo(mean_chosen: Array, mean_rejected: Array, beta: ArrayLike | None, wher
 
 
 def _surprise_of_odds(u: Array, v: Array) -> Array:
-    """log(1 + q), where q = (e^u − 1)/(e^v − 1) is the odds of the rejected answer divided by those of the chosen answer.
+    """log(1 + q), where q = (e^u − 1)/(e^v − 1) is the odds of the rejected answer divided by the odds of the chosen answer.
 
-    Let z be the smaller of q and 1/q. With the smaller and the larger of u and v, it is e^(least − most)·(1 − e^(−least))/(1 − e^(−most)).
-    The result is log(1 + z) for q ≤ 1, and log(1 + z) − log z for q > 1. The log-odds do not occur. Near u = 0, their derivatives are so
-    large that the terms of second derivatives would cancel.
+    u and v are the negative mean log-probabilities of the chosen and of the rejected answer. Let `least` be the smaller and `most` the
+    larger of u and v, and let z be the smaller of q and 1/q. Then z = e^(least − most)·(1 − e^(−least))/(1 − e^(−most)). The result is
+    log(1 + z) for q ≤ 1, and log(1 + z) − log z for q > 1. The log-odds are not computed, because their derivatives are very large near
+    u = 0. The terms of second derivatives would lose digits by cancellation.
     """
     unlikely = u > v
     least, most = numerics.where(unlikely, v, u), numerics.where(unlikely, u, v)
