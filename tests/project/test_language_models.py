@@ -11,7 +11,7 @@ from tests.project import pages
 
 TOLERANCE = 2e-5  # float32 sums over 40 tokens and 24 classes, relative to the largest component
 VOCABULARY, FEATURES, BATCH, LENGTH = 24, 6, 8, 5
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.exhaustive, pytest.mark.usefixtures("quick_compilation")]
 
 
 @pytest.fixture(scope="module")

@@ -182,8 +182,8 @@ def test_every_public_function_is_on_the_page():
 @pytest.mark.parametrize(
     "page",
     [
-        *("conventions.md", "how-it-works.md", "index.md", "metrics.md", "preferences-and-policies.md", "regions-and-boxes.md"),
-        *("sequences.md", "when-something-is-nan.md"),
+        *("conventions.md", "how-it-works.md", "index.md", "metrics.md", "regions-and-boxes.md", "when-something-is-nan.md"),
+        *(pytest.param(page, marks=pytest.mark.exhaustive) for page in ("preferences-and-policies.md", "sequences.md")),
     ],
 )
 def test_the_examples_of_the_page_run(page):
