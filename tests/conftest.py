@@ -89,12 +89,15 @@ def forget_programs():
 
 
 @pytest.fixture(scope="session")
-def quick_options():
+def quick_options(pytestconfig):
     """Options for the code generator that XLA used on CPUs before 2025, which takes half the time, and for one module of LLVM a program.
 
-    Without the second option, XLA makes up to 32 modules, which take a fifth longer on one core. No options if XLA no longer has them.
+    Without the second option, XLA makes up to 32 modules, which take a fifth longer on one core. The exhaustive run has programs so large
+    that one module takes minutes. No options if XLA no longer has them.
     """
-    options = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+    options = {"xla_cpu_use_fusion_emitters": False}
+    if not pytestconfig.getoption("--exhaustive"):
+        options["xla_cpu_parallel_codegen_split_count"] = 1
     try:
         jax.jit(lambda x: x + 1, compiler_options=options)(0.0)
     except jax.errors.JaxRuntimeError:
@@ -132,3 +135,10 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture
+def debug_nans():
+    jax.config.update("jax_debug_nans", True)
+    yield
+    jax.config.update("jax_debug_nans", False)

@@ -29,8 +29,11 @@ def value_and_gradient(loss, z, y):
     return value, pull(jnp.ones_like(value))[0]
 
 
+SPARSE = ("sparsemax_loss", "entmax_loss")  # they also subtract the entropy of the distribution, and 0 for a class
+
+
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("case", cases.FAMILIES, ids=str)
+@pytest.mark.parametrize("case", [c for c in cases.FAMILIES if c.name not in SPARSE], ids=str)
 def test_a_distribution_costs_the_mean_over_its_labels(case, rng, x64):
     z, labels = case.draw(rng, (4,), dtype=jnp.float64, kind="distribution")
     each = np.stack([case.exact(ref.Double, z, np.full(4, k))[0] for k in range(7)], -1)
@@ -220,7 +223,7 @@ def test_impossible_labels_cost_infinity_or_the_bound(hide):
         else:
             assert loss == np.inf, case
         done.add(case.name)
-    assert len(done) == 12
+    assert len(done) == 14
 
 
 @pytest.mark.parametrize("cosine", [1.0, -1.0, 1.0 + 2**-22])

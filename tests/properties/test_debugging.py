@@ -6,20 +6,11 @@ import numpy as np
 import pytest
 from jax.experimental import checkify
 
-import xentjax
 from tests.tables import traced
-from xentjax import metrics
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 LOSSES, ROWS, MORE = traced.losses(5), traced.of_rows(), traced.more(5)
 each_call = pytest.mark.parametrize("call", LOSSES + ROWS + MORE, ids=str)
-
-
-@pytest.fixture
-def debug_nans():
-    jax.config.update("jax_debug_nans", True)
-    yield
-    jax.config.update("jax_debug_nans", False)
 
 
 def masked(call, rng):
@@ -79,29 +70,3 @@ def test_float32_stays_float32_with_x64(call, rng, x64):
     slopes = jax.eval_shape(call.value_and_slopes, arguments, where)[1]
     for x in jax.tree.leaves((result, slopes)):
         assert x.dtype == jnp.float32 or not jnp.issubdtype(x.dtype, jnp.floating)
-
-
-def figures():
-    """What is computed from sums and fitted, with one example hidden."""
-    z, y = jnp.asarray(np.random.default_rng(1).normal(size=(5, 7)), jnp.float32), jnp.array([0, -100, 2, 1, 0])
-    where, bits = y >= 0, jnp.clip(y, -100, 1)
-    bins = metrics.calibration(z, y, where=where, bins=4)
-    yield from (bins.accuracy(), bins.confidence(), bins.expected_calibration_error(), bins.maximum_calibration_error())
-    counts = metrics.confusion(z.argmax(-1), y, classes=7, where=where)
-    yield from (counts.accuracy(), counts.balanced_accuracy(), counts.precision(), counts.recall(), counts.f1())
-    yield metrics.ranking(jax.nn.sigmoid(z[:, 0]), bits, where=where).auroc()
-    yield metrics.auroc(z[:, 0], bits, where=where)
-    yield metrics.fit_temperature(z, y, where=where)
-    yield metrics.perplexity(xentjax.weighted_sum(z, where=z > 9))
-    yield xentjax.weighted_mean(z, where=z > 9)
-    yield from (xentjax.class_balanced_weights(jnp.array([3, 0])), xentjax.inverse_frequency_weights(jnp.array([3, 0])))
-
-
-@pytest.mark.exhaustive
-def test_figures_make_no_nan(debug_nans):
-    assert all(np.isfinite(x).all() for x in figures())
-
-
-@pytest.mark.exhaustive
-def test_figures_of_float32_with_x64(x64):
-    assert all(x.dtype == jnp.float32 for x in figures())
