@@ -206,7 +206,7 @@ def _(
     p, eta = _distribution(*primals, axis_name, beta)
     sparse = _Sparse(p, eta, _powers(eta, alpha, beta)[1])
     scale = 1 / (alpha - 1)
-    below = rows.finite_values(r) - rows.as_column(r, rows.reference(r))  # z − m
+    below = rows.relative(r, rows.reference(r))  # z − m
     moved = rows.masked(tangents[0], where, class_mask) + below * rows.as_column(r, scale * tangents[1])
     log_terms = _x_log_x(p)
     rate = scale * tangents[1]  # dp also contains −rate·p·log p
@@ -218,7 +218,7 @@ def _(
 
 def _centred(r: rows.Rows, alpha: Array) -> tuple[Array, Array]:
     """1 + (α − 1)(z_k − m) [..., classes], and the mask of the classes with the largest logit."""
-    below = rows.finite_values(r) - rows.reference(r)[..., None]
+    below = rows.relative(r, rows.reference(r))
     largest = rows.masked(below == 0, r.where, r.class_mask)
     centred = 1 + rows.as_column(r, alpha - 1) * below
     keep = rows.full_mask(r)
