@@ -99,6 +99,8 @@ def _add_in_blocks(classes: int, total: Array, left: Array, right: Array) -> Arr
     once.
     """
     size, features, examples = total.shape[classes], total.shape[1 - classes], left.shape[0]
+    if not isinstance(size, int):  # a symbolic number of classes, such as the batch of a contrastive loss
+        return _add_at_once(total, left, right)
     width = max(1, -(-size // max(1, -(-total.nbytes // _BLOCK_BYTES))))
     many = isinstance(examples, int) and (features + examples) * width >= features * size  # a symbolic number of examples is not an int
     if width >= size or many:
