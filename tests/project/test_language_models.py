@@ -11,7 +11,7 @@ from tests.project import pages
 
 TOLERANCE = 2e-5  # float32 sums over 40 tokens and 24 classes, relative to the largest component
 VOCABULARY, FEATURES, BATCH, LENGTH = 24, 6, 8, 5
-pytestmark = [pytest.mark.exhaustive, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.exhaustive
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def page():
 
 
 @pytest.fixture(autouse=True)
-def standard_promotion():
+def standard_promotion(quick_compilation):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as a reader has it
         yield
 
