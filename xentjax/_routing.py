@@ -177,8 +177,7 @@ def _load(name: str, router_logits: ArrayLike, top_k: int, where: ArrayLike | No
     counts = checks.where_mask(name, where, z.shape[:-1], "the shape of router_logits without its last axis")
     if checks.count(name, "top_k", top_k) > z.shape[-1]:
         raise ValueError(f"{name}: top_k must be at most {z.shape[-1]}, the number of experts; got {top_k}.")
-    if per not in _PER:
-        raise ValueError(f"{name}: per must be one of {', '.join(map(repr, _PER))}; got {per!r}.")
+    checks.option(name, "per", per, _PER)
     values.logits(name, "router_logits", z, counts)
     return _sums(rows.Examples(z, None, None, counts, z.ndim - 1, None), int(top_k), per)
 

@@ -12,6 +12,7 @@ import functools
 import math
 import numbers
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -315,6 +316,12 @@ def top_k(function: str, ids: ArrayLike, probs: ArrayLike, batch: rows.Examples)
     values.indices(function, "label_ids", i, batch.classes, batch.where)
     values.probabilities(function, "label_probs", p, batch.where)
     return i, p
+
+
+def option(function: str, name: str, value: str | None, allowed: Sequence[str | None]) -> None:
+    """Raise ValueError unless `value` is one of the allowed ones."""
+    if value not in allowed:
+        raise ValueError(f"{function}: {name} must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
 
 
 def sparse(function: str, named: dict[str, Array], batch: rows.Examples, inputs: str = "logits") -> None:

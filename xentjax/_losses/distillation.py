@@ -115,8 +115,7 @@ def distillation_loss(
 
 def check_divergence(function: str, divergence: str, beta: ArrayLike) -> ArrayLike:
     """The checked `beta`. Raises ValueError if `divergence` is unknown or the number `beta` is outside (0, 1)."""
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"{function}: divergence must be one of {', '.join(map(repr, DIVERGENCES))}; got {divergence!r}.")
+    checks.option(function, "divergence", divergence, tuple(DIVERGENCES))
     beta = checks.fraction(function, "beta", beta)
     if isinstance(beta, float) and beta in (0.0, 1.0):
         raise ValueError(f"{function}: beta must lie strictly between 0 and 1; got {beta:g}. Use divergence='forward' or 'reverse'.")

@@ -25,7 +25,7 @@ Derivatives. Let s_k = p_k^(2 − α) on the support and 0 elsewhere. Then dp_k 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -164,14 +164,6 @@ def _loss(r: rows.Rows, alpha: Array, *, beta: int | None) -> Array:
 # The distribution --------------------------------------------------------------------------------------------------------
 
 
-class _Sparse(NamedTuple):
-    """The distribution p of a row, and two more numbers of each class. All have shape [..., classes]."""
-
-    p: Array
-    eta: Array  # η as in the module docstring; at most 0 outside the support
-    slope: Array  # s = p^(2 − α) = η^(β − 1) on the support, 0 elsewhere
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
 def _distribution(
     values: Array, alpha: Array, class_mask: Array | None, where: Array | None, axis_name: mesh.AxisName, beta: int | None
@@ -179,6 +171,7 @@ def _distribution(
     """The numbers p and η of every class, each of shape [..., classes]."""
     r = rows.Rows(values, values, None, class_mask, where, axis_name)
     centred, largest = _centred(r, alpha)
+    # Where JAX drops the rule below (see `statistics`), it differentiates the last step, whose derivative is that of the root, and no loop.
     fixed, fixed_alpha = lax.stop_gradient((centred, alpha))
     tolerance = 4 * jnp.finfo(values.dtype).eps
 
@@ -204,15 +197,15 @@ def _(
     values, alpha, class_mask, where = primals
     r = rows.Rows(values, values, None, class_mask, where, axis_name)
     p, eta = _distribution(*primals, axis_name, beta)
-    sparse = _Sparse(p, eta, _powers(eta, alpha, beta)[1])
+    slope = _powers(eta, alpha, beta)[1]
     scale = 1 / (alpha - 1)
     below = rows.relative(r, rows.reference(r))  # z − m
     moved = rows.masked(tangents[0], where, class_mask) + below * rows.as_column(r, scale * tangents[1])
     log_terms = _x_log_x(p)
     rate = scale * tangents[1]  # dp also contains −rate·p·log p
-    mean = rows.class_sum(r, sparse.slope * moved) - rate * rows.class_sum(r, log_terms)
-    moved = moved - rows.as_column(r, mean / rows.class_sum(r, sparse.slope))
-    p_dot = sparse.slope * moved - log_terms * rows.as_column(r, rate)
+    mean = rows.class_sum(r, slope * moved) - rate * rows.class_sum(r, log_terms)
+    moved = moved - rows.as_column(r, mean / rows.class_sum(r, slope))
+    p_dot = slope * moved - log_terms * rows.as_column(r, rate)
     return (p, eta), (p_dot, rows.as_column(r, alpha - 1) * moved)
 
 

@@ -107,8 +107,7 @@ def top_k_distillation_loss(
     checks.sparse(name, {"teacher_ids": ids, "teacher_log_probs": log_probs}, student, inputs="student_logits")
     mesh.check_class_split(name, axis_name, {}, {"teacher_ids": ids, "teacher_log_probs": log_probs})
     beta = distillation.check_divergence(name, divergence, beta)
-    if outside not in OUTSIDE:
-        raise ValueError(f"{name}: outside must be one of {', '.join(map(repr, OUTSIDE))}; got {outside!r}.")
+    checks.option(name, "outside", outside, OUTSIDE)
     _check_values(name, ids, log_probs, student, outside)
     return _distillation(student, ids, log_probs, beta, divergence, outside)
 

@@ -182,4 +182,4 @@ def _merged(alpha: Array, added: Array) -> tuple[Array, Array]:
     first = alpha[..., None, :, 0] + added
     carry = mesh.vary((first, jnp.zeros_like(tag)), mesh.axes_of(first))
     _, found = lax.scan(following, carry, length=best)
-    return tuple(jnp.moveaxis(x, 0, -1) for x in found)  # type: ignore[return-value]
+    return tuple(jnp.moveaxis(x, 0, -1) for x in found)  # type: ignore[return-value]  # `found` is a pair

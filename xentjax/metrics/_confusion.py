@@ -90,8 +90,7 @@ def _figure(confusion: Confusion, figure: str, average: str | None) -> Array:
 
 
 def _average(function: str, average: str | None) -> str | None:
-    if average not in (None, *get_args(Average)):
-        raise ValueError(f"{function}: average must be one of None, 'micro', 'macro', 'weighted'; got {average!r}.")
+    checks.option(function, "average", average, (None, *get_args(Average)))
     return average
 
 

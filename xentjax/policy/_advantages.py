@@ -77,8 +77,7 @@ def group_advantages(
             )
     else:
         ids = checks.same_shape(name, "groups", checks.identifiers(name, "groups", groups), r.shape, "the shape of rewards")
-    if normalize not in get_args(Normalizer):
-        raise ValueError(f"{name}: normalize must be one of {', '.join(map(repr, get_args(Normalizer)))}; got {normalize!r}.")
+    checks.option(name, "normalize", normalize, get_args(Normalizer))
     counts = checks.where_mask(name, where, r.shape, "the shape of rewards")
     values.finite(name, "rewards", r, counts)
     return _advantages(r, ids, counts, size, normalize)

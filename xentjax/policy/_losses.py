@@ -74,8 +74,7 @@ def policy_gradient_loss(
     """
     name = "policy_gradient_loss"
     (x, old), counts = likelihoods.arguments(name, where, {"log_probs": log_probs, "old_log_probs": old_log_probs}, densities=True)
-    if level not in get_args(Level):
-        raise ValueError(f"{name}: level must be one of {', '.join(map(repr, get_args(Level)))}; got {level!r}.")
+    checks.option(name, "level", level, get_args(Level))
     if level == "sequence" and not x.ndim:
         raise ValueError(f"{name}: log_probs must have an axis of tokens for level='sequence'; got a scalar.")
     a = checks.floating(name, "advantages", advantages)
@@ -154,8 +153,7 @@ def kl_estimate(log_probs: ArrayLike, reference: ArrayLike, *, kind: Estimator =
     """
     name = "kl_estimate"
     (x, y), counts = likelihoods.arguments(name, where, {"log_probs": log_probs, "reference": reference}, densities=True)
-    if kind not in get_args(Estimator):
-        raise ValueError(f"{name}: kind must be one of {', '.join(map(repr, get_args(Estimator)))}; got {kind!r}.")
+    checks.option(name, "kind", kind, get_args(Estimator))
     return _kl(x, y, counts, kind)
 
 

@@ -72,8 +72,7 @@ def dpo_loss(
     name = "dpo_loss"
     reference = {"reference_chosen": reference_chosen, "reference_rejected": reference_rejected}
     arrays, counts = likelihoods.arguments(name, where, {"chosen": chosen, "rejected": rejected, **reference})
-    if kind not in get_args(Kind):
-        raise ValueError(f"{name}: kind must be one of {', '.join(map(repr, get_args(Kind)))}; got {kind!r}.")
+    checks.option(name, "kind", kind, get_args(Kind))
     smoothing = checks.number(name, "label_smoothing", label_smoothing, high=1.0)
     return _dpo(*arrays, checks.positive(name, "beta", beta), smoothing, counts, kind)
 
