@@ -14,8 +14,9 @@ m is treated as a constant. Every loss can be computed from these numbers:
     p_y = σ(a)        1 − p_y = σ(−a)        −log p_k = (m − z_k) + c for every class k
 
 The surprise equals softplus(−a), which takes a logarithm for ℓ, an exponential and another logarithm. As c − d, it takes one logarithm.
-XLA on CPUs unrolls loops over up to 512 rows, and each further logarithm makes compilation longer. So for up to 512 rows, the surprise is
-computed as c − d. For more rows, it is computed as softplus(−a), because XLA on CPUs does not vectorize c − d if their number is odd.
+XLA on CPUs unrolls loops over up to 512 rows, and each further logarithm makes compilation longer. So for up to 512 rows of more than 32
+classes, the surprise is computed as c − d. For more rows, it is computed as softplus(−a), because XLA on CPUs does not vectorize c − d if
+their number is odd. For up to 32 classes, it is computed as softplus(−a) at any number of rows.
 
 Without a label, the sum leaves out one of the largest classes instead of the label. Then c = log1p(s) with
 s = Σ_{z_k<m} e^(z_k − m) + (number of classes with z_k = m) − 1.
@@ -100,7 +101,7 @@ def of_label(r: rows.Rows) -> WithLabel:
     all_impossible = numerics.is_infinite(-d) & (total == 0)
     rest = numerics.where(all_impossible, jnp.zeros_like(rest), rest)
     a = d - rest
-    if has_few_rows(r):
+    if has_few_rows(r) and not has_few_classes(r):
         # If R < 1/2, the label is the largest class, and d is 0. If the logits are products, XLA may round z_y and m differently.
         exact = d - lax.stop_gradient(numerics.where((total < 0.5) & (d > -1), d, 0))
         log_sum, surprise = _log_sum_with_label(exact, total), _surprise_of_label(exact, total)

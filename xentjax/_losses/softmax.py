@@ -73,7 +73,7 @@ def softmax_cross_entropy(
         >>> import jax, jax.numpy as jnp, xentjax
         >>> logits = jnp.array([[2.0, 0.0, 0.0], [80.0, 0.0, 0.0]])
         >>> xentjax.softmax_cross_entropy(logits, jnp.array([0, 0])).tolist()  # at a margin of 80 nats, the loss is still accurate
-        [0.23954..., 3.60970...e-35]
+        [0.23954..., 3.60969...e-35]
 
     Reference:
         Szegedy et al., Rethinking the Inception Architecture, 2015, arXiv 1512.00567 (label smoothing); Chowdhery et al., PaLM, 2022,
