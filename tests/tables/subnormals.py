@@ -12,6 +12,7 @@ from jax.extend.core import ClosedJaxpr, Literal
 
 NESTED = ("jaxpr", "call_jaxpr")  # parameters that hold the program of an operation
 LOOPS = ("while", "cond")
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # before JAX 0.8
 
 
 def evaluate(function, *arguments):
@@ -62,7 +63,7 @@ def _operation(eqn, inputs):
     params = {name: jnp.dtype(jnp.float64) if _is_float32(x) else x for name, x in eqn.params.items()}
     wide = [x.astype(np.float64) if x.dtype == np.float32 else x for x in inputs]
     try:
-        with jax.enable_x64(True):
+        with enable_x64(True):
             outputs = eqn.primitive.bind(*map(jnp.asarray, wide), **params)
             jax.block_until_ready(outputs)
     except Exception:
