@@ -84,3 +84,12 @@ def test_hard_rows_need_no_more_steps_than_there_are(alpha):
     z = -jnp.asarray(np.concatenate([2.0 ** -np.arange(23), np.linspace(0, 1, 1000), 3 * np.ones(9000)]), jnp.float32)
     p = jax.grad(functools.partial(xentjax.entmax_loss, alpha=alpha))(z, jnp.array(5)).at[5].add(1)
     np.testing.assert_allclose(np.sum(np.float64(p)), 1, rtol=100 * EPS)
+
+
+@pytest.mark.parametrize("alpha", [1.05, 1.1, 1.2, 1.25, 1.3, 1.4, 1.5, 1.7])
+def test_two_equal_largest_logits(alpha, quick_compilation):
+    """Both probabilities are 1/2, and may be rounded upwards: the row of a label costs what its index costs."""
+    loss = jax.value_and_grad(lambda z, labels: xentjax.entmax_loss(z, labels, alpha=alpha).sum())
+    (value, slope), (of_row, slope_of_row) = (loss(jnp.zeros((1, 2)), labels) for labels in (jnp.array([0]), jnp.array([[1.0, 0.0]])))
+    np.testing.assert_allclose(of_row, value, rtol=64 * EPS)  # of α = 1.05, whose probabilities are powers of 20
+    np.testing.assert_allclose(slope_of_row, slope, rtol=64 * EPS)
