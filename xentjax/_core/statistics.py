@@ -184,7 +184,7 @@ def _sums_with_label(
     total = rows.class_sum(r, exponentials)
     empty = numerics.underflows(total)  # no other class exists, or all exponentials underflow: p_y = 1
     one, total = (numerics.where(empty, number, total) for number in (1, 0))
-    return m, _gap(r, m), total, numerics.where(empty, -numerics.INFINITE, jnp.log(one)), 1 / one
+    return m, gap(r, m), total, numerics.where(empty, -numerics.INFINITE, jnp.log(one)), 1 / one
 
 
 @_sums_with_label.defjvp
@@ -376,7 +376,7 @@ def _masked_exponentials(r: rows.Rows, m: Array, keep: Array) -> Array:
     return exponentials_where(keep, r.raw - m[..., None], rows.full_mask(r))
 
 
-def _gap(r: rows.Rows, m: Array) -> Array:
+def gap(r: rows.Rows, m: Array) -> Array:
     """The gap d = z_y − m, shape [...]: −INFINITE for a label of probability 0, NaN for a label out of range."""
     labels = r.given_labels
     local, inside = rows.local_index(r, labels)

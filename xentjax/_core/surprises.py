@@ -94,6 +94,14 @@ def _(axis_name: mesh.AxisName, primals: tuple[Any, ...], tangents: tuple[Any, .
     return _below(*primals, axis_name), -rows.class_sum(r, rows.masked(tangents[0], where, class_mask))
 
 
+def of_label_and_largest(r: rows.Rows, beta: Array) -> Array:
+    """β·(−log p_y) + (1 − β)·(−log max_k p_k) of every row, shape [...], for a number `beta`. Labels must be class indices.
+
+    If several classes are largest, they share the derivative of the second term equally.
+    """
+    return _of_label_and_largest(r.values, r.raw, r.given_labels, beta, r.class_mask, r.where, r.axis_name)
+
+
 def smallest(r: rows.Rows, stats: statistics.Statistics) -> Array:
     """−log max_k p_k of every row, shape [...]. If several classes are largest, they share the derivative equally."""
     return _smallest(r.values, r.raw, stats.reference, stats.log_sum, r.class_mask, r.where, r.axis_name)
@@ -236,6 +244,78 @@ def _label_sums(r: rows.Rows, e: statistics.Exponentials, t: Array) -> tuple[Arr
     # Both sums need terms of 0 at the largest classes. XLA on CPUs would store a selection, or a factor that two loops share. So both sums
     # use products, with different factors.
     return rows.class_sum(r, t + t * jnp.minimum(fixed, -0.0)), rows.class_sum(r, (t * below) * jnp.minimum(1 + fixed, 1)), s
+
+
+# The rule of a label and the largest class -------------------------------------------------------------------------------
+#
+# The loss is c + β(m − z_y). Its gradient is p − t with t_k = β·[k = y] + (1 − β)·[k is largest]/n for n largest classes. Let R be the sum
+# of the exponentials of all classes below the largest. At a largest class, p = 1/(n + R), p − 1/n = −R·p/n and p − 1 = −(R + n − 1)·p. So
+# its component is β·p − (1 − β)·R·p/n, or −β·(R + n − 1)·p − (1 − β)·R·p/n if it is the label. Nothing cancels in one of these products. As
+# in `_slope`, the gradient is one sweep over the marked exponentials. At the largest classes, n and −marked differ from whole numbers only
+# by their derivatives.
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(6,))
+def _of_label_and_largest(
+    values: Array, raw: Array, labels: Array, beta: Array, class_mask: Array | None, where: Array | None, axis_name: mesh.AxisName
+) -> Array:
+    r = rows.Rows(raw, values, labels, class_mask, where, axis_name)
+    e = statistics.exponentials(r)
+    mean = (e.ties - lax.stop_gradient(e.ties)) / lax.stop_gradient(jnp.maximum(e.ties, 1))  # of z − m at the largest: 0 with a derivative
+    return e.log_sum - beta * statistics.gap(r, e.reference) - (1 - beta) * mean
+
+
+@_of_label_and_largest.defjvp
+def _(axis_name: mesh.AxisName, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    values, raw, labels, beta, class_mask, where = primals
+    r = rows.Rows(raw, values, labels, class_mask, where, axis_name)
+
+    def linear(values: Array, raw: Array, beta: Array, z_dot: Array) -> Array:
+        return rows.class_sum(r, _slope_of_label_and_largest(values, raw, labels, beta, class_mask, where, axis_name) * z_dot)
+
+    linear = jax.checkpoint(linear, prevent_cse=False) if r.half else linear  # as in the rule of `_expected`
+    of_label, of_largest = _one_hot(r)
+    lead = rows.class_sum(r, (of_largest - of_label) * rows.relative(r, rows.reference(r)))  # m − z_y with its derivative
+    dot = linear(values, raw, beta, tangents[0]) + lead * tangents[3]
+    return _of_label_and_largest(*primals, axis_name), dot
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(6,))
+def _slope_of_label_and_largest(
+    values: Array, raw: Array, labels: Array, beta: Array, class_mask: Array | None, where: Array | None, axis_name: mesh.AxisName
+) -> Array:
+    """The gradient of `_of_label_and_largest` with respect to the logits, shape [..., classes]."""
+    r = rows.Rows(raw, values, labels, class_mask, where, axis_name)
+    e = statistics.exponentials(r)
+    scale = numerics.nan_unless(rows.in_range(r), 1 / (1 + e.excess))
+    count = lax.stop_gradient(jnp.maximum(e.ties, 1))
+    columns = (scale, e.rest, e.ties, e.rest / count, e.ties / count)
+    scale, rest, ties, mean_rest, one = (x[..., None] for x in lax.optimization_barrier(columns))  # once per row, not once per class
+    label, largest = rows.on_label(r), e.marked < -0.5
+    to_largest = (1 - beta) * (mean_rest + (one + e.marked)) * scale  # (1 − β)(1/n − p)
+    off_label = numerics.where(largest, -e.marked * scale * beta - to_largest, e.marked * scale)
+    at_label = numerics.where(largest, -beta * (rest + (ties + e.marked)) * scale - to_largest, e.marked * scale - beta)
+    return rows.masked(numerics.where(label, at_label, off_label), where, class_mask)
+
+
+@_slope_of_label_and_largest.defjvp
+def _(axis_name: mesh.AxisName, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    values, raw, labels, beta, class_mask, where = primals
+    r = rows.Rows(raw, values, labels, class_mask, where, axis_name)
+    of_label, of_largest = _one_hot(r)
+
+    def slope(values: Array, beta: Array) -> Array:
+        return _slope(values, raw, beta * of_label + (1 - beta) * of_largest, class_mask, where, axis_name)
+
+    return _slope_of_label_and_largest(*primals, axis_name), jax.jvp(slope, (values, beta), (tangents[0], tangents[3]))[1]
+
+
+def _one_hot(r: rows.Rows) -> tuple[Array, Array]:
+    """The label and the largest class as distributions, each [..., classes]. Tied classes share the second equally."""
+    largest = statistics.same_as_largest(r, rows.reference(r)).astype(r.values.dtype)
+    both = rows.on_label(r).astype(r.values.dtype), largest / rows.as_column(r, _count(r, largest))
+    of_label, of_largest = (rows.masked(x, r.where, r.class_mask) for x in both)
+    return numerics.nan_unless(rows.in_range(r)[..., None], of_label), of_largest
 
 
 # The rule of the largest class -------------------------------------------------------------------------------------------

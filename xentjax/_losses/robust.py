@@ -191,9 +191,11 @@ def bootstrapped_cross_entropy(
 @functools.partial(jax.jit, static_argnames="hard")
 def _bootstrapped(batch: rows.Examples, beta: ArrayLike, hard: bool) -> Array:
     r = rows.of(batch)
+    beta = jnp.asarray(beta, r.values.dtype)
+    if hard and r.labels_are_indices:
+        return statistics.finish(r, statistics.of_row(r), surprises.of_label_and_largest(r, beta))
     stats = statistics.of(r)
     loss, total = odds.expected(r, stats, odds.surprise), odds.label_sum(r)
-    beta = jnp.asarray(beta, loss.dtype)
     own = surprises.smallest(r, stats) if hard else surprises.entropy(r, stats)
     return statistics.finish(r, stats, beta * loss + (1 - beta) * total * own)
 
