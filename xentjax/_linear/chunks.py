@@ -27,7 +27,7 @@ the loss itself sums over devices.
 
 Memory: Besides inputs and results, three things are in memory. The first is the float32 logits of one chunk, which are overwritten by their
 gradient. The second is a copy of G in the dtype of `hidden`. If that dtype is float32, there is no copy. The third is the accumulators. The
-first chunk initializes the accumulators of kernel and bias, unless all chunks have the same size and are in one loop. The backward pass
+first chunk initializes the accumulators of kernel and bias, unless one loop computes all chunks. The backward pass
 of `per_example` has one accumulator for the kernel too, because the chunks are a chain of products (`products.chained_product`).
 """
 
@@ -156,8 +156,9 @@ def _sweep(
 ) -> _Swept:
     """The value and the wanted gradients, from all chunks. `loss_fns` has one function per size of chunk.
 
-    If there is one size, one loop computes all chunks, and the program compiles in two thirds of the time. The loop adds to zeros, so the
-    gradient of the kernel is written once more. If there are two sizes, the first chunk initializes the sums.
+    If there is one size, one loop computes all chunks, and the program compiles in two thirds of the time. Repeated examples have weight 0
+    in the first chunk. The loop adds to zeros, so the gradient of the kernel is written once more. If there are two sizes, the first chunk
+    initializes the sums.
     """
     # A derivative of the sweep in reverse mode stores only the inputs of each chunk, and computes its logits again.
     steps = [
@@ -170,7 +171,7 @@ def _sweep(
             layer=jax.tree.map(_zeros_of_gradient, inputs.layer, wanted.layer),
             closed_over=jax.tree.map(_zeros_of_gradient, inputs.closed_over[0], wanted.closed_over[0]),
         )
-        chunks = jax.tree.map(layout.stack, inputs.batch)
+        chunks = jax.tree.map(layout.stack, inputs.batch)._replace(weights=layout.stack(inputs.batch.weights, repeat=False))
         sums, per_example = lax.scan(lambda before, chunk: steps[0](before, chunk, inputs.layer, inputs.closed_over[0]), zeros, chunks)
         batch, aux = jax.tree.map(layout.unstack, per_example)
         return _Swept(sums.value, Inputs(batch, sums.layer, (sums.closed_over,)), aux)
@@ -328,9 +329,10 @@ def _one_of_each_size(batch: Batch[Array], layer: Layer[Array], layout: Layout) 
     Inside `jax.shard_map`, the first chunk always counts as a size of its own. A sum that starts from zeros would not vary over mesh axes.
     """
     first, others = _split(batch, layout)
-    if others is None or (layout.equal and not mesh.axes_of(batch, layer)):
+    if others is None:
         return (first,)
-    return first, jax.tree.map(lambda x: x[0], others)
+    other = jax.tree.map(lambda x: x[0], others)
+    return (other,) if layout.one_loop and not mesh.axes_of(batch, layer) else (first, other)
 
 
 def _join(first: PyTree, others: PyTree, layout: Layout) -> PyTree:

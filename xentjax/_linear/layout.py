@@ -1,7 +1,8 @@
 """How the examples of a batch are cut into chunks and joined again.
 
-Chunks have at most two sizes. The first chunk takes the remainder. A loop takes the other chunks, which have equal sizes. If all chunks
-have the same size, `stack` makes one array of them, for one loop. Padding is needed only if the number of examples is symbolic.
+Chunks have at most two sizes. The first chunk takes the remainder. A loop takes the other chunks, which have equal sizes. If the remainder
+is nearly as large as the other chunks, the first chunk also repeats the next few examples. Then all chunks have the same size, and `stack`
+makes one array of them, for one loop. Padding is needed only if the number of examples is symbolic.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array, core
 
 _TILE = 128  # matrix products of GPUs compute blocks of so many rows: 1,639 rows take longer than 2,048
+_REPEATED = 0.02  # the largest share of the examples that may be computed twice, so that all chunks have one size
 _SYMBOLIC_CHUNKS = 4  # for an unknown number of examples: `plan_linear` takes a quarter of the examples as well
 
 
@@ -53,24 +55,35 @@ class Layout:
         return is_symbolic(self.others) or self.others > 0
 
     @property
-    def equal(self) -> bool:
-        """Whether there may be several chunks, and all have the same size."""
-        return self.loops and self.first == self.chunk
+    def one_loop(self) -> bool:
+        """Whether `stack` can cut the examples: there may be several chunks, and few examples must be repeated."""
+        return self.loops and (self.first == self.chunk or self.chunk - self.first <= _REPEATED * self.inner)
 
-    def stack(self, x: Array) -> Array:
-        """Cut `x` [*leading, ...] into chunks of equal size [chunks, examples, ...]. Padding is filled with 0."""
+    def stack(self, x: Array, repeat: bool = True) -> Array:
+        """Cut `x` [*leading, ...] into chunks of equal size [chunks, examples, ...].
+
+        Examples after the first `first` of each sequence fill up the first chunk, and are also in the second chunk. If `repeat` is False,
+        the first chunk has 0 in their place. Padding is filled with 0.
+        """
         trailing = x.shape[len(self.leading) :]
         if is_symbolic(self.padding):
             x = jnp.concatenate([x.reshape(self.inner, *trailing), jnp.zeros((self.padding, *trailing), x.dtype)])
             return x.reshape(self.others + 1, self.chunk, *trailing)
-        return self._stacked(x.reshape(self.outer, self.inner, *trailing), self.others + 1)
+        x = x.reshape(self.outer, self.inner, *trailing)
+        if self.first != self.chunk:
+            again = x[:, self.first : self.chunk]
+            x = jnp.concatenate([x[:, : self.first], again if repeat else jnp.zeros_like(again), x[:, self.first :]], axis=1)
+        return self._stacked(x, self.others + 1)
 
     def unstack(self, x: Array) -> Array:
-        """The inverse of `stack`."""
+        """The inverse of `stack`. The results of repeated examples are those of the second chunk."""
         trailing = x.shape[2:]
         if is_symbolic(self.padding):
             return x.reshape((self.others + 1) * self.chunk, *trailing)[: self.inner].reshape(*self.leading, *trailing)
-        return self._unstacked(x, self.others + 1).reshape(*self.leading, *trailing)
+        x = self._unstacked(x, self.others + 1)
+        if self.first != self.chunk:
+            x = jnp.concatenate([x[:, : self.first], x[:, self.chunk :]], axis=1)
+        return x.reshape(*self.leading, *trailing)
 
     def split(self, x: Array) -> tuple[Array, Array | None]:
         """Cut `x` [*leading, ...] into the first chunk [examples, ...] and the others [others, examples, ...]. Padding is filled with 0."""

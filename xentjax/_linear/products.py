@@ -96,7 +96,8 @@ def _add_in_blocks(classes: int, total: Array, left: Array, right: Array) -> Arr
     XLA on CPUs stores a product before it adds the product. Storing the whole product would take as much time as the addition. So only one
     block of the product is stored at a time. For each block, XLA also stores a block of the factor that has the class axis. If there are
     many more examples than features, these two blocks would take more memory than the whole product. Then the whole product is added at
-    once.
+    once. All blocks have the same size, so that one loop computes them. The last block may overlap the block before it. There its factor is
+    0.
     """
     size, features, examples = total.shape[classes], total.shape[1 - classes], left.shape[0]
     if not isinstance(size, int):  # a symbolic number of classes, such as the batch of a contrastive loss
@@ -106,15 +107,16 @@ def _add_in_blocks(classes: int, total: Array, left: Array, right: Array) -> Arr
     if width >= size or many:
         return _add_at_once(total, left, right)
 
-    def add(start: Array | int, width: int, total: Array) -> Array:
+    def add(i: Array, total: Array) -> Array:
+        start = jnp.minimum(i * width, size - width)
         block = lax.dynamic_slice_in_dim(total, start, width, classes)
         factor = lax.dynamic_slice_in_dim((left, right)[classes], start, width, 1)
+        if size % width:
+            factor = numerics.where(start + jnp.arange(width)[None] < i * width, 0, factor)
         block += dot(factor, right, 0, 0, block) if classes == 0 else dot(left, factor, 0, 0, block)
         return lax.dynamic_update_slice_in_dim(total, block, start, classes)
 
-    whole = size // width
-    total = lax.fori_loop(0, whole, lambda i, total: add(i * width, width, total), total)
-    return add(whole * width, size % width, total) if size % width else total
+    return lax.fori_loop(0, -(-size // width), add, total)
 
 
 # The tangent of a product ----------------------------------------------------------------------------------------------------
