@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import xentjax
-from xentjax._linear import layout
+from xentjax._linear import layout, products
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -183,3 +183,14 @@ def test_joined_chunks_have_the_order_of_the_examples(leading, chunk_size):
         np.testing.assert_array_equal(cut.stack(x)[1:], cut.split(x)[1])
         once = cut.stack(jnp.ones(leading), repeat=False)
         assert once.sum() == math.prod(leading) and (once[1:] == 1).all()
+
+
+@pytest.mark.parametrize("classes", [0, 1])
+def test_products_added_in_blocks_count_each_class_once(rng, monkeypatch, classes):
+    monkeypatch.setattr(products, "_BLOCK_BYTES", 512)  # blocks of 10 classes: the last of 10 blocks overlaps the one before it
+    total, hidden, slopes = rng.normal(size=(12, 97)), rng.normal(size=(5, 12)), rng.normal(size=(5, 97))
+    arrays = (total, hidden, slopes) if classes == 1 else (total.T, slopes, hidden)
+    found = products._add_in_blocks(classes, *(jnp.asarray(x, jnp.float32) for x in arrays))
+    expected = total + hidden.T @ slopes
+    # 6 roundings of terms of at most 4·4 + 4
+    np.testing.assert_allclose(found, expected if classes == 1 else expected.T, atol=6 * 64 * EPS)
