@@ -556,7 +556,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "a forbidden last tag is possible",
         "_sequence/crf.py",
-        "none |= jnp.any(live, axis=-1) & (gold[2] < scaled.IMPOSSIBLE)",
+        "none |= jnp.any(live, axis=-1) & (gold[2] == -jnp.inf)",
         "pass",
         (CRF,),
     ),
@@ -598,7 +598,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "the labels count among the other taggings",
         "_sequence/crf.py",
-        "jnp.where(here, jnp.full_like(leaving, scaled.ABSENT), compared(here, leaving, gold[1]))",
+        "jnp.where(here, jnp.full_like(leaving, -jnp.inf), compared(here, leaving, gold[1]))",
         "compared(here, leaving, gold[1])",
         (CRF,),
     ),
@@ -622,7 +622,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "the best alignment skips blanks between equal labels",
         "_sequence/decoding.py",
-        "moved[2] = jnp.where(skips, moved[2], scaled.ABSENT)",
+        "moved[2] = jnp.where(skips, moved[2], -jnp.inf)",
         "pass",
         (CTC,),
     ),

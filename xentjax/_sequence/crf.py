@@ -101,17 +101,17 @@ def _of_tagging(model: Model, labels: Array) -> Array:
     ending = jnp.broadcast_to(_row(model.end, (*shape[:-2], tags)), (*shape[:-2], tags))
     last = _last(live, y)[..., None] == lax.broadcasted_iota(y.dtype, ending.shape, ending.ndim - 1)
     gold = [at(here, model.unary), at(here, leaving), at(last, ending)]
-    none = jnp.any(gold[0] < scaled.IMPOSSIBLE, axis=-1) | jnp.any(live & (gold[1] < scaled.IMPOSSIBLE), axis=-1)
-    none |= jnp.any(live, axis=-1) & (gold[2] < scaled.IMPOSSIBLE)
-    gold = [jnp.where(x < scaled.IMPOSSIBLE, jnp.zeros_like(x), x) for x in gold]
+    none = jnp.any(gold[0] == -jnp.inf, axis=-1) | jnp.any(live & (gold[1] == -jnp.inf), axis=-1)
+    none |= jnp.any(live, axis=-1) & (gold[2] == -jnp.inf)
+    gold = [jnp.where(x == -jnp.inf, jnp.zeros_like(x), x) for x in gold]
 
     def compared(same: Array, x: Array, gold: Array) -> Array:
         """`x` minus the score of the labels. At the tag of the labels, it is exactly 0, with derivative 0."""
-        return jnp.maximum(jnp.where(same, jnp.zeros_like(x), x - gold[..., None]), scaled.ABSENT)
+        return jnp.where(same, jnp.zeros_like(x), jnp.minimum(x - gold[..., None], jnp.finfo(x.dtype).max))
 
     xs = _Position(
         unary=compared(here, model.unary, gold[0]),
-        entering=jnp.where(here, jnp.full_like(leaving, scaled.ABSENT), compared(here, leaving, gold[1])),
+        entering=jnp.where(here, jnp.full_like(leaving, -jnp.inf), compared(here, leaving, gold[1])),
         transition=jnp.where(first, jnp.zeros_like(gold[1]), -gold[1]),
     )
     weights = of(model, live, xs, (jnp.where(first, -1, before), jnp.where(first, -1, y)), compared(last, ending, gold[2]))
@@ -173,15 +173,15 @@ def on_each_device(f: Callable[..., Any], model: Model, *batched: Array) -> Any:
 
 
 def prepared(model: Model) -> Model:
-    """The scores in one dtype, with ABSENT for −∞, 0 at positions that do not count, and all arrays present."""
+    """The scores in one dtype, 0 at positions that do not count, and all arrays present."""
     dtype = numerics.accumulation_dtype(*(x.dtype for x in model[:4] if x is not None))
     live = jnp.ones(model.unary.shape[:-1], bool) if model.where is None else model.where
 
-    def finite(x: Array | None) -> Array:
-        return jnp.zeros(model.unary.shape[-1], dtype) if x is None else jnp.maximum(x.astype(dtype), scaled.ABSENT)
+    def converted(x: Array | None) -> Array:
+        return jnp.zeros(model.unary.shape[-1], dtype) if x is None else x.astype(dtype)
 
     unary = jnp.where(live[..., None], model.unary, jnp.zeros_like(model.unary))
-    return Model(finite(unary), finite(model.transitions), finite(model.start), finite(model.end), live)
+    return Model(converted(unary), converted(model.transitions), converted(model.start), converted(model.end), live)
 
 
 def partition(model: Model) -> lattice.Weights:
@@ -190,7 +190,7 @@ def partition(model: Model) -> lattice.Weights:
     assert live is not None
     nothing = jnp.full(live.shape, -1, jnp.int32)
     first = _before(live, nothing)[0]
-    entering = jnp.where(first[..., None], jnp.broadcast_to(_row(model.start, shape), shape), scaled.ABSENT)
+    entering = jnp.where(first[..., None], jnp.broadcast_to(_row(model.start, shape), shape), -jnp.inf)
     xs = _Position(model.unary, entering, jnp.zeros(live.shape, model.unary.dtype))
     ending = (*shape[:-2], shape[-1])
     return of(model, live, xs, (nothing, nothing), jnp.broadcast_to(_row(model.end, ending), ending))

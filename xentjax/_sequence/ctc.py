@@ -148,7 +148,7 @@ def _of_log_probs(blanks: Array, of_labels: Array, sequences: arguments.Sequence
     live, valid = alive(sequences, blanks.shape[-1])
     dtype = numerics.accumulation_dtype(blanks.dtype, of_labels.dtype)
     log_p = jnp.concatenate([blanks.astype(dtype)[..., None], of_labels.astype(dtype)], axis=-1)
-    log_p = jnp.maximum(jnp.where(live[..., None] & exists(sequences)[..., None, :], log_p, 0), scaled.ABSENT)
+    log_p = jnp.where(live[..., None] & exists(sequences)[..., None, :], log_p, 0)
     return loss(OPEN, weights(log_p, None, sequences, live), valid, sequences.where)
 
 
@@ -238,7 +238,7 @@ def weights(log_p: Array, others: tuple[Array, Array] | None, sequences: argumen
     log_p = jnp.moveaxis(log_p, time, 0)
     return lattice.Weights(
         start=States(jnp.zeros_like(kept), positions == 0),
-        xs=States(jnp.where(kept & labelled, log_p, scaled.ABSENT), log_p[..., :1]),
+        xs=States(jnp.where(kept & labelled, log_p, -jnp.inf), log_p[..., :1]),
         shared=(),
         end=States(lattice.present(last & labelled, log_p.dtype), lattice.present(last, log_p.dtype)),
         lost=None if others is None else jnp.moveaxis(others[0], time, 0),

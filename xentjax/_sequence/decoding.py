@@ -119,20 +119,21 @@ def _best_path(blank: int, batch: rows.Examples, sequences: arguments.Sequences)
     weights, valid = ctc.from_logits(batch, sequences, blank)
     weights = lax.stop_gradient(weights)
     start, end, xs = (ctc.interleaved(*x) for x in (weights.start, weights.end, weights.xs))
+    xs = xs * 2.0**-32  # so that no sum overflows
     start, skips = lattice.present(start, xs.dtype), ctc.interleaved(weights.fixed.skips, jnp.zeros_like(weights.fixed.skips))
 
     def forward(alpha: Array, inputs: Any) -> tuple[Array, Array]:
         x, live = inputs
-        moved = [alpha, *(scaled.moved(alpha, i, scaled.ABSENT) for i in (1, 2))]
-        moved[2] = jnp.where(skips, moved[2], scaled.ABSENT)
+        moved = [alpha, *(scaled.moved(alpha, i, -jnp.inf) for i in (1, 2))]
+        moved[2] = jnp.where(skips, moved[2], -jnp.inf)
         best = functools.reduce(jnp.maximum, moved)
         back = jnp.where(best == moved[0], 0, jnp.where(best == moved[1], 1, 2)).astype(jnp.int8)
-        return jnp.where(live[..., None], jnp.maximum(best + x, scaled.ABSENT), alpha), back
+        return jnp.where(live[..., None], best + x, alpha), back
 
     alpha, back = lax.scan(forward, mesh.vary(start, mesh.axes_of(weights)), (xs, weights.live))
     last = alpha + end
     state = jnp.argmax(last, axis=-1).astype(jnp.int32)
-    none = jnp.max(last, axis=-1) < scaled.IMPOSSIBLE
+    none = jnp.max(last, axis=-1) == -jnp.inf
 
     def backward(state: Array, inputs: Any) -> tuple[Array, Array]:
         back, live = inputs

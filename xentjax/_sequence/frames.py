@@ -27,14 +27,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from xentjax._core import mesh, numerics, rows
-from xentjax._sequence import scaled
 
 
 def probabilities(r: rows.Rows, index: Array) -> tuple[Array, Array]:
     """Log p_k of the classes `index`, shape [..., n], and the probability U [...] of all classes that are not in `index`.
 
     `index` [..., n] holds global class indices. Its leading axes are those of the rows, or have length 1. If an index is outside the range
-    of classes, callers must not use its result. The logarithm of a probability of 0 is ABSENT.
+    of classes, callers must not use its result.
     """
     return _probabilities(r.values, r.raw, index, r.class_mask, r.where, r.axis_name)[:2]
 
@@ -49,13 +48,14 @@ def _probabilities(
     rest = _of_rows(rows.class_sum(r, jnp.exp(_existing(r, values) - m[..., None]) * outside), where)
     first = _first(index)
     largest = z >= m[..., None]  # not `z - m >= 0`: if z is a product, XLA may round the product and the difference once instead of twice
-    gap = numerics.where(largest, 0, numerics.finite_difference(z, m[..., None]))
+    most = jnp.asarray(jnp.finfo(z.dtype).max, z.dtype)  # the clamp keeps XLA from rounding a product and the difference only once
+    gap = numerics.where(z == -jnp.inf, z, numerics.where(largest, 0, lax.clamp(-most, z, most) - m[..., None]))
     below = jnp.sum(numerics.where(first & ~largest, jnp.exp(gap), 0), axis=-1)
     count = jnp.sum((first & largest).astype(m.dtype), axis=-1)  # how often the largest logit occurs in V
     total = rest + (below + count)
     total = numerics.where(total > 0, total, 1)  # all logits are −∞
     log_sum = _of_rows(numerics.where(count > 0, jnp.log1p(rest + (below + (count - 1))), jnp.log(total)), where)
-    log_p = rows.masked(jnp.maximum(gap - log_sum[..., None], scaled.ABSENT), where)
+    log_p = rows.masked(gap - log_sum[..., None], where)
     return log_p, rest / total, (below + count) / total, log_sum
 
 

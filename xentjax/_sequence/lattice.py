@@ -32,7 +32,8 @@ Normalization. α is normalized before each step, and not after it. So the expon
 Each loop of XLA on CPUs has only one result. If α were normalized after the step, one loop would compute the mantissas, and a second loop
 would compute the sum of the mantissas again for the exponent.
 
-No path. The logarithm of a weight of 0 is represented by `scaled.ABSENT`, a large negative number, so no difference of infinities occurs.
+No path. The logarithm of a weight of 0 is −∞. As a `Scaled` number, 0 has a finite exponent, so no difference of infinities occurs. Any
+finite logarithm belongs to a weight above 0.
 """
 
 import functools
@@ -100,13 +101,13 @@ class _Slopes(NamedTuple):
 
 
 def present(condition: Array, dtype: Any) -> Array:
-    """The log-weight 0 where `condition` is True, and ABSENT elsewhere. So paths may start or end only where `condition` is True."""
-    return jnp.where(condition, jnp.zeros((), dtype), jnp.asarray(scaled.ABSENT, dtype))
+    """The log-weight 0 where `condition` is True, and −∞ elsewhere. So paths may start or end only where `condition` is True."""
+    return jnp.where(condition, jnp.zeros((), dtype), jnp.asarray(-jnp.inf, dtype))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def log_total(lattice: Lattice, weights: Weights) -> Array:
-    """The logarithm of the sum of the weights of all paths, shape [...]; below IMPOSSIBLE if there is no path."""
+    """The logarithm of the sum of the weights of all paths, shape [...]; −∞ if there is no path."""
     steps = _segments(lattice, weights)
     alpha, kept = _forward(lattice, weights, steps)
     end = jax.tree.map(scaled.of_log, weights.end)
@@ -204,6 +205,7 @@ def _backward(
     has certain sequences (see `_certain`), the recursion also runs with the lost mass. Certain sequences take the second result.
     """
     certain, shared = _certain(direct), jax.tree.map(scaled.of_log, weights.shared)
+    rounded = _rounded((kept, alpha), weights)
 
     def segment(carry: Any, inputs: Any) -> Any:
         last, found, sure = carry
@@ -212,12 +214,12 @@ def _backward(
         after = jax.tree.map(lambda x, y: jnp.concatenate([x[1:], y[None]]), before, last)
         x = jax.tree.map(scaled.of_log, steps.xs)
 
-        def retreated(carry: Any, ell: Any) -> Any:
+        def retreated(carry: Any, ell: Any, retreat: Callable[..., Any] = lattice.retreat) -> Any:
             def backward(carry: Any, inputs: Any) -> Any:
                 bar, shared_bar = carry
                 before, after, ell, x, fixed_x, live = inputs
                 moved = jax.tree.map(lambda x: jnp.where(live[..., None], x, jnp.zeros_like(x)), bar)
-                earlier, of_x, of_shared = lattice.retreat(moved, before, after, x, shared, fixed_x, weights.fixed)
+                earlier, of_x, of_shared = retreat(moved, before, after, x, shared, fixed_x, weights.fixed)
                 weight = by_lost
                 if weight is not None and ell is not None:
                     of_lost = jax.tree.map(lambda ell, alpha: weight[..., None] * ell * scaled.power(alpha.exponent), ell, before)
@@ -227,7 +229,8 @@ def _backward(
 
             return lax.scan(backward, carry, (before, after, ell, x, steps.fixed_xs, steps.live), reverse=True)
 
-        found, xs_bar = retreated(found, None)
+        ways = (functools.partial(_retreat_by_autodiff, lattice), lattice.retreat)
+        found, xs_bar = lax.cond(rounded, *(lambda way=way: _varying(retreated(found, None, way), weights) for way in ways))
         lost_bar, weight = None, by_lost
         if (lost := lattice.lost) is not None and weight is not None:
 
@@ -245,6 +248,35 @@ def _backward(
     start = last_bar, jax.tree.map(jnp.zeros_like, _parted(shared)[0])
     (_, found, sure), (xs_bar, lost_bar) = lax.scan(segment, _varying((alpha, start, start), weights), (kept, steps), reverse=True)
     return xs_bar, lost_bar, _chosen(certain, 0, sure[1], found[1]) if by_lost is not None else found[1]
+
+
+def _rounded(alphas: Any, weights: Weights) -> Array:
+    """Whether an exponent of the batch may be so large that sums of exponents are rounded, shape [].
+
+    `Lattice.retreat` adds exponents in another order than `Lattice.advance`. That is exact for all numbers that occur in a normal model.
+    """
+    scores = [jnp.abs(jnp.where(x == -jnp.inf, 0, x)) for x in jax.tree.leaves((weights.xs, weights.shared, weights.end))]
+    scores += [jnp.abs(scaled.log(x)) for x in jax.tree.leaves(alphas, is_leaf=_is_scaled)]
+    most = 2.0 ** (jnp.finfo(scores[0].dtype).nmant - 3)
+    return ~blocks.every(functools.reduce(jnp.logical_and, [jnp.all((x < most) | (x == jnp.inf)) for x in scores]))
+
+
+def _retreat_by_autodiff(
+    lattice: Lattice, bar: Any, before: Any, after: Any, x: Any, shared: Any, fixed_x: Any, fixed: Any
+) -> tuple[Any, Any, Any]:
+    """What `lattice.retreat` returns, as the derivative of `lattice.advance`. So both use the same rounded exponents.
+
+    Then the shares of the edges that lead to a state have the sum 1, even if the exponents have no correct digits.
+    """
+    parts = [_parted(numbers) for numbers in (before, x, shared)]
+
+    def advanced(alpha: Any, x: Any, shared: Any) -> Any:
+        alpha, x, shared = (_joined(m, exponents) for m, (_, exponents) in zip((alpha, x, shared), parts, strict=True))
+        return _parted(lattice.advance(scaled.tree_map(scaled.normalized, alpha), x, shared, fixed_x, fixed))[0]
+
+    earlier, of_x, of_shared = jax.vjp(advanced, *(mantissas for mantissas, _ in parts))[1](bar)
+    of_x, of_shared = (jax.tree.map(jnp.multiply, bar, part[0]) for bar, part in zip((of_x, of_shared), parts[1:], strict=True))
+    return earlier, of_x, of_shared
 
 
 def _chosen(mask: Array, step_axes: int, x: Any, y: Any) -> Any:
@@ -314,7 +346,7 @@ def _pairs(x: Any, y: Any) -> list[tuple[Scaled, Scaled]]:
 
 def checked_total(log_total: Array) -> tuple[Array, Array]:
     """The log-total, or 0 with derivative 0 if there is no path; and whether there is no path."""
-    none = lax.stop_gradient(log_total) < scaled.IMPOSSIBLE
+    none = lax.stop_gradient(log_total) == -jnp.inf
     return numerics.where(none, jnp.zeros_like(log_total), log_total), none
 
 

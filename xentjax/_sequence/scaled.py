@@ -1,9 +1,13 @@
 """Numbers m·2^k of any size. A sum of such numbers needs no exponential and no logarithm.
 
 The mantissa m is a floating-point number. After `normalized`, it is 0 or at least 1 and below 2; before, it is of similar size. The
-exponent k is a whole number, stored as a floating-point number. So a path of probability e^(−100,000) has as many correct digits as a
-likely path. In float32, the logarithm −100,000 itself has only two digits after the decimal point. If |k| exceeds 2²⁴ in float32, k is
-rounded, just as a logarithm of this size is rounded.
+exponent k is a whole number. So a path of probability e^(−100,000) has as many correct digits as a likely path. In float32, the logarithm
+−100,000 itself has only two digits after the decimal point. If |k| exceeds 2²⁴ in float32, k is rounded, just as a logarithm of this size
+is rounded.
+
+Range. `Scaled.exponent` is the floating-point number k·2⁻³². So the sum of a million exponents does not overflow, even if all logarithms
+are near ±3e38, the largest numbers of float32. Exponents are only added, subtracted and compared, and `power` undoes the factor. The number
+0 has mantissa 0, and an exponent below those of all other numbers. Its logarithm is −∞.
 
 Derivatives. The exponent is treated as a constant, so only the mantissa has a derivative. Powers of 2 are constructed from bits.
 """
@@ -16,13 +20,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-ABSENT = -(2.0**100)  # the exponent, and the logarithm, of a number that is 0
-IMPOSSIBLE = -(2.0**90)  # only a sum of terms with a factor of 0 is below e^IMPOSSIBLE; the logits of a model are far smaller than 2⁹⁰
-_HIGH, _LOW = 2839 / 4096, 3.1946184945309415e-05  # their sum is log 2; products of _HIGH with exponents below 4096 are exact
+_UNIT = 2.0**-32  # of exponents
+_HIGH, _LOW = 2839 / 4096 / _UNIT, 3.1946184945309415e-05 / _UNIT  # their sum is log 2; products with |k| < 4096 and _HIGH are exact
+
+
+def _absent(dtype: Any) -> float:
+    """The exponent of the number 0: −2¹²⁰ in float32, where e^(−3e38) has exponent −2⁹⁷."""
+    return -(2.0 ** (jnp.finfo(dtype).maxexp - 8))
 
 
 class Scaled(NamedTuple):
-    """The numbers mantissa·2^exponent, elementwise."""
+    """The numbers mantissa·2^k, elementwise, with exponent = k·2⁻³²."""
 
     mantissa: Array
     exponent: Array
@@ -34,19 +42,23 @@ def tree_map(f: Callable[..., Any], *trees: Any) -> Any:
 
 
 def of_log(x: Array) -> Scaled:
-    """e^x for numbers that are finite or ABSENT. The derivative of the mantissa is the mantissa."""
+    """e^x for numbers that are finite or −∞. The derivative of the mantissa is the mantissa."""
+    zero = lax.stop_gradient(x) == -jnp.inf
+    x = jnp.where(zero, jnp.zeros_like(x), x)
     fixed = lax.stop_gradient(x)
-    k = jnp.round(fixed * 1.4426950408889634)
+    exponent = fixed * (1.4426950408889634 * _UNIT)
+    # Larger exponents are whole numbers. The first operand is then a placeholder, which may be infinite.
+    exponent = jnp.where(jnp.abs(exponent) < 1, jnp.round(exponent / _UNIT) * _UNIT, exponent)
     # If x is so large that it has no digits after the point, the remainder has no correct digits. The bound only keeps it small.
-    remainder = jnp.clip((fixed - k * _HIGH) - k * _LOW, -1, 1)
-    return Scaled(jnp.exp(remainder + (x - fixed)), k)
+    remainder = jnp.clip((fixed - exponent * _HIGH) - exponent * _LOW, -1, 1)
+    return selected(~zero, Scaled(jnp.exp(remainder + (x - fixed)), exponent))
 
 
 def log(x: Scaled) -> Array:
-    """The logarithm of x. If x is 0, the result is a number below IMPOSSIBLE."""
+    """The logarithm of x. If x is 0, the result is −∞ with derivative 0."""
     zero = x.mantissa == 0
     m = jnp.where(zero, jnp.ones_like(x.mantissa), x.mantissa)
-    return (jnp.log(m) + x.exponent * _LOW) + x.exponent * _HIGH
+    return jnp.where(zero, -jnp.inf, (jnp.log(m) + x.exponent * _LOW) + x.exponent * _HIGH)
 
 
 def add(*terms: Scaled) -> Scaled:
@@ -72,7 +84,7 @@ def normalized(x: Scaled) -> Scaled:
     integer, digits, bias = (jnp.int64, 52, 1023) if m.dtype == jnp.float64 else (jnp.int32, 23, 127)
     biased = lax.bitcast_convert_type(m, integer) >> digits  # k + bias with 2^k ≤ m < 2^(k + 1); 0 for m = 0
     inverse = lax.bitcast_convert_type((2 * bias - biased) << digits, m.dtype)  # 2^−k
-    return Scaled(x.mantissa * inverse, jnp.maximum(x.exponent + (biased - bias).astype(m.dtype), ABSENT))
+    return Scaled(x.mantissa * inverse, jnp.maximum(x.exponent + (biased - bias).astype(m.dtype) * _UNIT, _absent(m.dtype)))
 
 
 def plain(x: Scaled) -> Array:
@@ -82,7 +94,7 @@ def plain(x: Scaled) -> Array:
 
 def constant(mask: Array, dtype: Any) -> Scaled:
     """1 where `mask` is True, and 0 elsewhere."""
-    return Scaled(mask.astype(dtype), jnp.where(mask, jnp.zeros((), dtype), jnp.asarray(ABSENT, dtype)))
+    return Scaled(mask.astype(dtype), jnp.where(mask, jnp.zeros((), dtype), jnp.asarray(_absent(dtype), dtype)))
 
 
 def shifted(x: Scaled, places: int) -> tuple[Scaled, ...]:
@@ -91,7 +103,10 @@ def shifted(x: Scaled, places: int) -> tuple[Scaled, ...]:
     A negative number of places moves them towards the front.
     """
     sign = 1 if places > 0 else -1
-    parts = ([moved(part, sign * i, fill) for part, fill in zip(x, (0, ABSENT), strict=True)] for i in range(1, abs(places) + 1))
+    parts = (
+        [moved(part, sign * i, fill) for part, fill in zip(x, (0, _absent(x.exponent.dtype)), strict=True)]
+        for i in range(1, abs(places) + 1)
+    )
     return tuple(Scaled(*part) for part in parts)
 
 
@@ -103,7 +118,7 @@ def moved(x: Array, places: int, fill: float) -> Array:
 
 def selected(mask: Array, x: Scaled) -> Scaled:
     """`x` where `mask` is True, and 0 elsewhere."""
-    return Scaled(jnp.where(mask, x.mantissa, jnp.zeros_like(x.mantissa)), jnp.where(mask, x.exponent, ABSENT))
+    return Scaled(jnp.where(mask, x.mantissa, jnp.zeros_like(x.mantissa)), jnp.where(mask, x.exponent, _absent(x.exponent.dtype)))
 
 
 def where(condition: Array, x: Scaled, y: Scaled) -> Scaled:
@@ -111,10 +126,11 @@ def where(condition: Array, x: Scaled, y: Scaled) -> Scaled:
     return Scaled(*(jnp.where(condition, a, b) for a, b in zip(x, y, strict=True)))
 
 
-def power(k: Array) -> Array:
-    """2^k for whole numbers k; 0 for k < −126, and 2¹²⁷ for k > 127."""
-    if k.dtype == jnp.float64:
-        bits = jnp.clip(k, -127, 127).astype(jnp.int64) + 1023
-        return jnp.where(k < -126, jnp.zeros_like(k), lax.bitcast_convert_type(bits << 52, jnp.float64))
-    bits = jnp.clip(k, -127, 127).astype(jnp.int32) + 127
-    return lax.bitcast_convert_type(bits << 23, jnp.float32)  # k = −127 gives the bits of 0
+def power(exponent: Array) -> Array:
+    """2^k for exponent = k·2⁻³² with a whole number k; 0 for k < −126, and 2¹²⁷ for k > 127."""
+    bounded = jnp.clip(exponent, -127 * _UNIT, 127 * _UNIT)
+    if exponent.dtype == jnp.float64:
+        bits = (bounded * (2.0**52 / _UNIT)).astype(jnp.int64) + (1023 << 52)
+        return jnp.where(exponent < -126 * _UNIT, jnp.zeros_like(exponent), lax.bitcast_convert_type(bits, jnp.float64))
+    bits = (bounded * (2.0**23 / _UNIT)).astype(jnp.int32) + (127 << 23)
+    return lax.bitcast_convert_type(bits, jnp.float32)  # k = −127 gives the bits of 0

@@ -11,7 +11,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from xentjax._core import checks, mesh, numerics
-from xentjax._sequence import crf, lattice, scaled
+from xentjax._sequence import crf, lattice
 
 
 def crf_marginals(
@@ -132,20 +132,22 @@ def _best_taggings(model: crf.Model, best: int) -> tuple[Array, Array]:
     """
     model = crf.prepared(model)
     weights = lax.stop_gradient(crf.partition(model))
+    xs, shared, end = jax.tree.map(lambda x: x * 2.0**-32, (weights.xs, weights.shared, weights.end))  # so that no sum overflows
+    weights = weights._replace(xs=xs, shared=shared, end=end)
     flat = (*weights.end.shape[:-1], -1)
 
     def forward(alpha: Array, inputs: Any) -> tuple[Array, Array]:
         x, live = inputs
         following, back = _merged(alpha, jnp.swapaxes(weights.shared, -1, -2))
         following = following.at[..., 0].max(x.entering)
-        following = jnp.maximum(following + x.unary[..., None], scaled.ABSENT)
+        following = following + x.unary[..., None]
         return jnp.where(live[..., None, None], following, alpha), back.reshape(flat)
 
-    start = jnp.full((*weights.end.shape, best), scaled.ABSENT, weights.end.dtype)
+    start = jnp.full((*weights.end.shape, best), -jnp.inf, weights.end.dtype)
     alpha, back = lax.scan(forward, mesh.vary(start, mesh.axes_of(weights)), (weights.xs, weights.live))
     some = jnp.any(weights.live, axis=0)[..., None]
     score, index = (x.squeeze(-2) for x in _merged(alpha, weights.end[..., None, :]))
-    none = jnp.where(some, score < scaled.IMPOSSIBLE, lax.broadcasted_iota(jnp.int32, score.shape, score.ndim - 1) > 0)
+    none = jnp.where(some, score == -jnp.inf, lax.broadcasted_iota(jnp.int32, score.shape, score.ndim - 1) > 0)
 
     def backward(index: Array, inputs: Any) -> tuple[Array, Array]:
         back, live = inputs
@@ -168,7 +170,7 @@ def _merged(alpha: Array, added: Array) -> tuple[Array, Array]:
     smaller index comes first.
     """
     best = alpha.shape[-1]
-    ended = jnp.concatenate([alpha, jnp.full_like(alpha[..., :1], scaled.ABSENT)], axis=-1).reshape(*alpha.shape[:-2], -1)
+    ended = jnp.concatenate([alpha, jnp.full_like(alpha[..., :1], -jnp.inf)], axis=-1).reshape(*alpha.shape[:-2], -1)
     tag = lax.broadcasted_iota(jnp.int32, added.shape, added.ndim - 1)
 
     def following(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], tuple[Array, Array]]:

@@ -130,7 +130,7 @@ def _of_logits(
     *of_classes, valid = transducer.log_probabilities(batch, sequences, nodes, blank)
     blanks, of_labels, rest = (x.astype(dtype) for x in of_classes)
     v = rows.Rows(of_durations, of_durations.astype(dtype), None, None, nodes.inside, None)
-    log_q = jnp.maximum(-surprises.surprise(v, statistics.of_row(v)), scaled.ABSENT)
+    log_q = jnp.where(of_durations == -jnp.inf, -jnp.inf, -surprises.surprise(v, statistics.of_row(v)))
     return _loss(True, durations, nodes, (blanks, of_labels, log_q), rest, sigma, valid, sequences.where)
 
 
@@ -219,7 +219,7 @@ def _of_log_probs(
     of_labels = jnp.concatenate([of_labels, jnp.zeros_like(of_labels, shape=(*blanks.shape[:-1], 1))], axis=-1)
 
     def kept(inside: Array, x: Array) -> Array:
-        return jnp.maximum(jnp.where(inside, x.astype(dtype), 0), scaled.ABSENT)
+        return jnp.where(inside, x.astype(dtype), 0)
 
     log_p = kept(nodes.inside, blanks), kept(nodes.label, of_labels), kept(nodes.inside[..., None], of_durations)
     return _loss(False, durations, nodes, log_p, None, None, nodes.valid, sequences.where)
@@ -265,7 +265,7 @@ def _loss(
     u = numerics.expand_leading(jnp.arange(blanks.shape[-1], dtype=jnp.int32), nodes.last.ndim)
     weights = lattice.Weights(
         start=(first, *nothing),
-        xs=transducer.diagonals(xs, scaled.ABSENT),
+        xs=transducer.diagonals(xs, -jnp.inf),
         shared=(),
         end=tuple(lattice.present(x, blanks.dtype) for x in (nodes.last, *nothing)),
         lost=None if lost is None else transducer.diagonals(lost, 0),

@@ -163,7 +163,7 @@ def _of_log_probs(blanks: Array, of_labels: Array, sequences: arguments.Sequence
     nodes, dtype = nodes_of(sequences, blanks.shape[-2]), numerics.accumulation_dtype(blanks.dtype, of_labels.dtype)
     blanks, of_labels = blanks.astype(dtype), of_labels.astype(dtype)
     of_labels = jnp.concatenate([of_labels, jnp.zeros_like(blanks[..., :1])], axis=-1)
-    blanks, of_labels = (jnp.maximum(jnp.where(kept, x, 0), scaled.ABSENT) for x, kept in ((blanks, nodes.blank), (of_labels, nodes.label)))
+    blanks, of_labels = (jnp.where(kept, x, 0) for x, kept in ((blanks, nodes.blank), (of_labels, nodes.label)))
     return _loss(False, nodes, blanks, of_labels, None, nodes.valid, sequences.where, fastemit)
 
 
@@ -226,11 +226,11 @@ def _loss(
     def weights(blanks: Array, lost: Array | None) -> lattice.Weights:
         time, states = nodes.inside.shape[-2:]
         steps = lax.broadcasted_iota(jnp.int32, (time + states - 1, *nodes.frames.shape), 0)
-        xs = [jnp.where(kept, x, scaled.ABSENT) for kept, x in ((nodes.blank, blanks), (nodes.label, of_labels))]
+        xs = [jnp.where(kept, x, -jnp.inf) for kept, x in ((nodes.blank, blanks), (nodes.label, of_labels))]
         first = jnp.zeros_like(nodes.last).at[..., 0].set(True)
         return lattice.Weights(
             start=first,
-            xs=tuple(diagonals(x, scaled.ABSENT) for x in xs),
+            xs=tuple(diagonals(x, -jnp.inf) for x in xs),
             shared=(),
             end=lattice.present(nodes.last, blanks.dtype),
             lost=None if lost is None else diagonals(lost, 0),
