@@ -105,7 +105,7 @@ def test_huge_scores(name, rng):
     run = jax.jit(jax.value_and_grad(function, range(len(shapes))))
 
     def draw(size):
-        return [np.float32(-rng.uniform(0.1, 1, shape) * size) for shape in shapes]
+        return [(-rng.uniform(0.1, 1, shape) * size).astype(np.float32) for shape in shapes]
 
     for size in (1e8, 1e20, 2.0**91, 1e30, 2e37):
         arrays = draw(size)
