@@ -115,8 +115,13 @@ def _total(r: rows.Rows, m: Array, temperature: Array) -> Array:
     return lax.optimization_barrier(numerics.where(total == 0, 1, total))  # computed once per row, not once per class
 
 
+def _reciprocal(x: Array) -> Array:
+    """1/x [...], computed once per row: a division per class takes several times as long as a product."""
+    return lax.optimization_barrier(jnp.minimum(1 / x, jnp.finfo(x.dtype).max))
+
+
 def _exponentials(r: rows.Rows, m: Array, temperature: Array) -> Array:
-    x = rows.relative(r, m) / temperature[..., None]
+    x = rows.relative(r, m) * _reciprocal(temperature)[..., None]
     keep = rows.full_mask(r)
     return jnp.exp(x if keep is None else numerics.where(keep, x, -jnp.inf))
 
@@ -148,13 +153,13 @@ def _pair(x: Operands, axis_name: mesh.AxisName) -> Pair:
 
 def _before_correction(x: Operands, axis_name: mesh.AxisName) -> Pair:
     """The pair with δ in place of d, and the difference q·(e^δ − 1)."""
-    numbers, dtype, T = x.numbers, x.temperature.dtype, x.temperature[..., None]
+    numbers, dtype, inverse = x.numbers, x.temperature.dtype, _reciprocal(x.temperature)[..., None]
     of_p, of_q = (rows.Rows(raw, raw.astype(dtype), None, x.class_mask, x.where, axis_name) for raw in (x.p_raw, x.q_raw))
     logits, lost = differences.exact_difference(rows.finite_values(of_p), rows.finite_values(of_q))
     reference, lost_too = differences.exact_difference(numbers.p_reference, numbers.q_reference)
-    p = _exponentials(of_p, numbers.p_reference, x.temperature) / numbers.p_total[..., None]
-    q = _exponentials(of_q, numbers.q_reference, x.temperature) / numbers.q_total[..., None]
-    delta = ((logits - reference[..., None]) + (lost - lost_too[..., None])) / T - numbers.constant[..., None]
+    p = _exponentials(of_p, numbers.p_reference, x.temperature) * _reciprocal(numbers.p_total)[..., None]
+    q = _exponentials(of_q, numbers.q_reference, x.temperature) * _reciprocal(numbers.q_total)[..., None]
+    delta = ((logits - reference[..., None]) + (lost - lost_too[..., None])) * inverse - numbers.constant[..., None]
     delta = numerics.finite(delta)  # the division of INFINITE may overflow
     near = jnp.abs(delta) < differences.NEAR
     small = numerics.where(near, delta, 0)
@@ -200,7 +205,7 @@ def centred_tangent(r: rows.Rows, p: Array, x: Array) -> Array:
     the two places, and then the rounding errors do not cancel. So here a class that holds more than half of the probability has its own
     formula: (1 − p_*)·x_* − Σ_{j≠*} p_j x_j, where 1 − p_* is the sum of the other probabilities.
     """
-    largest = lax.stop_gradient(p) > 0.5
+    largest = lax.stop_gradient(p) > numerics.MOST
     by_others = rows.class_sum(r, numerics.where(largest, 0, p * x))
     of_largest = rows.class_sum(r, numerics.where(largest, x, 0))
     p_of_largest, p_of_others = (rows.class_sum(r, numerics.where(largest, *pair)) for pair in ((p, 0), (0, p)))

@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 from xentjax._core import mesh
 
 INFINITE = 2.0**120  # represents ∞ inside a formula
+MOST = 0.51  # only one class can have a larger probability; rounding may bring two probabilities of 1/2 above 0.5, but not above this
 _THRESHOLD = 2.0**80  # a larger number is INFINITE times a weight; finite logits of a model are far smaller
 
 

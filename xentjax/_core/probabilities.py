@@ -36,7 +36,7 @@ def _with_complements(
     largest = e.marked < -0.5
     scale, rest = lax.optimization_barrier((1 / (1 + e.excess), e.excess / (1 + e.excess)))  # once per row, not once per class
     p = statistics.unmarked(e.marked) * scale[..., None]
-    return p, numerics.where(largest & (p > 0.5), jnp.broadcast_to(rest[..., None], p.shape), 1 - p)
+    return p, numerics.where(largest & (p > numerics.MOST), jnp.broadcast_to(rest[..., None], p.shape), 1 - p)
 
 
 @_with_complements.defjvp
@@ -45,7 +45,7 @@ def _(axis_name: mesh.AxisName, primals: tuple[Any, ...], tangents: tuple[Any, .
     r = rows.Rows(raw, values, None, class_mask, where, axis_name)
     p, rest = _with_complements(values, raw, class_mask, where, axis_name)
     moved = rows.masked(tangents[0], where, class_mask)
-    pivot = lax.stop_gradient(p) > 0.5
+    pivot = lax.stop_gradient(p) > numerics.MOST
     by_others = rows.as_column(r, rows.class_sum(r, numerics.where(pivot, 0, p * moved)))
     by_pivot = rows.as_column(r, rows.class_sum(r, numerics.where(pivot, p * moved, 0)))
     dot = p * numerics.where(pivot, rest * moved - by_others, moved - (by_others + by_pivot))

@@ -162,8 +162,8 @@ def number_where(condition: Array, number: Array, x: Array) -> Array:
 
 
 def _is_pivot(r: rows.Rows, m: Array, c: Array) -> Array:
-    """Whether a class holds more than half of the probability, shape [..., classes]."""
-    return statistics.same_as_largest(r, m) & (lax.stop_gradient(c) < math.log(2))[..., None]
+    """Whether a class holds most of the probability, shape [..., classes]."""
+    return statistics.same_as_largest(r, m) & (lax.stop_gradient(c) < -math.log(numerics.MOST))[..., None]
 
 
 def _zero_at_largest(r: rows.Rows, m: Array, largest: Array) -> Array:

@@ -490,7 +490,7 @@ def _per_pixel(r: rows.Rows, squared: bool = False, alpha: Array | float = 1.0, 
         wrong = numerics.where(label, rest * rest, p * p) if squared else numerics.where(label, beta * rest, alpha * p)
     else:
         t = r.given_labels
-        difference = numerics.where(p > 0.5, (1 - t) - rest, p - t)
+        difference = numerics.where(p > numerics.MOST, (1 - t) - rest, p - t)
         above, below = difference > 0, difference < 0  # at p = t, the gradient is 0
         both = p * t if squared else numerics.where(above, t, p)
         signed = numerics.where(above, alpha * difference, numerics.where(below, -beta * difference, 0))

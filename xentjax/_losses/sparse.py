@@ -287,9 +287,6 @@ def _(axis_name: mesh.AxisName, beta: int | None, primals: tuple[Any, ...], tang
 # The loss of soft labels -------------------------------------------------------------------------------------------------
 
 
-_PIVOT = 0.75  # above it, 1 − p is the sum of the others; two equal probabilities may both be rounded to more than 1/2
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6))
 def _of_distributions(
     values: Array,
@@ -302,7 +299,7 @@ def _of_distributions(
 ) -> Array:
     r = rows.Rows(values, values, t, class_mask, where, axis_name)
     p, eta = _distribution(values, alpha, class_mask, where, axis_name, beta)
-    pivot = p > _PIVOT
+    pivot = p > numerics.MOST
     rest = rows.as_column(r, rows.class_sum(r, numerics.where(pivot, 0, p)))
     difference = numerics.where(pivot, rest - (1 - t), t - p)
     total, powers = rows.class_sum(r, t), rows.class_sum(r, p * jnp.maximum(eta, 0))
@@ -315,7 +312,7 @@ def _(axis_name: mesh.AxisName, beta: int | None, primals: tuple[Any, ...], tang
     values, t, alpha, class_mask, where = primals
     r = rows.Rows(values, values, t, class_mask, where, axis_name)
     p, eta = _distribution(values, alpha, class_mask, where, axis_name, beta)
-    pivot = lax.stop_gradient(p) > _PIVOT
+    pivot = lax.stop_gradient(p) > numerics.MOST
     rest, others, total = (rows.class_sum(r, x) for x in (numerics.where(pivot, 0, p), numerics.where(pivot, 0, t), t))
     rest, others, total, column = (rows.as_column(r, x) for x in (rest, others, total, alpha))
     slope = numerics.where(pivot, p * others - t * rest, total * p - t)  # s·p − t
