@@ -66,6 +66,11 @@ def expected(r: rows.Rows, t: Array) -> Array:
 
 def entropy(r: rows.Rows, stats: statistics.Statistics) -> Array:
     """H(p) = −Σ_k p_k log p_k of every row, shape [...]. It is computed as c + Σ_k p_k (m − z_k), whose terms are never negative."""
+    return entropy_and_mean(r, stats)[0]
+
+
+def entropy_and_mean(r: rows.Rows, stats: statistics.Statistics) -> tuple[Array, Array]:
+    """H(p), and the mean Σ_k p_k (z_k − m) under p, which is at most 0. Each has shape [...]."""
     labels = r.labels if isinstance(stats, statistics.WithLabel) else None
     return _entropy(r.values, r.raw, stats, labels, r.class_mask, r.where, r.axis_name, False)
 
@@ -368,8 +373,8 @@ def _entropy(
     where: Array | None,
     axis_name: mesh.AxisName,
     differentiated: bool,
-) -> Array:
-    """The entropy [...]. The rule takes the derivatives of `stats` into account, and ignores its tangents."""
+) -> tuple[Array, Array]:
+    """`entropy_and_mean`. The rule takes the derivatives of `stats` into account, and ignores its tangents."""
     r = rows.Rows(raw, values, labels, class_mask, where, axis_name)
     z, m, low = lax.optimization_barrier((raw, stats.reference, stats.reference - 1000))
     x = rows.masked(jnp.maximum(z.astype(m.dtype), low[..., None]) - m[..., None], where, class_mask)
@@ -380,14 +385,17 @@ def _entropy(
         total = rows.class_sum(r, e * x)
         if isinstance(stats, statistics.WithLabel) and of_label is not None:
             total += of_label * numerics.where(of_label > 0, stats.gap, 0)
-    return stats.log_sum - total * jnp.exp(-stats.log_sum)
+    mean = total * jnp.exp(-stats.log_sum)
+    return stats.log_sum - mean, mean
 
 
 @_entropy.defjvp
-def _(axis_name: mesh.AxisName, differentiated: bool, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+def _(
+    axis_name: mesh.AxisName, differentiated: bool, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     values, raw, stats, labels, class_mask, where = primals
     r = rows.Rows(raw, values, labels, class_mask, where, axis_name)
-    h = _entropy(*primals, axis_name, True)
+    h, mean = _entropy(*primals, axis_name, True)
     z = numerics.widen(raw) if r.half else values
     log_p = rows.masked(jnp.maximum(z + (-stats.reference)[..., None], -numerics.INFINITE), where, class_mask) - stats.log_sum[..., None]
     if r.half:
@@ -398,8 +406,9 @@ def _(axis_name: mesh.AxisName, differentiated: bool, primals: tuple[Any, ...], 
         p = e * scale[..., None]
         if of_label is not None:
             p = numerics.where(rows.on_label(r), jnp.broadcast_to((of_label * scale)[..., None], p.shape), p)
-    slope = rows.masked(-p * (log_p + h[..., None]), where, class_mask)  # includes the derivative of c = lse(z) − m
-    return h, rows.class_sum(r, slope * tangents[0])
+    moved = rows.masked(p * tangents[0], where, class_mask)
+    spread, total = rows.class_sum(r, moved * (log_p + h[..., None])), rows.class_sum(r, moved)
+    return (h, mean), (-spread, spread + total)  # −Σ dp_k log p_k, and Σ dp_k (z_k − m) + Σ p_k dz_k
 
 
 def _exponentials(r: rows.Rows, stats: statistics.Statistics) -> tuple[Array, Array | None]:

@@ -333,14 +333,13 @@ def row_statistics(
 def _statistics(batch: rows.Examples) -> RowStatistics:
     r = rows.of(batch)
     stats = statistics.of(r)
-    u = surprises.surprise(r, stats)
-    p = jnp.exp(-u)
     loss = odds.expected(r, stats, odds.surprise)
+    entropy, mean = surprises.entropy_and_mean(r, stats)
     return RowStatistics(
         log_prob=-statistics.finish(r, stats, loss),
         log_normalizer=rows.row_value(r, statistics.log_normalizer(r, stats)),
-        entropy=rows.row_value(r, surprises.entropy(r, stats)),
-        expected_logit=rows.row_value(r, stats.reference + rows.class_sum(r, p * rows.relative(r, stats.reference))),
+        entropy=rows.row_value(r, entropy),
+        expected_logit=rows.row_value(r, stats.reference + mean),
         max_logit=rows.row_value(r, rows.largest(r)),
         correct=statistics.hits(r, stats),
     )
