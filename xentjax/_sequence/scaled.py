@@ -127,10 +127,12 @@ def where(condition: Array, x: Scaled, y: Scaled) -> Scaled:
 
 
 def power(exponent: Array) -> Array:
-    """2^k for exponent = k·2⁻³² with a whole number k; 0 for k < −126, and 2¹²⁷ for k > 127."""
-    bounded = jnp.clip(exponent, -127 * _UNIT, 127 * _UNIT)
-    if exponent.dtype == jnp.float64:
-        bits = (bounded * (2.0**52 / _UNIT)).astype(jnp.int64) + (1023 << 52)
-        return jnp.where(exponent < -126 * _UNIT, jnp.zeros_like(exponent), lax.bitcast_convert_type(bits, jnp.float64))
-    bits = (bounded * (2.0**23 / _UNIT)).astype(jnp.int32) + (127 << 23)
-    return lax.bitcast_convert_type(bits, jnp.float32)  # k = −127 gives the bits of 0
+    """2^k for exponent = k·2⁻³² with a whole number k; 0 for k < −126, and 2¹²⁷ for k > 127.
+
+    The sum of k, the bias and 1.5·2^digits has k + bias in its last bits. A conversion to integers would take longer, since XLA adds
+    instructions for NaN and for overflow.
+    """
+    integer, digits, bias = (jnp.int64, 52, 1023) if exponent.dtype == jnp.float64 else (jnp.int32, 23, 127)
+    k = jnp.clip(exponent, -127 * _UNIT, 127 * _UNIT) / _UNIT  # in float32, k = −127 gives the bits of 0
+    found = lax.bitcast_convert_type(lax.bitcast_convert_type(k + (1.5 * 2.0**digits + bias), integer) << digits, exponent.dtype)
+    return found if exponent.dtype == jnp.float32 else jnp.where(exponent < -126 * _UNIT, jnp.zeros_like(exponent), found)
