@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 import xentjax
 from tests.sequence import oracle
 from xentjax import sequence
+from xentjax._sequence import frames
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -301,6 +302,26 @@ def test_classes_split_over_devices(rng):
     np.testing.assert_allclose(loss, expected, rtol=ROUNDING * EPS)
     np.testing.assert_allclose(slope, gradient, atol=ROUNDING * EPS)
     np.testing.assert_allclose(slope[6], gradient[6], rtol=1e-4)
+
+
+@pytest.mark.parametrize(("time", "limit"), [(13, 0), (14, 256)])  # two shapes, so that each is compiled with its own limit
+def test_tangents_of_many_labels_by_lookup_and_by_product(time, limit, rng, monkeypatch):
+    """The derivative of a label's logit, on one device and with the classes split over two."""
+    monkeypatch.setattr(frames, "_PRODUCT", limit)
+    z, labels = jnp.asarray(rng.normal(size=(2, time, 6)), jnp.float32), jnp.asarray(rng.integers(1, 6, (2, 5)), jnp.int32)
+    mesh = jax.make_mesh((2,), ("model",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
+
+    def gradient(z, axis_name=None):
+        loss, pull = jax.vjp(lambda z: xentjax.ctc_loss(z, labels, axis_name=axis_name), z)
+        return pull(jnp.ones_like(loss))[0]
+
+    split = jax.shard_map(
+        functools.partial(gradient, axis_name="model"), mesh=mesh, in_specs=P(None, None, "model"), out_specs=P(None, None, "model")
+    )
+    for found in (jax.jit(gradient)(z), jax.jit(split)(z)):
+        for i in range(2):
+            expected = forward_backward(np.asarray(z[i], np.float64), np.asarray(labels[i]))[1]
+            np.testing.assert_allclose(found[i], expected, atol=(8 + time) * EPS)
 
 
 def test_nothing_on_the_way_is_nan(rng):
