@@ -184,19 +184,12 @@ def tdt_loss_from_log_probs(
         Xu et al., Efficient Sequence Transduction by Jointly Predicting Tokens and Durations, 2023, arXiv 2304.06795.
     """
     name = "tdt_loss_from_log_probs"
-    blanks = arguments.logits(name, "blank_log_probs", blank_log_probs, 2, "[..., time, max_labels + 1]")
-    of_labels = checks.floating(name, "label_log_probs", label_log_probs)
+    blanks, of_labels, sequences = transducer.check_log_probs(name, blank_log_probs, label_log_probs, logit_lengths, label_lengths, where)
     of_durations = checks.floating(name, "duration_log_probs", duration_log_probs)
-    leading, time, most = blanks.shape[:-2], blanks.shape[-2], blanks.shape[-1] - 1
-    if most < 0:
-        raise ValueError(f"{name}: blank_log_probs must have shape [..., time, max_labels + 1]; got {blanks.shape}.")
     durations = checked_durations(name, durations)
-    checks.shape(name, "label_log_probs", of_labels, (*leading, time, most), "one label fewer than blank_log_probs")
     meaning = "one entry per duration at each node of blank_log_probs"
     checks.shape(name, "duration_log_probs", of_durations, (*blanks.shape, len(durations)), meaning)
-    none = jnp.zeros((*leading, most), jnp.int32)
-    sequences = arguments.sequences(name, none, leading, time, logit_lengths, label_lengths, where, "blank_log_probs", most)
-    nodes = transducer.nodes_of(sequences, time)
+    nodes = transducer.nodes_of(sequences, blanks.shape[-2])
     values.logits(name, "blank_log_probs", blanks, nodes.inside)
     values.logits(name, "label_log_probs", of_labels, nodes.label[..., :-1])
     values.logits(name, "duration_log_probs", of_durations, nodes.inside)

@@ -140,15 +140,8 @@ def transducer_loss_from_log_probs(
         Graves, Sequence Transduction with Recurrent Neural Networks, 2012, arXiv 1211.3711.
     """
     name = "transducer_loss_from_log_probs"
-    blanks = arguments.logits(name, "blank_log_probs", blank_log_probs, 2, "[..., time, max_labels + 1]")
-    of_labels = checks.floating(name, "label_log_probs", label_log_probs)
-    leading, time, most = blanks.shape[:-2], blanks.shape[-2], blanks.shape[-1] - 1
-    if most < 0:
-        raise ValueError(f"{name}: blank_log_probs must have shape [..., time, max_labels + 1]; got {blanks.shape}.")
-    checks.shape(name, "label_log_probs", of_labels, (*leading, time, most), "one label fewer than blank_log_probs")
-    none = jnp.zeros((*leading, most), jnp.int32)
-    sequences = arguments.sequences(name, none, leading, time, logit_lengths, label_lengths, where, "blank_log_probs", most)
-    nodes = nodes_of(sequences, time)
+    blanks, of_labels, sequences = check_log_probs(name, blank_log_probs, label_log_probs, logit_lengths, label_lengths, where)
+    nodes = nodes_of(sequences, blanks.shape[-2])
     values.logits(name, "blank_log_probs", blanks, nodes.blank)
     values.logits(name, "label_log_probs", of_labels, nodes.label[..., :-1])
     return _transducer_from_log_probs(blanks, of_labels, sequences, checks.number(name, "fastemit", fastemit))
@@ -165,6 +158,26 @@ def _of_log_probs(blanks: Array, of_labels: Array, sequences: arguments.Sequence
     of_labels = jnp.concatenate([of_labels, jnp.zeros_like(blanks[..., :1])], axis=-1)
     blanks, of_labels = (jnp.where(kept, x, 0) for x, kept in ((blanks, nodes.blank), (of_labels, nodes.label)))
     return _loss(False, nodes, blanks, of_labels, None, nodes.valid, sequences.where, fastemit)
+
+
+def check_log_probs(
+    function: str,
+    blank_log_probs: ArrayLike,
+    label_log_probs: ArrayLike,
+    logit_lengths: ArrayLike | None,
+    label_lengths: ArrayLike | None,
+    where: ArrayLike | None,
+) -> tuple[Array, Array, arguments.Sequences]:
+    """The checked log-probabilities of the blank and of the next label, and their sequences, whose labels are not known."""
+    blanks = arguments.logits(function, "blank_log_probs", blank_log_probs, 2, "[..., time, max_labels + 1]")
+    of_labels = checks.floating(function, "label_log_probs", label_log_probs)
+    leading, time, most = blanks.shape[:-2], blanks.shape[-2], blanks.shape[-1] - 1
+    if most < 0:
+        raise ValueError(f"{function}: blank_log_probs must have shape [..., time, max_labels + 1]; got {blanks.shape}.")
+    checks.shape(function, "label_log_probs", of_labels, (*leading, time, most), "one label fewer than blank_log_probs")
+    none = jnp.zeros((*leading, most), jnp.int32)
+    sequences = arguments.sequences(function, none, leading, time, logit_lengths, label_lengths, where, "blank_log_probs", most)
+    return blanks, of_labels, sequences
 
 
 # The lattice -------------------------------------------------------------------------------------------------------------
