@@ -1,4 +1,4 @@
-"""CTC, transducer and conditional random field beside the programs that people use: time and temporary memory.
+"""CTC, transducers and conditional random field beside the programs that people use: time and temporary memory.
 
 Value and gradient of the mean over a batch. The peer of `ctc_loss` is `optax.ctc_loss`, and `torch.nn.functional.ctc_loss` if torch is
 installed. The peers of the other losses are the textbook's recursions, written as a `lax.scan` with `jnp.logaddexp` and differentiated by
@@ -25,8 +25,9 @@ from benchmarks import measure, plots, report
 
 CTC = ((16, 500, 64, 60), (8, 1000, 5000, 100))  # batch, time, classes, labels
 TRANSDUCER = ((4, 200, 50, 128),)  # batch, time, labels, classes
+TDT = ((4, 200, 50, 128, 5),)  # batch, time, labels, classes, durations 0, 1, …
 CRF = ((64, 200, 40),)  # batch, time, tags
-TINY = {"ctc": ((2, 9, 5, 3),), "transducer": ((2, 5, 3, 4),), "crf": ((2, 6, 3),)}
+TINY = {"ctc": ((2, 9, 5, 3),), "transducer": ((2, 5, 3, 4),), "tdt": ((2, 5, 3, 4, 3),), "crf": ((2, 6, 3),)}
 
 
 class Case(NamedTuple):
@@ -92,6 +93,53 @@ def plain_transducer(logits: Array, labels: Array) -> Array:
     return -jnp.mean(alpha[:, -1] + blanks[:, -1, -1])
 
 
+def tdt(shape: tuple[int, ...]) -> Case:
+    """The token-and-duration transducer."""
+    batch, time, labels, classes, durations = shape
+    rng = np.random.default_rng(0)
+    nodes = (batch, time, labels + 1)
+    logits, of_durations = (jnp.asarray(rng.normal(size=(*nodes, n)), jnp.float32) for n in (classes, durations))
+    y = jnp.asarray(rng.integers(1, classes, (batch, labels)), jnp.int32)
+
+    def ours(logits: Array, of_durations: Array, y: Array) -> Array:
+        return xentjax.tdt_loss(logits, of_durations, y, durations=range(durations)).mean()
+
+    return Case("tdt", shape, ours, {"scan": plain_tdt}, (logits, of_durations, y), 2)
+
+
+def plain_tdt(logits: Array, duration_logits: Array, labels: Array) -> Array:
+    """Xu et al. 2023: α over frames, with an inner scan over labels; α of the last frames is carried, one for each duration above 0."""
+    log_p, log_q = jax.nn.log_softmax(logits), jnp.moveaxis(jax.nn.log_softmax(duration_logits), -1, 0)  # durations first
+    blanks = log_p[..., 0] + log_q
+    of_labels = jnp.take_along_axis(log_p[:, :, :-1], labels[:, None, :, None], axis=-1).squeeze(-1) + log_q[..., :-1]
+    longest, none = len(log_q) - 1, -1e30
+
+    def left(moves: Array) -> Array:
+        """`moves` [durations, batch, time, n] of the frame d frames earlier, for d = 1, 2, …: [time + 1, longest, batch, n]."""
+        later = [jnp.pad(x, ((0, 0), (d, longest), (0, 0)), constant_values=none) for d, x in enumerate(moves)][1:]
+        return jnp.moveaxis(jnp.stack([x[:, : moves.shape[2] + 1] for x in later]), 2, 0)
+
+    def frame(earlier: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        by_blank, by_label, emitting = inputs  # α of the last frames [longest, batch, labels + 1], the latest first
+        waited = jnp.logaddexp.reduce(earlier + by_blank, axis=0)
+        arriving = jnp.logaddexp(waited[:, 1:], jnp.logaddexp.reduce(earlier[..., :-1] + by_label, axis=0))
+
+        def label(before: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+            below, emits = inputs
+            here = jnp.logaddexp(below, before + emits)
+            return here, here
+
+        rest = lax.scan(label, waited[:, 0], (arriving.T, emitting.T))[1].T
+        return jnp.concatenate([jnp.concatenate([waited[:, :1], rest], axis=-1)[None], earlier[:-1]]), None
+
+    at_once = jnp.moveaxis(jnp.pad(of_labels[0], ((0, 0), (0, 1), (0, 0)), constant_values=none), 1, 0)
+    first = jnp.concatenate([jnp.zeros_like(blanks[0, :, 0, :1]), jnp.cumsum(at_once[0], axis=-1)], axis=-1)
+    earlier = jnp.full((longest, *first.shape), none).at[0].set(first)
+    by_blank, by_label = left(blanks), left(of_labels)
+    alpha = lax.scan(frame, earlier, (by_blank[1:-1], by_label[1:-1], at_once[1:-1]))[0]
+    return -jnp.mean(jnp.logaddexp.reduce(alpha[..., -1] + by_blank[-1, ..., -1], axis=0))  # the last move is a blank
+
+
 def crf(shape: tuple[int, ...]) -> Case:
     """The conditional random field."""
     batch, time, tags = shape
@@ -114,9 +162,9 @@ def plain_crf(unary: Array, transitions: Array, labels: Array) -> Array:
 
 def cases(tiny: bool = False) -> list[Case]:
     """All cases; `tiny` ones for tests."""
-    sizes = TINY if tiny else {"ctc": CTC, "transducer": TRANSDUCER, "crf": CRF}
+    sizes = TINY if tiny else {"ctc": CTC, "transducer": TRANSDUCER, "tdt": TDT, "crf": CRF}
     found = [ctc(shape) for shape in sizes["ctc"]] + [ctc(sizes["ctc"][0], confident=True)]
-    return [*found, *map(transducer, sizes["transducer"]), *map(crf, sizes["crf"])]
+    return [*found, *map(transducer, sizes["transducer"]), *map(tdt, sizes["tdt"]), *map(crf, sizes["crf"])]
 
 
 def rows_of(case: Case, rounds: int) -> list[dict]:

@@ -132,7 +132,7 @@ def test_the_grid_has_a_ratio_for_each_size(tmp_path, capsys, monkeypatch):
 def test_sequence_compares_losses_that_are_equal(tmp_path, capsys):
     printed, written = run(tmp_path, capsys, "sequence", "--tiny", "--rounds", "1", plot=True)
     rows = [row for row in written["rows"] if row["peer"] != "torch"]
-    assert [row["loss"] for row in rows] == ["ctc", "ctc, one confident", "transducer", "crf"]
+    assert [row["loss"] for row in rows] == ["ctc", "ctc, one confident", "transducer", "tdt", "crf"]
     for row in written["rows"]:
         assert row["difference of values"] < 1e-4 and min(row["milliseconds"]) > 0 and row["time ratio"] > 0
         assert row["peer"] == "torch" or (min(row["temporary MB"]) > 0 and row["memory ratio"] > 0)
