@@ -135,7 +135,7 @@ def test_products_take_the_input_dtype_and_accumulate_in_float32(dtype):
     lowered = jax.jit(jax.grad(loss("mean"), (0, 1))).lower(h, k, Y).as_text()
     short = {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(dtype).name]
     found = re.findall(r"stablehlo\.dot_general.*?: \(tensor<[\dx]+x(\w+)>, tensor<[\dx]+x(\w+)>\) -> tensor<[\dx]+x(\w+)>", lowered)
-    assert len(found) >= 6 and set(found) == {(short, short, "f32")}
+    assert len(found) >= 3 and set(found) == {(short, short, "f32")}  # the three products of the only size of chunk
 
 
 @pytest.mark.parametrize("classes_first", [False, True])
