@@ -268,7 +268,8 @@ def _retreat_by_autodiff(
 
     Then the shares of the edges that lead to a state have the sum 1, even if the exponents have no correct digits.
     """
-    parts = [_parted(numbers) for numbers in (before, x, shared)]
+    # The caller sums over devices. Without this, the derivative of `shared` would be summed over devices here as well.
+    parts = [_parted(mesh.vary(numbers, mesh.axes_of(bar, before, x))) for numbers in (before, x, shared)]
 
     def advanced(alpha: Any, x: Any, shared: Any) -> Any:
         alpha, x, shared = (_joined(m, exponents) for m, (_, exponents) in zip((alpha, x, shared), parts, strict=True))
