@@ -186,7 +186,7 @@ def _negative_tail(log_p: Array, dtype: jax.typing.DTypeLike) -> tuple[Array, Ar
     position = lax.broadcasted_iota(jnp.int32, log_p.shape, log_p.ndim - 1, out_sharding=mesh.split_of(log_p))
     largest = position == lax.argmax(lax.stop_gradient(log_p), log_p.ndim - 1, jnp.int32)[..., None]
     terms = numerics.where(largest, jnp.expm1(log_p), jnp.exp(log_p))
-    size = numerics.where(log_p == -jnp.inf, 0, jnp.exp(log_p) * -log_p)  # the derivative of e^ℓ, times the size of ℓ
+    size = jnp.exp(log_p) * -numerics.where(log_p == -jnp.inf, 0, log_p)  # the derivative of e^ℓ, times the size of ℓ
     bound = 4 * float(jnp.finfo(dtype).eps) * jnp.sum(jnp.abs(terms) + size, axis=-1)
     return jnp.sum(terms, axis=-1), lax.stop_gradient(bound)
 
