@@ -160,7 +160,7 @@ def _before_correction(x: Operands, axis_name: mesh.AxisName) -> Pair:
     p = _exponentials(of_p, numbers.p_reference, x.temperature) * _reciprocal(numbers.p_total)[..., None]
     q = _exponentials(of_q, numbers.q_reference, x.temperature) * _reciprocal(numbers.q_total)[..., None]
     delta = ((logits - reference[..., None]) + (lost - lost_too[..., None])) * inverse - numbers.constant[..., None]
-    delta = numerics.finite(delta)  # the division of INFINITE may overflow
+    delta = numerics.finite(delta)  # the product of INFINITE and 1/T may overflow
     near = jnp.abs(delta) < differences.NEAR
     small = numerics.where(near, delta, 0)
     return Pair(p, q, delta, numerics.where(near, q * (small * differences.exponential_series(small, 1)), p - q))
@@ -202,7 +202,7 @@ def centred_tangent(r: rows.Rows, p: Array, x: Array) -> Array:
     """The result of `centred` for a tangent x. This function is slower, but its transpose is also accurate.
 
     The transpose of `centred` uses one difference in two places, in a sum and in the result. XLA may round the difference differently in
-    the two places, and then the rounding errors do not cancel. So here a class that holds more than half of the probability has its own
+    the two places, and then the rounding errors do not cancel. So here the class that holds most of the probability has its own
     formula: (1 − p_*)·x_* − Σ_{j≠*} p_j x_j, where 1 − p_* is the sum of the other probabilities.
     """
     largest = lax.stop_gradient(p) > numerics.MOST
