@@ -1,6 +1,7 @@
 """Eight CPU devices, strict dtype promotion and no rank promotion for every test; which tests run; how long the files took."""
 
 import collections
+import functools
 import gc
 import os
 import pathlib
@@ -18,6 +19,7 @@ import jax
 import numpy as np
 import pytest
 from jax._src import compiler  # no public function sets the options of all programs, or says which ones the folder may serve
+from jax._src.interpreters import mlir
 
 from tests import drawing, selection
 
@@ -35,6 +37,8 @@ def read_program_of_one_device(*arguments, **more):
 
 
 compiler._cache_read = read_program_of_one_device
+# JAX makes a context of MLIR for every program, which takes twice as long as lowering a small one. Here a module of tests shares one.
+context_of_module = mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 gc.set_threshold(100_000, 20, 100)  # tracing makes many objects and little garbage: a fifth of the time was spent looking for it
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -85,6 +89,7 @@ def forget_programs():
     """Each compiled program holds memory maps, of which a process may have 65,530: without this, XLA crashes after some 1,500 tests."""
     yield
     jax.clear_caches()
+    context_of_module.cache_clear()
     gc.collect()
 
 
