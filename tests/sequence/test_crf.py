@@ -74,6 +74,7 @@ def test_every_tagging(rng):
                 np.testing.assert_allclose(x, formula, atol=ROUNDING * EPS)
 
 
+@pytest.mark.exhaustive
 def test_derivatives_in_float64(rng, x64):
     scores, labels, where = draw(rng, jnp.float64)
     scores, labels, where = (scores[0][:4], jnp.where(scores[1] == -jnp.inf, -1.0, scores[1]), *scores[2:]), labels[:4], where[:4]

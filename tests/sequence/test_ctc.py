@@ -65,7 +65,11 @@ def test_every_alignment_in_float64(rng, x64):
     np.testing.assert_allclose(loss, expected, rtol=1e-13)
     np.testing.assert_allclose(slope, gradient, rtol=1e-10, atol=1e-15)
 
-    direction = jnp.asarray(rng.normal(size=batch[0].shape))
+
+@pytest.mark.exhaustive
+def test_tangents_and_hessian_products(rng, x64):
+    batch = ragged(rng, jnp.float64)
+    gradient, direction = exact(*batch)[1], jnp.asarray(rng.normal(size=batch[0].shape))
 
     @jax.jit
     def products(z):
@@ -304,7 +308,8 @@ def test_classes_split_over_devices(rng):
     np.testing.assert_allclose(slope[6], gradient[6], rtol=1e-4)
 
 
-@pytest.mark.parametrize(("time", "limit"), [(13, 0), (14, 256)])  # two shapes, so that each is compiled with its own limit
+# Two shapes, so that each is compiled with its own limit.
+@pytest.mark.parametrize(("time", "limit"), [pytest.param(13, 0, marks=pytest.mark.exhaustive), (14, 256)])
 def test_tangents_of_many_labels_by_lookup_and_by_product(time, limit, rng, monkeypatch):
     """The derivative of a label's logit, on one device and with the classes split over two."""
     monkeypatch.setattr(frames, "_PRODUCT", limit)
