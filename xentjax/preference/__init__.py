@@ -1,4 +1,4 @@
-"""Losses of preferences: DPO, IPO, SimPO, ORPO, CPO and KTO as functions of log-probabilities.
+"""Preference losses: DPO, IPO, SimPO, ORPO, CPO and KTO as functions of log-probabilities.
 
 The log-probabilities of tokens come from `xentjax.softmax_log_prob`, or without stored logits from
 `xentjax.fuse_linear(xentjax.softmax_log_prob, reduction="none")`. Let `token_log_probs` and `mask` have shape [..., tokens].

@@ -39,8 +39,8 @@ def kto_loss(
         desirable: [...], bool, True for desirable and False for undesirable answers.
         kl: scalar or [...], the reference point z ≥ 0. It is held constant.
         beta: scalar β > 0.
-        desirable_weight: scalar λ_D ≥ 0.
-        undesirable_weight: scalar λ_U ≥ 0.
+        desirable_weight: scalar λ_D ≥ 0, the weight of desirable answers.
+        undesirable_weight: scalar λ_U ≥ 0, the weight of undesirable answers.
         where: [...], True for answers that count.
 
     Returns:

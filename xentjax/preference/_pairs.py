@@ -1,4 +1,4 @@
-"""Losses of pairs, which compare a chosen answer with a rejected one. Shared conventions are documented in `xentjax.preference`."""
+"""Losses on pairs of a chosen and a rejected answer. Shared conventions are documented in `xentjax.preference`."""
 
 from __future__ import annotations
 
@@ -35,21 +35,22 @@ def dpo_loss(
     where φ depends on `kind`. For "sigmoid" (DPO), φ(h) = log(1 + e^(−βh)). For "hinge" (the hinge of SLiC), φ(h) = max(0, 1 − βh). For
     "ipo" (IPO), φ(h) = (h − 1/(2β))². The differences are computed so that they do not lose digits by cancellation.
 
-    Gradient: ∂loss/∂chosen = g and ∂loss/∂rejected = −g, and those of the reference have the opposite signs. At ε = 0, g = −β·σ(−βh) for
-    "sigmoid", g = −β for "hinge" if βh < 1 and g = 0 otherwise, and g = 2h − 1/β for "ipo".
+    Gradient: let g = (1 − ε)·φ′(h) − ε·φ′(−h). Then ∂loss/∂chosen = ∂loss/∂reference_rejected = g, and
+    ∂loss/∂rejected = ∂loss/∂reference_chosen = −g. For "sigmoid", φ′(h) = −β·σ(−βh). For "hinge", φ′(h) = −β if βh < 1, and 0 otherwise.
+    For "ipo", φ′(h) = 2h − 1/β.
 
     Args:
         chosen: [...], log-probabilities of the chosen answers under the trained model, summed over tokens.
-        rejected: [...], those of the rejected answers.
-        reference_chosen: [...], log-probabilities of the chosen answers under the reference model.
-        reference_rejected: [...], those of the rejected answers.
+        rejected: [...], log-probabilities of the rejected answers under the trained model, summed over tokens.
+        reference_chosen: [...], log-probabilities of the chosen answers under the reference model, summed over tokens.
+        reference_rejected: [...], log-probabilities of the rejected answers under the reference model, summed over tokens.
         beta: scalar β > 0. The larger it is, the closer the trained model stays to the reference model.
         label_smoothing: scalar ε in [0, 1], the probability that a pair is in the wrong order (conservative DPO).
         kind: "sigmoid", "hinge" or "ipo".
         where: [...], True for pairs that count.
 
     Returns:
-        [...], float32, or float64 if an argument is float64.
+        [...], ≥ 0; float32, or float64 if an argument is float64. The unit is nats for "sigmoid".
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -111,19 +112,19 @@ def cpo_loss(
 ) -> Array:
     """Contrastive preference optimization (CPO), one loss per pair, shape [...].
 
-    loss = log(1 + e^(−βh)) − α·chosen, where h = chosen − rejected. It needs no reference model. The second term is the negative
+    loss = log(1 + e^(−βh)) − α·chosen, where h = chosen − rejected. CPO needs no reference model. The second term is the negative
     log-likelihood of the chosen answer, which keeps the trained model close to the data.
     Gradient: ∂loss/∂chosen = −β·σ(−βh) − α and ∂loss/∂rejected = β·σ(−βh).
 
     Args:
         chosen: [...], log-probabilities of the chosen answers, summed over tokens.
-        rejected: [...], those of the rejected answers.
+        rejected: [...], log-probabilities of the rejected answers, summed over tokens.
         beta: scalar β > 0.
         alpha: scalar α ≥ 0, the weight of the negative log-likelihood.
         where: [...], True for pairs that count.
 
     Returns:
-        [...], float32, or float64 if an argument is float64.
+        [...], in nats, ≥ 0; float32, or float64 if an argument is float64.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -154,19 +155,19 @@ def simpo_loss(
 ) -> Array:
     """Simple preference optimization (SimPO), one loss per pair, shape [...].
 
-    loss = log(1 + e^(γ − βh)), where h = mean_chosen − mean_rejected is the difference of the mean log-probabilities per token. It needs no
-    reference model.
+    loss = log(1 + e^(γ − βh)), where h = mean_chosen − mean_rejected is the difference of the mean log-probabilities per token. SimPO needs
+    no reference model.
     Gradient: ∂loss/∂mean_chosen = −β·σ(γ − βh) and ∂loss/∂mean_rejected = β·σ(γ − βh).
 
     Args:
-        mean_chosen: [...], log-probabilities of the chosen answers, divided by their numbers of tokens.
-        mean_rejected: [...], those of the rejected answers.
+        mean_chosen: [...], log-probabilities of the chosen answers, each divided by the number of tokens of the answer.
+        mean_rejected: [...], log-probabilities of the rejected answers, each divided by the number of tokens of the answer.
         beta: scalar β > 0.
-        gamma: scalar γ ≥ 0, the margin by which the reward of the chosen answer should exceed that of the rejected answer.
+        gamma: scalar γ ≥ 0, the target for the margin βh.
         where: [...], True for pairs that count.
 
     Returns:
-        [...], float32, or float64 if an argument is float64.
+        [...], in nats, ≥ 0; float32, or float64 if an argument is float64.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -204,13 +205,13 @@ def orpo_loss(mean_chosen: ArrayLike, mean_rejected: ArrayLike, *, beta: ArrayLi
     At p = 1, the odds are infinite. So a mean log-probability above −2⁻⁶⁰ counts as −2⁻⁶⁰ in the odds.
 
     Args:
-        mean_chosen: [...], log-probabilities of the chosen answers, divided by their numbers of tokens.
-        mean_rejected: [...], those of the rejected answers.
+        mean_chosen: [...], log-probabilities of the chosen answers, each divided by the number of tokens of the answer.
+        mean_rejected: [...], log-probabilities of the rejected answers, each divided by the number of tokens of the answer.
         beta: scalar β ≥ 0, the weight of the odds ratio, which is λ in the paper.
         where: [...], True for pairs that count.
 
     Returns:
-        [...], float32, or float64 if an argument is float64.
+        [...], in nats, ≥ 0; float32, or float64 if an argument is float64.
 
     Raises:
         TypeError: an argument has the wrong dtype.
