@@ -1,4 +1,4 @@
-"""Losses of routers, which send each token of a mixture of experts to `top_k` of the experts.
+"""Router losses. A router sends each token of a mixture of experts to `top_k` of the experts.
 
 For each expert, the load-balancing loss multiplies two means over tokens. The mean of such products over microbatches or devices is not the
 product of the means. So `expert_load` returns sums over tokens. Add these sums over microbatches or devices first. Then divide them by the
@@ -49,28 +49,29 @@ def load_balancing_loss(
     """Load-balancing loss of a router, shape [] for the whole batch, or [...] with one value per sequence.
 
     loss = E Σ_i f_i P_i. E is the number of experts, f_i is the share of the assignments that go to expert i, and P_i is the mean
-    probability of expert i. Both are taken over the tokens for which `where` is True.
-    Gradient: ∂loss/∂z_ti = (E/T) p_ti (f_i − Σ_j p_tj f_j) for each of T tokens t. f is a constant.
+    probability of expert i. f and P are computed from the tokens for which `where` is True.
+    Gradient: let z_t be the router logits of token t, let p_t = softmax(z_t), and let T be the number of tokens that count. Then
+    ∂loss/∂z_ti = (E/T) p_ti (f_i − Σ_j p_tj f_j). f is a constant.
 
-    The loss is 1 if P is uniform, and at most E. The shares f sum to 1 for every `top_k`, as in DeepSeek. In other implementations, such as
-    Mixtral's, f sums to `top_k`. To use the coefficient of such an implementation here, multiply it by `top_k`. Without any token, the loss
-    and its gradient are 0.
+    The loss is 1 if P is uniform, and at most E/`top_k`. The shares f sum to 1 for every `top_k`, as in DeepSeek. In other implementations,
+    such as Mixtral's, f sums to `top_k`. To use the coefficient of such an implementation here, multiply it by `top_k`. If no token counts,
+    the loss and its gradient are 0.
 
     For several microbatches, do not average the losses. Add the results of `xentjax.expert_load`.
 
     Args:
-        router_logits: [..., tokens, experts].
+        router_logits: [..., tokens, experts], unnormalized log-probabilities.
         top_k: the number of experts of each token. Of experts with equal logits, the first is chosen.
         where: [..., tokens], True for tokens that count, False for padding.
         per: "batch" for one mean over all tokens, or "sequence" for a mean over the tokens of each sequence.
         axis_name: mesh axis over which the tokens are sharded, inside `jax.shard_map`. The sums are added over its devices.
 
     Returns:
-        [] or [...], float32, or float64 if `router_logits` are float64.
+        [] or [...], in [0, E/`top_k`]; float32, or float64 if `router_logits` are float64.
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: an argument has the wrong shape, `top_k` is more than the number of experts, or `per` is unknown.
+        ValueError: an argument has the wrong shape, `top_k` is below 1 or above the number of experts, or `per` is unknown.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -89,24 +90,24 @@ def expert_load(router_logits: ArrayLike, *, top_k: int, where: ArrayLike | None
     """The load of each expert as sums over tokens, a `WeightedSum` of an `ExpertLoad` of shape [experts] or [..., experts].
 
     The field `assigned` holds f_i, the number of tokens t for which expert i is among the `top_k`, divided by `top_k`. The field
-    `probability` holds P_i = Σ_t p_ti. The weight is the number of tokens.
+    `probability` holds P_i = Σ_t p_ti, where p_t is the softmax of the router logits z_t of token t. The weight is the number of tokens.
     Gradient: ∂P_i/∂z_tj = p_ti ([i = j] − p_tj), and f has gradient 0.
 
-    The sums of microbatches can be added. `(a + b).mean().imbalance` is the load-balancing loss of the microbatches of a and b together.
-    Compute a, b and this loss in one function, and differentiate this function.
+    The sums of microbatches can be added. Let a and b be the sums of two microbatches. `(a + b).mean().imbalance` is the load-balancing loss
+    of both microbatches together. To get its gradient, differentiate one function that computes a, b and this loss.
 
     Args:
-        router_logits: [..., tokens, experts].
-        top_k: the number of experts of each token.
+        router_logits: [..., tokens, experts], unnormalized log-probabilities.
+        top_k: the number of experts of each token. Of experts with equal logits, the first is chosen.
         where: [..., tokens], True for tokens that count.
         per: "batch" for sums over all tokens, or "sequence" for sums over the tokens of each sequence.
 
     Returns:
-        A `WeightedSum`. Its `weight` has shape [1] or [..., 1].
+        A `WeightedSum`; float32, or float64 if `router_logits` are float64. Its `weight` has shape [1] or [..., 1].
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: an argument has the wrong shape, `top_k` is more than the number of experts, or `per` is unknown.
+        ValueError: an argument has the wrong shape, `top_k` is below 1 or above the number of experts, or `per` is unknown.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -138,7 +139,7 @@ def router_z_loss(
     `weighted_sum`.
 
     Args:
-        router_logits: [..., experts].
+        router_logits: [..., experts], unnormalized log-probabilities.
         axis: expert axis of `router_logits`.
         axis_name: mesh axis over which the experts are sharded, inside `jax.shard_map`.
         class_mask: [experts] or [..., experts], True for experts that exist.
