@@ -1,4 +1,4 @@
-"""Losses of regions, for segmentation: they compare the predicted region of each class with the labelled region.
+"""Region losses, for segmentation: they compare the predicted region of each class with the labelled region.
 
 All functions here except `lovasz_hinge_loss` share these conventions:
 
@@ -10,9 +10,9 @@ All functions here except `lovasz_hinge_loss` share these conventions:
   of its whole image are NaN.
 - The result [..., classes] has one value per image and class. The classes are on its last axis, whatever `axis` is. Arithmetic and results
   are float32, or float64 if `logits` are float64. The gradient with respect to `logits` has the dtype of `logits`.
-- `class_mask` [classes] is True for classes that exist. The loss and the gradient of every other class are exactly 0. The softmax leaves
-  these classes out. So do not use `class_mask` to leave the background out of a mean, because the model must be able to predict the
-  background. Use `loss[..., 1:]` instead.
+- `class_mask`, [classes] or the shape of `logits`, is True for classes that exist. The loss and the gradient of every other class are
+  exactly 0. The softmax leaves these classes out. So do not use `class_mask` to leave the background out of a mean, because the model must
+  be able to predict the background. Use `loss[..., 1:]` instead.
 - `where` [..., *spatial] is True for pixels that count. All other pixels are left out of every sum, and their gradient is exactly 0,
   whatever they contain. If no pixel of an image counts, its loss is 0.
 - A wrong dtype raises TypeError. A wrong shape, or a Python number out of range, raises ValueError.
@@ -247,7 +247,7 @@ def lovasz_softmax_loss(
 
     loss = Σ_i m_i (Δ_i − Δ_{i−1}). Here m_1 ≥ m_2 ≥ … are the errors |p_n − t_n| of all pixels in descending order, and Δ_i is the Jaccard
     loss of a prediction that is wrong exactly at the first i pixels: Δ_i = i/(T + F_i), where T is the number of pixels of the class, and
-    F_i is the number of the first i pixels that are not of the class. Δ_0 is 0.
+    F_i is the number of pixels among the first i that are not of the class. Δ_0 is 0.
     Gradient: ∂loss/∂p_n = ±(Δ_i − Δ_{i−1}) for the pixel at position i. The sign is that of p_n − t_n.
 
     The loss is the Lovász extension of the Jaccard loss: if all errors are 0 or 1, it equals the Jaccard loss. As long as the order of the
@@ -363,12 +363,13 @@ def boundary_loss(
     Gradient: ∂loss/∂p_n = φ_n/N, so ∂loss_k/∂z_j = Σ_n φ_n p_k([j = k] − p_j)/N with the probabilities p_k and p_j of pixel n.
 
     The distance is negative inside the region, and positive outside. So the loss is smallest if the prediction equals the region. A false
-    pixel costs more if it is farther from the region. The loss may be negative. It is meant to be added to another loss of regions.
+    pixel costs more if it is farther from the region. The loss may be negative. It is meant to be added to another region loss.
 
     Args:
         logits: [..., *spatial, classes], unnormalized log-probabilities.
-        distances: the shape of `logits`, φ. With `edt = scipy.ndimage.distance_transform_edt`, the distances from a region are
-            `edt(~region) - edt(region)`.
+        distances: the shape of `logits`, the signed distances φ. With `edt = scipy.ndimage.distance_transform_edt`, the distances from a
+            region are `edt(~region) - edt(region)`, in pixels. If the region is empty or covers the whole image, it has no boundary, and
+            the result of `edt` is meaningless. Pass 0 for such a class.
         spatial: number of spatial axes.
         axis: class axis of `logits` and `distances`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
@@ -425,8 +426,8 @@ def present_classes(
     present = (Σ_n t_n > 0), where the sum runs over the pixels that count. Classes that do not exist are not present.
     Gradient: none, because the result is boolean.
 
-    The arguments are those of the losses of regions. Only the shape of `logits` is used. To compute a mean over the classes that are
-    present, pass the result to `weighted_mean` as `where`.
+    The arguments are those of the region losses. Only the shape of `logits` is used, not the values. To compute a mean over the classes
+    that are present, pass the result to `weighted_mean` as `where`.
 
     Args:
         logits: [..., *spatial, classes], unnormalized log-probabilities.
@@ -599,7 +600,7 @@ def _pixels(
     where: ArrayLike | None,
     labelled: bool = True,
 ) -> rows.Examples:
-    """The checked arguments of a loss of regions; each pixel is an example."""
+    """The checked arguments of a region loss; each pixel is an example."""
     batch = checks.examples(function, logits, labels, axis, axis_name, class_mask, where, labelled=labelled)
     if batch.logits.ndim <= checks.count(function, "spatial", spatial):
         shape = batch.logits.shape
