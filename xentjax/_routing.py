@@ -93,8 +93,8 @@ def expert_load(router_logits: ArrayLike, *, top_k: int, where: ArrayLike | None
     `probability` holds P_i = Σ_t p_ti, where p_t is the softmax of the router logits z_t of token t. The weight is the number of tokens.
     Gradient: ∂P_i/∂z_tj = p_ti ([i = j] − p_tj), and f has gradient 0.
 
-    The sums of microbatches can be added. Let a and b be the sums of two microbatches. `(a + b).mean().imbalance` is the load-balancing loss
-    of both microbatches together. To get its gradient, differentiate one function that computes a, b and this loss.
+    The sums of microbatches can be added. Let a and b be the sums of two microbatches. `(a + b).mean().imbalance` is the load-balancing
+    loss of both microbatches together. To get its gradient, differentiate one function that computes a, b and this loss.
 
     Args:
         router_logits: [..., tokens, experts], unnormalized log-probabilities.
