@@ -74,7 +74,7 @@ def distillation_loss(
         student_logits: [..., classes], unnormalized log-probabilities.
         teacher_logits: [..., classes], unnormalized log-probabilities, with the shape of `student_logits`.
         temperature: T > 0, the divisor of all logits of student and teacher.
-        divergence: "forward", "reverse", "js" or "tv".
+        divergence: "forward" or "reverse" (Kullback–Leibler), "js" (Jensen–Shannon) or "tv" (total variation).
         beta: β in (0, 1), weight of the teacher in the mixture m. Only "js" uses it. β = 1/2 gives the Jensen-Shannon divergence.
         axis: class axis of `student_logits` and `teacher_logits`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.

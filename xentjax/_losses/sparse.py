@@ -1,4 +1,4 @@
-"""Losses of sparse distributions: sparsemax and entmax.
+"""Losses with sparse predictions: sparsemax and entmax.
 
 For α in (1, 2], the distribution p maximizes p·z + H_α(p) over all distributions, where H_α(p) = Σ_k (p_k − p_k^α)/(α(α − 1)) is Tsallis'
 entropy. α = 2 is sparsemax, and α → 1 is softmax. With β = 1/(α − 1) and the largest logit m,
@@ -49,14 +49,15 @@ def sparsemax_loss(
 ) -> Array:
     """Sparsemax loss per example, shape [...].
 
-    loss = ½ Σ_{k: p_k > 0} (z_k² − τ²) − Σ_k t_k z_k + ½ Σ_k t_k², where p_k = max(z_k − τ, 0), and τ makes p sum to 1.
+    loss = ½ Σ_{k: p_k > 0} (z_k² − τ²) − Σ_k t_k z_k + ½ Σ_k t_k², where z are the logits, t is the label, p_k = max(z_k − τ, 0), and τ
+    makes p sum to 1. For a class index y, t_k = [k = y]. If the soft labels do not sum to 1, see `entmax_loss`.
     Gradient: ∂loss/∂z = p − t.
 
     p is the distribution nearest to z in Euclidean distance. Many of its probabilities are exactly 0. The loss is `entmax_loss` with α = 2.
-    It is exactly 0 if the logit of the label leads all others by 1 or more.
+    The loss is exactly 0 if the logit of the label leads all others by 1 or more.
 
     Args:
-        logits: [..., classes].
+        logits: [..., classes], scores z.
         labels: [...] class indices, or [..., classes] soft labels.
         axis: class axis of `logits`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
@@ -95,8 +96,8 @@ def entmax_loss(
 ) -> Array:
     """Entmax loss per example, shape [...].
 
-    loss = (p − t)·z + H(p) − H(t), where H(p) = Σ_k (p_k − p_k^α)/(α(α − 1)) is Tsallis' entropy, and
-    p_k = max((α − 1) z_k − τ, 0)^(1/(α − 1)), with τ such that p sums to 1.
+    loss = (p − t)·z + H(p) − H(t), where z are the logits, t is the label, H(p) = Σ_k (p_k − p_k^α)/(α(α − 1)) is Tsallis' entropy, and
+    p_k = max((α − 1) z_k − τ, 0)^(1/(α − 1)), with τ such that p sums to 1. For a class index y, t_k = [k = y].
     Gradient: ∂loss/∂z = p − t.
 
     p maximizes p·z + H(p). For soft labels whose sum s is not 1, the loss is s·max_p (p·z + H(p)) − t·z − H(t), and the gradient is
@@ -108,9 +109,9 @@ def entmax_loss(
     returned.
 
     Args:
-        logits: [..., classes].
+        logits: [..., classes], scores z.
         labels: [...] class indices, or [..., classes] soft labels.
-        alpha: α in (1, 2]. The larger it is, the fewer classes have a probability above 0. The rounding errors grow like 1/(α − 1).
+        alpha: α in (1, 2]. The larger α is, the fewer classes have a probability above 0. The rounding errors grow like 1/(α − 1).
         axis: class axis of `logits`.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
         class_mask: [classes] or [..., classes], True for classes that exist.

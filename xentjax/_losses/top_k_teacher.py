@@ -49,7 +49,7 @@ def top_k_distillation_loss(
     Let p_j and q_j be the probabilities that the teacher and the student give to listed class j. The divergences are those of
     `xentjax.distillation_loss`. `outside` selects how a divergence treats all classes that are not listed:
 
-        "tail"         one more class, with p_t = 1 − Σ_j p_j and q_t = 1 − Σ_j q_j
+        "tail"         one additional class t, with p_t = 1 − Σ_j p_j and q_t = 1 − Σ_j q_j
         "renormalize"  left out; p_j and q_j are divided by their sums
         "ignore"       left out; the divergence is that of numbers that do not sum to 1. For "forward", it is
                        Σ_j (p_j log(p_j/q_j) − p_j + q_j)
@@ -58,8 +58,8 @@ def top_k_distillation_loss(
     equal to this divergence. With "renormalize", the loss does not depend on the logits of classes that are not listed, and their gradient
     is 0.
 
-    Gradient: for "tail", ∂loss/∂z_c of a class that is not listed is q_c·(g_t − Σ_j q_j g_j), where g_j = ∂loss/∂q_j and the sum includes
-    the bucket. For "forward", it is q_c·(1 − p_t/q_t), and q_j − p_j for a listed class.
+    Gradient for "tail": if class c is not listed, ∂loss/∂z_c = q_c·(g_t − Σ_j q_j g_j), where g_j = ∂loss/∂q_j, and the sum includes
+    class t. For the divergence "forward", this is q_c·(1 − p_t/q_t), and ∂loss/∂z_j = q_j − p_j for a listed class j.
 
     The loss is also differentiable with respect to `teacher_log_probs`.
 
@@ -70,7 +70,7 @@ def top_k_distillation_loss(
         teacher_log_probs: [..., k], at most 0. An entry of −∞ is padding: its class counts as not listed, and its index is ignored. Pass
             the log-probabilities in the dtype in which they were stored. This dtype determines by how much the sum of the probabilities
             may exceed 1 because of rounding.
-        divergence: "forward", "reverse", "js" or "tv".
+        divergence: "forward" or "reverse" (Kullback–Leibler), "js" (Jensen–Shannon) or "tv" (total variation).
         outside: "tail", "renormalize" or "ignore".
         beta: β in (0, 1), weight of the teacher in the mixture of "js".
         axis: class axis of `student_logits`.
