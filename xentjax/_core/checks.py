@@ -51,12 +51,14 @@ def identifiers(function: str, name: str, x: ArrayLike) -> Array:
     return _integers(function, name, _converted(function, name, x))
 
 
-def floating(function: str, name: str, x: ArrayLike) -> Array:
-    """`x` as an array. Raises TypeError unless it has a floating dtype that can represent infinity."""
+def floating(function: str, name: str, x: ArrayLike, labels: ArrayLike | None = None) -> Array:
+    """`x` as an array. Raises TypeError unless it has a floating dtype that can represent infinity.
+
+    `labels` are the labels that belong to `x`, if any. They are not checked. The error message asks whether the caller swapped both.
+    """
     array = asarray(function, name, x)
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        remedy = "" if jnp.issubdtype(array.dtype, jnp.complexfloating) else f" Use {name}.astype(jnp.float32)."
-        raise TypeError(f"{function}: {name} must have a floating dtype; got {array.dtype}.{remedy}")
+        raise TypeError(f"{function}: {name} must have a floating dtype; got {array.dtype}.{remedies.floating(name, array, labels)}")
     return _with_infinities(function, name, array)
 
 
@@ -82,7 +84,8 @@ def _converted(function: str, name: str, x: Any) -> Array:
     try:
         return jnp.asarray(x)
     except (TypeError, ValueError) as error:
-        raise TypeError(f"{function}: {name} must be an array or convertible to one; got {type(x).__name__}.") from error
+        remedy = remedies.lists(x)
+        raise TypeError(f"{function}: {name} must be an array or convertible to one; got {type(x).__name__}.{remedy}") from error
 
 
 def _saturated(x: Any) -> Any:
@@ -281,7 +284,7 @@ def examples(
     `inputs` is the name of the argument `logits` in error messages. With `labelled=False`, `labels` is ignored and the result has no
     labels.
     """
-    z = floating(function, inputs, logits)
+    z = floating(function, inputs, logits, labels)
     axis = class_axis(function, inputs, z.shape, axis, " For one logit per decision use the sigmoid losses.")
     leading = _without(z.shape, axis)
     y = labels_like(function, labels, z.shape, axis, inputs, mesh.names(axis_name)) if labelled else None
@@ -339,7 +342,7 @@ def sparse(function: str, named: dict[str, Array], batch: rows.Examples, inputs:
 
 def elements(function: str, logits: ArrayLike, labels: ArrayLike, where: ArrayLike | None) -> tuple[Array, Array, Array | None]:
     """The arguments (logits, labels, where) that all element-wise losses share, with checked dtypes and shapes."""
-    z = floating(function, "logits", logits)
+    z = floating(function, "logits", logits, labels)
     t = quantities(function, "labels", labels)
     if jnp.issubdtype(t.dtype, jnp.complexfloating):
         raise TypeError(f"{function}: labels must have a boolean, integer or floating dtype; got {t.dtype}.")
@@ -379,7 +382,8 @@ def labels_like(function: str, labels: ArrayLike | None, full: tuple[int, ...], 
 def _remedy_of_indices(got: tuple[int, ...], full: tuple[int, ...], axis: int, like: str) -> str:
     """The remedy for class indices that do not have the shape of the logits without their class axis; otherwise empty."""
     if got == full:
-        return f"For one-hot integers, use labels.argmax({axis}), or labels.astype(float) for soft labels."
+        one_hot = f"For one-hot integers, use labels.argmax({axis}), or labels.astype(float) for soft labels."
+        return f"{one_hot} For one binary label per logit, put zeros and the logits on a class axis, or use a sigmoid loss."
     remedy = remedies.one_axis("labels", got, _without(full, axis))
     others = [i for i in range(len(full)) if _without(full, i) == got]
     if remedy or like == "hidden" or not others:

@@ -1,4 +1,29 @@
-"""Remedies for wrong shapes: the last sentence of an error message, or an empty text."""
+"""Remedies for wrong shapes and dtypes: the last sentences of an error message, or an empty text."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+
+def floating(name: str, x: Array, labels: Any) -> str:
+    """The remedy for an array without a floating dtype. `labels` are the labels that belong to it, or None."""
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return ""
+    swapped = jnp.issubdtype(getattr(labels, "dtype", np.bool_), jnp.floating)
+    return f" Use {name}.astype(jnp.float32)." + " If these are the labels, swap the first two arguments." * swapped
+
+
+def lists(x: Any) -> str:
+    """The remedy for nested lists that are not an array of numbers; otherwise empty."""
+    if not isinstance(x, list | tuple):
+        return ""
+    try:
+        text = np.asarray(x).dtype.kind in "US"
+    except ValueError:
+        return " Pad its lists to the same length."
+    return " Replace each string by an integer." if text else ""
 
 
 def split_classes(name: str, axes: tuple[str, ...], inputs: str) -> str:
