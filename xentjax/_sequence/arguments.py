@@ -41,9 +41,10 @@ def sequences(
     if y.ndim != len(shape) + 1 or y.shape[:-1] != shape or most not in (None, y.shape[-1]):
         last = "max_labels" if most is None else str(most)
         expected = f"({''.join(f'{n}, ' for n in shape)}{last}{'' if shape else ','})"
-        remedy = " Pad all label sequences to one length, and pass label_lengths." if y.ndim <= len(shape) else ""
+        reason = "" if most is None else f", because {inputs} have max_labels + 1 = {most + 1} rows per frame"
         raise ValueError(
-            f"{function}: labels must have shape {expected}, one row of labels per sequence of {inputs}; got {y.shape}.{remedy}"
+            f"{function}: labels must have shape {expected}, one row of labels per sequence of {inputs}{reason}; "
+            f"got {y.shape}.{_remedy(y.shape, shape, time, inputs)}"
         )
     steps = _lengths(function, "logit_lengths", logit_lengths, shape, inputs)
     counts = _lengths(function, "label_lengths", label_lengths, shape, inputs)
@@ -54,10 +55,20 @@ def sequences(
     return Sequences(y, steps, counts, mask)
 
 
+def _remedy(got: tuple[int, ...], shape: tuple[int, ...], time: int, inputs: str) -> str:
+    """The remedy for labels of the wrong shape, or an empty text. Sequences have axes `shape` and `time` frames."""
+    if len(got) <= len(shape):
+        return " Pad all label sequences to one length, and pass label_lengths."
+    return f" If the time is on axis 0 of {inputs}, use jnp.swapaxes({inputs}, 0, 1)." if len(shape) == 1 and got[:1] == (time,) else ""
+
+
 def _lengths(function: str, name: str, lengths: ArrayLike | None, shape: tuple[int, ...], inputs: str) -> Array | None:
     if lengths is None:
         return None
-    return checks.same_shape(function, name, checks.integers(function, name, lengths), shape, f"one per sequence of {inputs}")
+    x, meaning = checks.asarray(function, name, lengths), f"one per sequence of {inputs}"
+    if x.ndim == len(shape) + 1 and x.shape[-1] != 1:
+        checks.shape(function, name, x, shape, meaning, "If it is a mask that is True before the end, use its sum(-1).")
+    return checks.same_shape(function, name, checks.integers(function, name, x), shape, meaning)
 
 
 def _outside(x: Array, high: int) -> Array:

@@ -238,7 +238,7 @@ def transducer_greedy_decode(
         The labels [..., max_labels], int32, with −1 after the end; and their number [...], int32.
 
     Raises:
-        TypeError: an argument has the wrong dtype.
+        TypeError: an argument has the wrong dtype, or `predictor` does not return a pair.
         ValueError: an argument or the result of `joint` has the wrong shape, `blank` is no class, or a number of labels is below 1.
 
     Example:
@@ -296,7 +296,7 @@ def tdt_greedy_decode(
         The labels [..., max_labels], int32, with −1 after the end; and their number [...], int32.
 
     Raises:
-        TypeError: an argument has the wrong dtype.
+        TypeError: an argument has the wrong dtype, or `predictor` or `joint` does not return a pair.
         ValueError: an argument has the wrong shape, or a duration is invalid.
 
     Example:
@@ -319,7 +319,7 @@ def tdt_greedy_decode(
     durations = tdt.checked_durations(name, durations)
 
     def score(frame: Array, prediction: Any) -> tuple[Array, ArrayLike]:
-        logits, of_durations = joint(frame, prediction)
+        logits, of_durations = _pair(name, "joint", joint(frame, prediction), "(logits, duration logits)")
         if of_durations.shape[-1] != len(durations):
             raise ValueError(f"{name}: joint must return one duration logit for each of {durations}; got shape {of_durations.shape}.")
         index, each = (numerics.expand_leading(jnp.array(x, jnp.int32), of_durations.ndim) for x in (range(len(durations)), durations))
@@ -359,6 +359,9 @@ def _decode(
     ends = zero + time if steps is None else jnp.clip(steps.astype(jnp.int32), 0, time)
     labels = jnp.broadcast_to(zero[..., None] - 1, (*leading, most))
 
+    def predicted(labels: Array, state: Any) -> tuple[Any, Any]:
+        return _pair(name, "predictor", predictor(labels, state), "(prediction, next state)")
+
     def unfinished(carry: Any) -> Array:
         return jnp.any((carry[0] < ends) & (carry[1] < most))
 
@@ -376,13 +379,20 @@ def _decode(
         skipped = jnp.where(emits & (in_frame + 1 < per_frame), skipped, jnp.maximum(skipped, 1))
         place = lax.broadcasted_iota(jnp.int32, labels.shape, labels.ndim - 1) == count[..., None]
         labels = jnp.where(place & emits[..., None], best[..., None], labels)
-        following = predictor(jnp.where(emits, best, blank), state)
+        following = predicted(jnp.where(emits, best, blank), state)
         prediction, state = jax.tree.map(
             lambda new, old: jnp.where(emits.reshape(*leading, *[1] * (new.ndim - len(leading))), new, old), following, (prediction, state)
         )
         t, in_frame = jnp.where(running, t + skipped, t), jnp.where(skipped > 0, 0, in_frame + 1)
         return t, count + emits.astype(count.dtype), in_frame, labels, prediction, state
 
-    prediction, state = predictor(zero + blank, state)
+    prediction, state = predicted(zero + blank, state)
     carry = lax.while_loop(unfinished, step, (zero, zero, zero, labels, prediction, state))
     return carry[3], carry[1]
+
+
+def _pair(name: str, function: str, result: Any, parts: str) -> tuple[Any, Any]:
+    """`result`, unchanged. Raises TypeError unless the caller's function returned a pair."""
+    if not (isinstance(result, tuple | list) and len(result) == 2):
+        raise TypeError(f"{name}: {function} must return a pair {parts}; got {type(result).__name__}.")
+    return result[0], result[1]
