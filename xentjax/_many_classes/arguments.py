@@ -1,5 +1,7 @@
 """Helpers for losses over many classes: checks of arguments, masks, and look-up of the parameters of selected classes."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,12 @@ def class_indices(function: str, labels: ArrayLike, leading: tuple[int, ...], cl
     y = checks.integers(function, "labels", labels)
     checks.same_shape(function, "labels", y, leading, "the shape of hidden without its feature axis")
     return layers.labels(function, y, leading, classes, where)
+
+
+def check_fields(function: str, name: str, x: Any, fields: tuple[str, ...], expected: str) -> None:
+    """Raise TypeError unless `x` has all `fields`, attributes or methods. `expected` says what `x` must be, and how to make it."""
+    if not all(hasattr(x, field) for field in fields):
+        raise TypeError(f"{function}: {name} must be {expected}; got {type(x).__name__}.")
 
 
 def random_key(function: str, key: Array) -> Array:

@@ -85,7 +85,7 @@ def init_adaptive_softmax(
         `AdaptiveSoftmax`.
 
     Raises:
-        TypeError: `key` is not a JAX random key, or a size is not a Python integer.
+        TypeError: `key` is not a JAX random key, `cutoffs` is not a sequence, or a size is not a Python integer.
         ValueError: a size is below 1, `cutoffs` do not increase, or `div_value` is below 1.
 
     Example:
@@ -99,6 +99,10 @@ def init_adaptive_softmax(
     """
     name = "init_adaptive_softmax"
     key, features = arguments.random_key(name, key), checks.count(name, "features", features)
+    if isinstance(cutoffs, int):
+        raise TypeError(
+            f"{name}: cutoffs must be a sequence of integers; got {cutoffs}. Use [shortlist, ..., {cutoffs}] for {cutoffs} classes."
+        )
     bounds = [checks.count(name, f"cutoffs[{j}]", c) for j, c in enumerate(cutoffs)]
     if not bounds or any(low >= high for low, high in itertools.pairwise(bounds)):
         raise ValueError(f"{name}: cutoffs must increase from the size of the shortlist to the number of classes; got {list(cutoffs)}.")
@@ -361,7 +365,8 @@ def hierarchical_softmax_cross_entropy(
         and Phrases and their Compositionality, 2013, arXiv 1310.4546 (Huffman trees).
     """
     name = "hierarchical_softmax_cross_entropy"
-    nodes, signs = (checks.integers(name, f"tree.{part}", x) for part, x in zip(tree._fields, tree, strict=True))
+    arguments.check_fields(name, "tree", tree, BinaryTree._fields, "a BinaryTree, such as xentjax.huffman_tree(counts)")
+    nodes, signs = (checks.integers(name, f"tree.{part}", getattr(tree, part)) for part in BinaryTree._fields)
     if nodes.ndim != 2 or len(nodes) < 2:
         raise ValueError(f"{name}: tree.nodes must have shape (classes, depth) with at least two classes; got {nodes.shape}.")
     checks.same_shape(name, "tree.signs", signs, nodes.shape, "the shape of tree.nodes")
@@ -412,6 +417,8 @@ def _check_adaptive(
     h = checks.floating(function, "hidden", hidden)
     if h.ndim == 0:
         raise ValueError(f"{function}: hidden must have a feature axis; got shape ().")
+    expected = "an AdaptiveSoftmax, such as the result of xentjax.init_adaptive_softmax"
+    arguments.check_fields(function, "parameters", parameters, AdaptiveSoftmax._fields, expected)
     features, clusters = h.shape[-1], len(parameters.kernels)
     if len(parameters.projections) != clusters:
         raise ValueError(

@@ -349,6 +349,7 @@ def _check(
     h, k, b, counts, _ = layers.arguments(function, hidden, kernel, bias, where, None, classes_first)
     leading = h.shape[:-1]
     y = arguments.class_indices(function, labels, leading, k.shape[0 if classes_first else 1], counts)
+    arguments.check_fields(function, "samples", samples, Samples._fields, "the result of samplers.draw")
     ids = checks.integers(function, "samples.ids", samples.ids)
     if ids.shape[:-1] not in ((), leading) or ids.ndim == 0:
         own = f"({''.join(f'{n}, ' for n in leading)}samples)"

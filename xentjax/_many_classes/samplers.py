@@ -293,7 +293,7 @@ def draw(key: Array, sampler: Sampler, count: int, *, shape: tuple[int, ...] = (
         `samplers.Samples`.
 
     Raises:
-        TypeError: `key` is not a JAX random key, or `count` is not a Python integer.
+        TypeError: `key` is not a JAX random key, `sampler` is not a sampler, or `count` is not a Python integer.
         ValueError: `key` holds several keys, or `count` is below 1.
 
     Example:
@@ -306,6 +306,7 @@ def draw(key: Array, sampler: Sampler, count: int, *, shape: tuple[int, ...] = (
         Bengio, Senécal, Adaptive Importance Sampling to Accelerate Training of a Neural Probabilistic Language Model, 2008.
     """
     name = "samplers.draw"
+    _check_sampler(name, sampler)
     return _draw(arguments.random_key(name, key), sampler, checks.count(name, "count", count), tuple(shape), unique)
 
 
@@ -332,7 +333,7 @@ def log_expected_count(sampler: Sampler, ids: ArrayLike, count: int, *, unique: 
         [...], float32, or float64 under `jax_enable_x64`; NaN for ids outside [0, classes).
 
     Raises:
-        TypeError: `ids` are not integers, or `count` is not a Python integer.
+        TypeError: `sampler` is not a sampler, `ids` are not integers, or `count` is not a Python integer.
         ValueError: `count` is below 1.
 
     Example:
@@ -346,6 +347,7 @@ def log_expected_count(sampler: Sampler, ids: ArrayLike, count: int, *, unique: 
         Bengio, Senécal, Adaptive Importance Sampling to Accelerate Training of a Neural Probabilistic Language Model, 2008.
     """
     name = "samplers.log_expected_count"
+    _check_sampler(name, sampler)
     return _log_expected_count(sampler, checks.integers(name, "ids", ids), checks.count(name, "count", count), unique)
 
 
@@ -370,6 +372,10 @@ def _repeated(ids: Array) -> Array:
     ordered = jnp.take_along_axis(ids, order, axis=-1)
     again = jnp.concatenate([jnp.zeros_like(ordered[..., :1], bool), ordered[..., 1:] == ordered[..., :-1]], axis=-1)
     return jnp.take_along_axis(again, jnp.argsort(order, axis=-1), axis=-1)
+
+
+def _check_sampler(function: str, sampler: Sampler) -> None:
+    arguments.check_fields(function, "sampler", sampler, ("sample", "log_prob"), "a sampler, such as samplers.uniform(classes)")
 
 
 def _class_count(function: str, classes: int, most: int) -> Array:
