@@ -48,8 +48,9 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
         A function that takes the same arguments and returns the same results as `function`.
 
     Raises:
-        TypeError: on a call, if `function` comes from `flax.nnx.jit`, or if `function` is not jitted and an argument is a `flax.nnx` model.
-            Tracing would break the model. Split the model, and wrap a jitted function of the model's state.
+        TypeError: `function` is not a function; or on a call, if `function` comes from `flax.nnx.jit`, or if `function` is not jitted and
+            an argument is a `flax.nnx` model. Tracing would break the model. Split the model, and wrap a jitted function of the model's
+            state.
         ValueError: on a call, if a check fails, a result is NaN, or the call is itself traced, as in `jax.jit(checked(step))`. An error can
             only be raised outside a trace, so write `checked(jax.jit(step))`. A NumPy integer outside the range of
             JAX's integers also raises a ValueError, because JAX would truncate it. This rule does not apply to a function of this library
@@ -66,6 +67,8 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
     Reference:
         The module `jax.experimental.checkify`. It carries the error out of the compiled program.
     """
+    if not callable(function):
+        raise TypeError(f"checked: function must be a function; got {type(function).__name__}. Use checked(loss)(logits, labels).")
     name = getattr(function, "__name__", "function")
 
     @functools.wraps(function)

@@ -59,7 +59,7 @@ def plan_linear(hidden: Any, kernel: Any, *, chunk_size: int | None = None, clas
         `LinearPlan`, whose fields are scalars, shape [].
 
     Raises:
-        TypeError: `chunk_size` is not an integer.
+        TypeError: `hidden` or `kernel` has no shape or no dtype, or `chunk_size` is not an integer.
         ValueError: the shapes of `hidden` and `kernel` do not fit each other, or `chunk_size` is below 1.
 
     Example:
@@ -74,6 +74,9 @@ def plan_linear(hidden: Any, kernel: Any, *, chunk_size: int | None = None, clas
     """
     name = "plan_linear"
     check_chunk_size(name, chunk_size)
+    for argument, x in (("hidden", hidden), ("kernel", kernel)):
+        if not (hasattr(x, "shape") and hasattr(x, "dtype")):
+            raise TypeError(f"{name}: {argument} must be an array or a jax.ShapeDtypeStruct(shape, dtype); got {type(x).__name__}.")
     classes = layers.classes(name, hidden.shape, kernel.shape, classes_first)
     cut = chunks_of(hidden, kernel, chunk_size, classes_first)
     wide, narrow = numerics.accumulation_dtype(hidden.dtype).itemsize, jnp.dtype(hidden.dtype).itemsize
