@@ -324,6 +324,8 @@ def lovasz_hinge_loss(logits: ArrayLike, labels: ArrayLike, *, spatial: int = 2,
     name = "lovasz_hinge_loss"
     z, y = checks.floating(name, "logits", logits), checks.asarray(name, "labels", labels)
     y = y if y.dtype == jnp.bool_ else checks.integers(name, "labels", y)
+    if z.ndim > y.ndim:
+        checks.same_shape(name, "logits", z, y.shape, "one score per pixel of labels")
     checks.same_shape(name, "labels", y, z.shape, "the shape of logits")
     counts = checks.where_mask(name, where, z.shape, "the shape of logits")
     if z.ndim < checks.count(name, "spatial", spatial):

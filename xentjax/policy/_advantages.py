@@ -76,7 +76,7 @@ def group_advantages(
                 "For groups of different sizes, pass the group of each sample as an array of integers."
             )
     else:
-        ids = checks.same_shape(name, "groups", checks.identifiers(name, "groups", groups), r.shape, "the shape of rewards")
+        ids = checks.same_shape(name, "groups", checks.identifiers(name, "groups", groups), r.shape, "one group per sample of rewards")
     checks.option(name, "normalize", normalize, get_args(Normalizer))
     counts = checks.where_mask(name, where, r.shape, "the shape of rewards")
     values.finite(name, "rewards", r, counts)
