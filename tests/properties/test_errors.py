@@ -47,7 +47,10 @@ ROWS = "labels must have shape (2, 3), the shape of logits, because floating lab
 KINDS = "labels must have an integer dtype (class indices) or a floating dtype (soft labels); got"
 RULES = "Rules for labels: https://github.com/xentjax/xentjax/blob/main/docs/conventions.md#labels"
 INT = f"For class indices, use labels.astype(jnp.int32). {RULES}"
-ONE_HOT = "For one-hot integers, use labels.argmax(1), or labels.astype(float) for soft labels."
+ONE_HOT = (
+    "For one-hot integers, use labels.argmax(1), or labels.astype(float) for soft labels. "
+    "For one binary label per logit, put zeros and the logits on a class axis, or use a sigmoid loss."
+)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +257,8 @@ def test_sums_are_never_broadcast(function):
 def test_every_loss_judges_dtypes_and_where(function, family):
     name, labels = function.__name__, LABELS[family]
     inputs = "cosines" if name == "margin_cross_entropy" else "logits"
-    with raises(TypeError, f"{name}: {inputs} must have a floating dtype; got int32. Use {inputs}.astype(jnp.float32)."):
+    swapped = " If these are the labels, swap the first two arguments." * (family == "bits")  # only these labels are floating
+    with raises(TypeError, f"{name}: {inputs} must have a floating dtype; got int32. Use {inputs}.astype(jnp.float32).{swapped}"):
         function(Z.astype(jnp.int32), *labels)
     with raises(TypeError, f"{name}: {inputs} must be an array or convertible to one; got str."):
         function("logits", *labels)
@@ -298,3 +302,73 @@ def test_what_must_be_given_may_not_be_none(call):
         if name in call.arrays and p.default is p.empty and isinstance(call.arrays[name], np.ndarray):
             with raises(TypeError, f"{function}: {name} must be an array or convertible to one; got NoneType."):
                 call({**call.arrays, name: None})
+
+
+H, K = jnp.zeros((2, 4)), jnp.zeros((4, 3))
+FRAMES = jnp.zeros((6, 2, 3))  # the time comes first, as in PyTorch
+SWAPPED = r"got int32. Use logits.astype\(jnp.float32\). If these are the labels, swap the first two arguments."
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: cross_entropy(Y, Z), TypeError, f"softmax_cross_entropy: logits must have a floating dtype; {SWAPPED}"),
+        (lambda: bits(Y, jnp.zeros(2)), TypeError, f"sigmoid_cross_entropy: logits must have a floating dtype; {SWAPPED}"),
+        (
+            lambda: cross_entropy(Z, [[0], [0, 1]]),
+            TypeError,
+            "softmax_cross_entropy: labels .* got list. Pad its lists to the same length.",
+        ),
+        (
+            lambda: cross_entropy(Z, ["cat", "dog"]),
+            TypeError,
+            "softmax_cross_entropy: labels .* got list. Replace each string by an integer.",
+        ),
+        (lambda: xentjax.ctc_loss(FRAMES, Y[:, None]), ValueError, r"ctc_loss: .* got \(2, 1\). If .* axis 0 of logits, use jnp.swapaxes"),
+        (
+            lambda: xentjax.ctc_loss(FRAMES, jnp.ones((6, 1), int), logit_lengths=jnp.ones((6, 2), bool)),
+            ValueError,
+            r"ctc_loss: logit_lengths must have shape \(6,\), .* got \(6, 2\). If it is a mask .*, use its sum\(-1\).",
+        ),
+        (lambda: xentjax.transducer_loss(FRAMES, Y), ValueError, r"transducer_loss: .* max_labels \+ 1 = 2 rows per frame; got \(2,\)"),
+        (lambda: xentjax.lovasz_hinge_loss(Z[..., None], Z > 0), ValueError, r"lovasz_hinge_loss: .* Use logits.squeeze\(-1\)."),
+        (lambda: xentjax.plan_linear((2, 4), K), TypeError, "plan_linear: hidden must be .* jax.ShapeDtypeStruct.*; got tuple."),
+        (lambda: xentjax.checked(1.0), TypeError, "checked: function must be a function; got float."),
+        (
+            lambda: xentjax.sampled_softmax_cross_entropy(H, K, Y, samples=Y),
+            TypeError,
+            "sampled_softmax_cross_entropy: samples must be the result of samplers.draw; got ",
+        ),
+        (
+            lambda: xentjax.adaptive_softmax_cross_entropy(H, K, Y),
+            TypeError,
+            "adaptive_softmax_cross_entropy: parameters must be .* xentjax.init_adaptive_softmax; got ",
+        ),
+        (
+            lambda: xentjax.init_adaptive_softmax(jax.random.key(0), 4, 9),
+            TypeError,
+            r"init_.*: cutoffs .* got 9. Use \[shortlist, ..., 9\]",
+        ),
+        (
+            lambda: xentjax.hierarchical_softmax_cross_entropy(H, K, Y, tree=Y),
+            TypeError,
+            "hierarchical_softmax_cross_entropy: tree must be a BinaryTree, such as xentjax.huffman_tree",
+        ),
+        (lambda: xentjax.samplers.draw(jax.random.key(0), 3, 2), TypeError, "samplers.draw: sampler must be .*; got int."),
+        (lambda: xentjax.samplers.log_expected_count(3, Y, 2), TypeError, "samplers.log_expected_count: sampler must be .*; got int."),
+        (
+            lambda: xentjax.sequence.transducer_greedy_decode(lambda x, _: x, lambda y, s: s, FRAMES, jnp.zeros(6), max_labels=1),
+            TypeError,
+            "transducer_greedy_decode: predictor must return a pair .*; got ",
+        ),
+        (
+            lambda: xentjax.sequence.tdt_greedy_decode(lambda x, _: x, lambda y, s: (y, s), FRAMES, jnp.zeros(6), max_labels=1),
+            TypeError,
+            "tdt_greedy_decode: joint must return a pair .*; got ",
+        ),
+    ],
+    ids=lambda x: None,
+)
+def test_usual_mistakes(call, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        call()
