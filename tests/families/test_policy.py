@@ -249,7 +249,7 @@ def test_errors():
     with raises(ValueError, f"group_advantages: groups must divide 3, the last axis of rewards; got 2. {remedy}"):
         advantages(x, 2)
     broadcast = "Use jnp.broadcast_to(groups, (2, 3)) to broadcast it explicitly."
-    with raises(ValueError, f"group_advantages: groups must have shape (2, 3), the shape of rewards; got (3,). {broadcast}"):
+    with raises(ValueError, f"group_advantages: groups must have shape (2, 3), one group per sample of rewards; got (3,). {broadcast}"):
         advantages(x, jnp.arange(3))
     with raises(ValueError, "group_advantages: normalize must be one of 'std', 'mean', 'leave_one_out'; got None."):
         advantages(x, 3, normalize=None)
