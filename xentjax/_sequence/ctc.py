@@ -57,7 +57,7 @@ def ctc_loss(
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: an argument has the wrong shape, or `blank` is no class.
+        ValueError: an argument has the wrong shape, or `blank` is outside the range of classes.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -94,11 +94,12 @@ def ctc_loss_from_log_probs(
 
     loss = −log Σ_π Π_t p_t(π_t) as in `ctc_loss`. Only the log-probabilities of the blank and of the labels of the sequence are needed. So
     they can be computed without storing the logits of all classes, for example by `fuse_linear`.
-    Gradient: −γ, where γ is the posterior probability that the frame belongs to the blank, or to the label at this position.
+    Gradient: −γ. For an entry of `blank_log_probs`, γ is the posterior probability that the frame is a blank. For an entry of
+    `label_log_probs`, γ is the posterior probability that the frame belongs to this label.
 
-    This function does not get the probabilities of the other classes. So the absolute error of a small loss is that of a sum of
-    log-probabilities, about eps·time, and the loss may be slightly negative. Only `ctc_loss` has a small relative error. Log-probabilities
-    need not be normalized.
+    This function does not get the probabilities of the other classes. So a small loss has the absolute rounding error of a sum of
+    log-probabilities, about eps·time, and may be slightly negative. Only `ctc_loss` computes a small loss with a small relative error.
+    Log-probabilities need not be normalized.
 
     Args:
         blank_log_probs: [..., time], log-probability of the blank.

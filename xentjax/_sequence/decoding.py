@@ -31,7 +31,7 @@ def ctc_greedy_decode(logits: ArrayLike, *, logit_lengths: ArrayLike | None = No
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: an argument has the wrong shape, or `blank` is no class.
+        ValueError: an argument has the wrong shape, or `blank` is outside the range of classes.
 
     Example:
         >>> import jax, xentjax
@@ -95,7 +95,7 @@ def ctc_alignment(
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: an argument has the wrong shape, or `blank` is no class.
+        ValueError: an argument has the wrong shape, or `blank` is outside the range of classes.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -180,7 +180,7 @@ def ctc_posteriors(
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: an argument has the wrong shape, or `blank` is no class.
+        ValueError: an argument has the wrong shape, or `blank` is outside the range of classes.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -239,7 +239,7 @@ def transducer_greedy_decode(
 
     Raises:
         TypeError: an argument has the wrong dtype, or `predictor` does not return a pair.
-        ValueError: an argument or the result of `joint` has the wrong shape, `blank` is no class, or a number of labels is below 1.
+        ValueError: an argument or the result of `joint` has the wrong shape, `blank` is outside the range of classes, or a number of labels is below 1.
 
     Example:
         >>> import jax, jax.numpy as jnp, xentjax

@@ -73,12 +73,12 @@ def crf_decode(
     best: int | None = None,
     where: ArrayLike | None = None,
 ) -> tuple[Array, Array]:
-    """The tagging with the largest score, shape [..., time], and its score, shape [...]; or the taggings with the largest scores.
+    """The tagging with the largest score, shape [..., time], and its score, shape [...]; with `best`, several taggings and their scores.
 
     The tagging y maximizes the score s(y) = a(y_1) + Σ_t z_t(y_t) + Σ_t w(y_{t−1}, y_t) + b(y_T), as in `crf_loss`.
     Gradient of the score: ∂s/∂z_t(k) = [y_t = k], and likewise for the other scores. The tags have no gradient.
 
-    With `best`, there are several taggings, from the largest score to the smallest. If two taggings have the same score, compare their tags
+    With `best`, the taggings are ordered from the largest score to the smallest. Two taggings with the same score are ordered by their tags
     at the last position where they differ: the tagging with the smaller tag comes first.
 
     Args:
@@ -91,8 +91,8 @@ def crf_decode(
 
     Returns:
         The tags [..., time], or [..., best, time], int32; and the score [...], or [..., best], float32, or float64 if any of the scores
-        are float64. The tags are −1 at positions that do not count. If there are fewer taggings that are not forbidden, the other tags are
-        −1, and their scores are −∞. A sequence without positions that count has one tagging, with score 0.
+        are float64. The tags are −1 at positions that do not count. If fewer than `best` taggings are allowed, the tags of the remaining
+        entries are −1, and their scores are −∞. A sequence without positions that count has one tagging, with score 0.
 
     Raises:
         TypeError: an argument has the wrong dtype.

@@ -65,7 +65,7 @@ def tdt_loss(
         logit_lengths: [...], number of frames of each sequence; None: all. Frames after the end may hold anything.
         label_lengths: [...], number of labels of each sequence; None: all. Labels after the end may hold anything.
         blank: class index of the blank.
-        sigma: ≥ 0, σ, which is subtracted from the log-probabilities of all classes.
+        sigma: σ ≥ 0, which is subtracted from the log-probabilities of all classes.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`. The durations are not sharded.
         class_mask: [classes] or the shape of `logits`, True for classes that exist.
         where: [...], True for sequences that count.
@@ -76,7 +76,7 @@ def tdt_loss(
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: an argument has the wrong shape, `blank` is no class, a duration is invalid, or `sigma` is negative.
+        ValueError: an argument has the wrong shape, `blank` is outside the range of classes, a duration is invalid, or `sigma` is negative.
 
     Example:
         >>> import jax.numpy as jnp, xentjax

@@ -50,7 +50,7 @@ def transducer_loss(
         logit_lengths: [...], number of frames of each sequence; None: all. Frames after the end may hold anything.
         label_lengths: [...], number of labels of each sequence; None: all. Labels after the end may hold anything.
         blank: class index of the blank.
-        fastemit: ≥ 0, λ.
+        fastemit: λ ≥ 0, the weight of FastEmit regularization.
         axis_name: mesh axis over which the classes are sharded, inside `jax.shard_map`.
         class_mask: [classes] or the shape of `logits`, True for classes that exist.
         where: [...], True for sequences that count.
@@ -61,7 +61,7 @@ def transducer_loss(
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: an argument has the wrong shape, `blank` is no class, or `fastemit` is negative.
+        ValueError: an argument has the wrong shape, `blank` is outside the range of classes, or `fastemit` is negative.
 
     Example:
         >>> import jax.numpy as jnp, xentjax
@@ -108,18 +108,19 @@ def transducer_loss_from_log_probs(
 
     loss = −(1 + λ) log Σ_π Π_i p_i(π_i) as in `transducer_loss`. Only the log-probabilities of the blank and of the next label are needed.
     They can be computed without storing all joint logits, for example by `fuse_linear`.
-    Gradient: −γ_tu(blank) and −(1 + λ)·γ_tu(label), where γ_tu is the posterior probability of the move at frame t after u labels.
+    Gradient: −γ_tu(blank) and −(1 + λ)·γ_tu(label). γ_tu(blank) and γ_tu(label) are the posterior probabilities that a path is at frame t
+    after u labels, and continues with the blank or with the next label.
 
-    This function does not get the probabilities of the other classes. So the absolute error of a small loss is that of a sum of
-    log-probabilities, and the loss may be slightly negative. Only `transducer_loss` has a small relative error. Log-probabilities need not
-    be normalized.
+    This function does not get the probabilities of the other classes. So a small loss has the absolute rounding error of a sum of
+    log-probabilities, and may be slightly negative. Only `transducer_loss` computes a small loss with a small relative error.
+    Log-probabilities need not be normalized.
 
     Args:
         blank_log_probs: [..., time, max_labels + 1], log-probability of the blank after u = 0, …, max_labels labels.
         label_log_probs: [..., time, max_labels], log-probability of the next label after u = 0, …, max_labels − 1 labels.
         logit_lengths: [...], number of frames of each sequence; None: all. Frames after the end may hold anything.
         label_lengths: [...], number of labels of each sequence; None: all. Labels after the end may hold anything.
-        fastemit: ≥ 0, λ.
+        fastemit: λ ≥ 0, the weight of FastEmit regularization.
         where: [...], True for sequences that count.
 
     Returns:

@@ -5,8 +5,8 @@ The losses are `xentjax.ctc_loss`, `xentjax.ctc_loss_from_log_probs`, `xentjax.t
 
 Conventions that the losses and the functions here share:
 
-- The result of a sequence does not depend on the other sequences of the batch. The leading axes `...` are the axes of the batch, and losses
-  have shape [...].
+- The leading axes `...` are the axes of the batch. Losses have shape [...], one value per sequence. The result of a sequence does not depend
+  on the other sequences of the batch.
 - `logit_lengths` and `label_lengths` [...] are the numbers of frames and of labels of each sequence. Frames and labels after the end may
   hold anything, also NaN. The gradient of these frames is exactly 0.
 - `where` [...] is True for sequences that count. The loss and the gradient of all other sequences are 0. In the functions of conditional
@@ -17,8 +17,8 @@ Conventions that the losses and the functions here share:
 - A logit of −∞ gives its class the probability 0.
 - Arithmetic and results are float32, or float64 if an argument is float64. Each gradient has the dtype of its argument.
 - Losses are also accurate for sequences that are recognized with certainty: even a loss of 1e-15 has a small relative error in float32.
-  Such a loss is computed from the probability of everything that does not give the labels. The functions `…_from_log_probs` do not get this
-  probability, so their small losses have only a small absolute error.
+  Such a loss is computed from the probability of all other outcomes. The functions `…_from_log_probs` do not get this probability, so their
+  small losses have only a small absolute error.
 - A wrong dtype raises TypeError. A wrong shape, or a Python number out of range, raises ValueError.
 """
 
