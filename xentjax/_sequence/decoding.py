@@ -239,7 +239,8 @@ def transducer_greedy_decode(
 
     Raises:
         TypeError: an argument has the wrong dtype, or `predictor` does not return a pair.
-        ValueError: an argument or the result of `joint` has the wrong shape, `blank` is outside the range of classes, or a number of labels is below 1.
+        ValueError: an argument or the result of `joint` has the wrong shape, `blank` is outside the range of classes, or a number of labels
+            is below 1.
 
     Example:
         >>> import jax, jax.numpy as jnp, xentjax

@@ -5,8 +5,8 @@ The losses are `xentjax.ctc_loss`, `xentjax.ctc_loss_from_log_probs`, `xentjax.t
 
 Conventions that the losses and the functions here share:
 
-- The leading axes `...` are the axes of the batch. Losses have shape [...], one value per sequence. The result of a sequence does not depend
-  on the other sequences of the batch.
+- The leading axes `...` are the axes of the batch. Losses have shape [...], one value per sequence. The result of a sequence does not
+  depend on the other sequences of the batch.
 - `logit_lengths` and `label_lengths` [...] are the numbers of frames and of labels of each sequence. Frames and labels after the end may
   hold anything, also NaN. The gradient of these frames is exactly 0.
 - `where` [...] is True for sequences that count. The loss and the gradient of all other sequences are 0. In the functions of conditional
