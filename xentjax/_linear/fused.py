@@ -79,9 +79,10 @@ def fuse_linear(
     Args:
         loss_fn: a function `loss_fn(logits, *args)` that returns one loss per example, shape [chunk]. It is a loss of this library or a
             pure function of your own. It is called with `logits` [chunk, classes] and the `args` of the examples in one chunk. The logits
-            are float32, or float64 if `hidden` is float64. With "none", `loss_fn` may return any pytree of arrays [chunk, ...]. Floating
-            arrays are multiplied by the weights, and can be differentiated with any cotangent. Integers and booleans are not multiplied
-            and not differentiated. In examples that do not count, all entries are 0 or False.
+            are float32, or float64 if `hidden` is float64. Set its keyword arguments with `functools.partial`. With "none", `loss_fn` may
+            return any pytree of arrays [chunk, ...]. Floating arrays are multiplied by the weights, and can be differentiated with any
+            cotangent. Integers and booleans are not multiplied and not differentiated. In examples that do not count, all entries are 0 or
+            False.
         reduction: "mean", "sum" or "none".
         chunk_size: maximum number of examples whose logits are in memory at a time; None: chosen by `plan_linear`.
         has_aux: whether `loss_fn` returns a pair (loss, aux), where aux is a pytree of arrays [chunk, ...]. `fused_loss` then returns

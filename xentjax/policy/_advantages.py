@@ -36,7 +36,7 @@ def group_advantages(
     (δ_ij − 1/n − A_i·A_j/(n − 1))/s for "std".
 
     Args:
-        rewards: [..., samples].
+        rewards: [..., samples], floating-point numbers or integers.
         groups: a Python integer n if each group is n consecutive samples on the last axis. Otherwise [..., samples], integers that are
             equal for samples of the same group. Samples in different rows never belong to the same group.
         normalize: "std", "mean" or "leave_one_out".
