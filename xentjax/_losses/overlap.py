@@ -248,7 +248,7 @@ def lovasz_softmax_loss(
     loss = Σ_i m_i (Δ_i − Δ_{i−1}). Here m_1 ≥ m_2 ≥ … are the errors |p_n − t_n| of all pixels in descending order, and Δ_i is the Jaccard
     loss of a prediction that is wrong exactly at the first i pixels: Δ_i = i/(T + F_i), where T is the number of pixels of the class, and
     F_i is the number of pixels among the first i that are not of the class. Δ_0 is 0.
-    Gradient: ∂loss/∂p_n = ±(Δ_i − Δ_{i−1}) for the pixel at position i. The sign is that of p_n − t_n.
+    Gradient: ∂loss/∂p_n = ±(Δ_i − Δ_{i−1}) for the pixel at position i. The sign is the sign of p_n − t_n.
 
     The loss is the Lovász extension of the Jaccard loss: if all errors are 0 or 1, it equals the Jaccard loss. As long as the order of the
     errors does not change, it is linear in the errors. If a class is absent from an image, its loss is the largest probability of the

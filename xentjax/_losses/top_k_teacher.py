@@ -46,12 +46,12 @@ def top_k_distillation_loss(
 ) -> Array:
     """Divergence per example between the k listed classes of a teacher and a student, shape [...].
 
-    Let p_j and q_j be the probabilities that the teacher and the student give to listed class j. The divergences are those of
-    `xentjax.distillation_loss`. `outside` selects how a divergence treats all classes that are not listed:
+    Let p_j and q_j be the probabilities that the teacher and the student give to listed class j. `xentjax.distillation_loss` defines
+    the divergences. `outside` selects how a divergence treats all classes that are not listed:
 
         "tail"         one additional class t, with p_t = 1 − Σ_j p_j and q_t = 1 − Σ_j q_j
         "renormalize"  left out; p_j and q_j are divided by their sums
-        "ignore"       left out; the divergence is that of numbers that do not sum to 1. For "forward", it is
+        "ignore"       left out; p_j and q_j are used as they are, so they need not sum to 1. For "forward", the divergence is
                        Σ_j (p_j log(p_j/q_j) − p_j + q_j)
 
     With "tail" and "ignore", the loss is at most the divergence over all classes. If all classes are listed, each of the three losses is

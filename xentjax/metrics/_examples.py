@@ -247,9 +247,9 @@ def perplexity(losses: WeightedSum) -> Array:
     perplexity = exp(Σ w·nll / Σ w), where nll are the losses and w are the weights. It is 1 if no example counts.
     Gradient: ∂perplexity/∂nll_i = perplexity·w_i/Σ w.
 
-    If the perplexity is n, the mean loss is that of a uniform prediction over n classes. The mean of the perplexities of several batches
-    is not the perplexity of all their examples. So the argument is a `WeightedSum`. Add the weighted sums of all batches and devices
-    before the call.
+    If the perplexity is n, the mean loss equals the loss of a uniform prediction over n classes. The mean of the perplexities of several
+    batches is not the perplexity of all their examples. So the argument is a `WeightedSum`. Add the weighted sums of all batches and
+    devices before the call.
 
     Args:
         losses: weighted sum of losses in nats, from `xentjax.weighted_sum`.

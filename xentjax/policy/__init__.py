@@ -24,7 +24,7 @@ Shared conventions:
 - Arithmetic and results are float32, or float64 if the log-probabilities or rewards are float64. Each gradient has the dtype of its
   argument.
 - Results are differentiable to every order, except that `old_log_probs` are held constant. If advantages depend on parameters, for example
-  on those of a critic, apply `jax.lax.stop_gradient` to them. Hyper-parameters that are numbers may be traced.
+  on the parameters of a critic, apply `jax.lax.stop_gradient` to them. Hyper-parameters that are numbers may be traced.
 - `where` is True for tokens or samples that count. All other tokens or samples may contain anything. Their results and all their
   derivatives are exactly 0.
 - A log-probability of −∞ means an impossible token. If both log-probabilities of a difference are −∞, the difference counts as 0, so the
