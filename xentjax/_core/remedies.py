@@ -23,6 +23,8 @@ def lists(x: Any) -> str:
         text = np.asarray(x).dtype.kind in "US"
     except ValueError:
         return " Pad its lists to the same length."
+    except TypeError:  # it contains traced arrays
+        return ""
     return " Replace each string by an integer." if text else ""
 
 
