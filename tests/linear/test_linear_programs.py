@@ -129,6 +129,18 @@ def test_every_statistic_takes_the_products_of_one():
     assert products(jax.grad(value, (0, 1)), H, K, Y) == 7
 
 
+@pytest.mark.parametrize("every", [False, True])
+def test_the_backward_pass_does_not_repeat_the_sums_over_classes(every):
+    # The computations of a chunk are compiled twice, for the first chunk and for the loop. Each has one maximum and one sum, and a second
+    # sum for every statistic. The backward pass of the loop would have them once more.
+    def value(h, k, y):
+        found = xentjax.fuse_linear(xentjax.row_statistics, reduction="none", chunk_size=CHUNK)(h, k, y)
+        return jnp.sum(jnp.sin(found.log_prob) + (found.entropy * found.log_normalizer if every else 0))
+
+    over_classes = re.findall(r" = f32\[\d+\]\S* reduce\([^\n]*dimensions=\{1\}", text(jax.grad(value, (0, 1)), H, K, Y))
+    assert len(over_classes) == 2 * (3 if every else 2), over_classes
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_products_take_the_input_dtype_and_accumulate_in_float32(dtype):
     h, k = jnp.zeros((N, D), dtype), jnp.zeros((D, V), dtype)

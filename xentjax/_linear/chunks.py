@@ -16,7 +16,7 @@ cotangent. The loss and all its gradients take three matrix products. They take 
 
 `per_example` returns one or several numbers for every example. Each number then has its own cotangent, which the forward pass does not
 know. So JAX derives the backward pass, which computes the logits of each chunk again. All numbers and all gradients together take four
-matrix products.
+matrix products. The forward pass stores the sums over classes of every example, so the backward pass does not compute these sums again.
 
 Dtypes: Matrix products take operands in the dtype of `hidden`. They accumulate in float32, or in float64 if `hidden` is float64. G is cast
 to the dtype of `hidden` before its two products. For inputs that all chunks share, the gradients of the chunks are added up in float32 or
@@ -33,13 +33,13 @@ of `per_example` has one accumulator for the kernel too, because the chunks are 
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array, core, lax
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
-from jax.extend.core import ClosedJaxpr
+from jax.extend.core import ClosedJaxpr, Primitive
 
 from xentjax._core import mesh, numerics
 from xentjax._linear import devices, products
@@ -95,7 +95,7 @@ def per_example(
     hidden, kernel, accumulator, bias = devices.vary_alike(batch.hidden, layer.kernel.astype(batch.hidden.dtype), accumulator, layer.bias)
 
     # Checkpointed twice. The first derivative removes the outer checkpoint. The inner one keeps a second derivative from storing logits.
-    @functools.partial(jax.checkpoint, prevent_cse=False)  # inside a loop, XLA cannot merge the two computations of the logits anyway
+    @functools.partial(jax.checkpoint, prevent_cse=False, policy=_is_stored)  # in a loop, XLA cannot merge both computations of the logits
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def results_of(
         link: Array, chunk: Batch[Array], kernel: Array, accumulator: Array, bias: Array | None
@@ -315,6 +315,22 @@ def _logits(chunk: Batch[Array], layer: Layer[Array], classes_first: bool) -> Ar
 
 def _add_bias(logits: Array, bias: Array | None) -> Array:
     return logits if bias is None else logits + bias.astype(logits.dtype)[None]
+
+
+def _is_stored(primitive: Primitive, *operands: core.ShapedArray, **parameters: Any) -> bool:
+    """Whether the forward pass of `per_example` stores the results of this operation for the backward pass.
+
+    It stores sums over classes, and the results of functions with a rule if they are numbers per example. So the backward pass computes the
+    logits and turns them into their gradient in one pass over the classes. Maxima are not stored: the derivative of a maximum compares it
+    with the logits, and XLA may round the logits differently when it computes them again.
+    """
+    if primitive.name == "reduce_sum":
+        axes = operands[0].ndim - len(parameters["axes"])
+    elif primitive.name == "custom_jvp_call":
+        axes = max((x.ndim for x in parameters["call_jaxpr"].out_avals), default=0)
+    else:
+        return False
+    return axes <= 1 < max((x.ndim for x in operands), default=0)
 
 
 def _split(batch: Batch[Array], layout: Layout) -> tuple[Batch[Array], Batch[Array] | None]:
