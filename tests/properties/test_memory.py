@@ -38,9 +38,17 @@ LOSSES = [
     lambda z, y: xentjax.softmax_cross_entropy(z, y, label_smoothing=0.1),
     lambda z, y: xentjax.softmax_cross_entropy(z, y, where=y >= 0),
 ]
+PER_CLASS = jnp.arange(1.0, CLASSES + 1)
+ADJUSTED = [  # losses of logits that are first shifted or scaled
+    functools.partial(xentjax.logit_adjusted_cross_entropy, class_log_prior=-PER_CLASS),
+    functools.partial(xentjax.ldam_loss, class_counts=PER_CLASS),
+    functools.partial(xentjax.seesaw_loss, class_counts=PER_CLASS),
+    xentjax.margin_cross_entropy,
+    lambda z, y: xentjax.ldam_loss(z, y, class_counts=PER_CLASS, where=y >= 0, class_mask=PER_CLASS > 2),
+]
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", LOSSES + ADJUSTED)
 @pytest.mark.parametrize("derive", [jax.value_and_grad, lambda f: f])
 def test_no_wide_copy_of_bfloat16_logits(loss, derive):
     program = compiled(derive(mean(loss)), jnp.bfloat16)

@@ -12,12 +12,12 @@ global, and sums and maxima over classes include the classes of all devices.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike
 
 from xentjax._core import mesh, numerics
 
@@ -48,6 +48,30 @@ class Examples:
         return self.logits.shape[self.axis] * mesh.size(self.axis_name)
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["raw", "reference", "terms"], meta_fields=["change"])
+@dataclasses.dataclass(frozen=True)
+class Adjustment:
+    """How to compute adjusted logits, in the accumulation dtype, from half-precision logits z: change(z − m, *terms).
+
+    If two loops read the adjusted logits, XLA stores them in full. So each loop computes them again. The barriers hide from XLA that it is
+    the same computation.
+    """
+
+    raw: Array  # z [..., classes], in the caller's dtype; −∞ in classes that do not exist and in examples that do not count
+    reference: Array  # m [..., 1]
+    terms: tuple[Array, ...]
+    change: Callable[..., Array]
+
+    def logits(self, *after: Array) -> Array:
+        """The adjusted logits [..., classes], computed when the numbers `after` are known. In place of −∞, they have about −INFINITE.
+
+        Loops need different numbers `after`, because XLA merges equal barriers.
+        """
+        z, m, terms, _ = lax.optimization_barrier((self.raw, self.reference, self.terms, after))
+        # A maximum with the constant −INFINITE would be a constant that is broadcast to all classes, which XLA on CPUs would store.
+        return self.change(jnp.maximum(z.astype(m.dtype) - m, m - numerics.INFINITE), *terms)
+
+
 class Rows(NamedTuple):
     """Logits with the class axis last, together with their labels and masks. `of` makes them in the compiled part of a loss."""
 
@@ -57,6 +81,7 @@ class Rows(NamedTuple):
     class_mask: Array | None  # [..., classes], or None if all classes exist
     where: Array | None  # [...], or None if all examples count
     axis_name: mesh.AxisName
+    adjustment: Adjustment | None = None  # if not None, another way to compute `values`, which stores less
 
     @property
     def classes(self) -> int:
@@ -99,17 +124,21 @@ def of(examples: Examples) -> Rows:
     return Rows(z, z.astype(dtype), labels, mask, examples.where, examples.axis_name)
 
 
-def adjusted(rows: Rows, scale: ArrayLike = 1.0, offset: Array | float = 0.0) -> Rows:
-    """The rows with the logits scale·(z − m) + offset, where m is the largest logit of each row.
+def adjusted(rows: Rows, change: Callable[..., Array], *terms: Array) -> Rows:
+    """The rows with the logits change(z − m, *terms), where m is the largest logit of each row.
 
-    `offset` has shape [..., classes]. m is a constant, so subtracting it changes no probability. If all logits share a large shift,
-    rounding would lose the offset without this subtraction. Infinite and NaN logits stay as they are.
+    `change` acts on each class alone. Each of the `terms` can be broadcast to [..., classes]. m is a constant, so subtracting it changes no
+    probability. If all logits share a large shift, rounding would lose an added term without this subtraction. Infinite and NaN logits stay
+    as they are.
     """
-    z = rows.values
-    m = reference(rows)
+    z, keep = rows.values, full_mask(rows)
+    raw = numerics.select_logits(keep, rows.raw) if rows.half and keep is not None else rows.raw
+    m = reference(rows._replace(raw=raw, class_mask=None) if rows.half else rows)
     plain = numerics.where(jnp.isfinite(z), relative(rows, m), 0)
-    z = numerics.where(jnp.isfinite(z), jnp.asarray(scale, z.dtype) * plain + offset, z)
-    return rows._replace(raw=z, values=z)
+    terms = tuple(numerics.expand_leading(x, z.ndim) for x in terms)
+    z = numerics.where(jnp.isfinite(z), change(plain, *terms), z)
+    adjustment = Adjustment(raw, m[..., None], terms, change) if rows.half else None
+    return rows._replace(raw=z, values=z, adjustment=adjustment)
 
 
 # Masks -------------------------------------------------------------------------------------------------------------------
@@ -211,6 +240,9 @@ def as_column(rows: Rows, number: Array) -> Array:
 
 def largest(rows: Rows) -> Array:
     """The largest logit of every row, shape [...], in the accumulation dtype; −∞ if the row has no class. It has no derivative."""
+    if rows.adjustment is not None:
+        top = maximum(rows.adjustment.logits(), None, rows.axis_name)
+        return numerics.where(numerics.is_infinite(-top), -jnp.inf, top)
     return maximum(rows.raw, rows.class_mask, rows.axis_name).astype(rows.values.dtype)
 
 

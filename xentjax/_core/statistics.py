@@ -39,6 +39,7 @@ exponentials from the bits of the logits (`numerics.widen`). Then no two loops s
 exponentials also marks the largest classes: their entries are −1. So no loop needs the logits and their maximum to find these classes.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -88,6 +89,7 @@ def of(r: rows.Rows) -> Statistics:
 
 def of_row(r: rows.Rows) -> WithoutLabel:
     """The statistics of every row, each of shape [...], from one pass over the logits. Labels are ignored."""
+    r = r._replace(adjustment=None)  # only the statistics of a label use it
     c = _log_sum(r.values, r.raw, r.class_mask, r.where, r.axis_name)
     return WithoutLabel(rows.reference(r), c, rows.largest(r) == -jnp.inf)
 
@@ -97,7 +99,7 @@ def of_label(r: rows.Rows) -> WithLabel:
 
     The labels must be class indices.
     """
-    m, d, total, rest, _ = _sums_with_label(r.values, r.raw, r.given_labels, r.class_mask, r.where, r.axis_name, False)
+    m, d, total, rest, _ = _sums_with_label(r.values, r.raw, r.adjustment, r.given_labels, r.class_mask, r.where, r.axis_name, False)
     all_impossible = numerics.is_infinite(-d) & (total == 0)
     rest = numerics.where(all_impossible, jnp.zeros_like(rest), rest)
     a = d - rest
@@ -165,19 +167,29 @@ def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Arra
     return _surprise_of_label(d, total), scale * total_dot - (scale * total) * d_dot
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(6, 7))
 def _sums_with_label(
-    values: Array, raw: Array, labels: Array, class_mask: Array | None, where: Array | None, axis_name: mesh.AxisName, differentiated: bool
+    values: Array,
+    raw: Array,
+    adjustment: rows.Adjustment | None,
+    labels: Array,
+    class_mask: Array | None,
+    where: Array | None,
+    axis_name: mesh.AxisName,
+    differentiated: bool,
 ) -> tuple[Array, Array, Array, Array, Array]:
     """(m, d, R, ℓ, 1/R) as in the module docstring, each [...].
 
     If R is 0, ℓ is −INFINITE. Then 1 replaces 1/R, which multiplies only zeros.
-    `raw` holds the numbers of `values` in the caller's dtype. The rule differentiates with respect to `values` only. `differentiated` says
-    whether the rule calls this function, so that the gradient can use the same array of exponentials.
+    `raw` holds the numbers of `values` in the caller's dtype. `adjustment` is None, or computes the numbers of `values`. The rule
+    differentiates with respect to `values` only. `differentiated` says whether the rule calls this function, so that the gradient can use
+    the same array of exponentials.
     """
-    r = rows.Rows(raw, values, labels, class_mask, where, axis_name)
+    r = rows.Rows(raw, values, labels, class_mask, where, axis_name, adjustment)
     m = rows.reference(r)
-    if differentiated or (factor := rows.off_label(r)) is None:
+    if adjustment is not None:
+        exponentials = _adjusted_exponentials(r, adjustment, m, differentiated)
+    elif differentiated or (factor := rows.off_label(r)) is None:
         exponentials = off_label_exponentials(r, m)
     else:
         exponentials = jnp.exp(values - m[..., None]) * factor
@@ -191,23 +203,27 @@ def _sums_with_label(
 def _(
     axis_name: mesh.AxisName, differentiated: bool, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    values, raw, labels, class_mask, where = primals
-    m, d, total, log_sum, scale = _sums_with_label(values, raw, labels, class_mask, where, axis_name, True)
+    values, raw, adjustment, labels, class_mask, where = primals
+    m, d, total, log_sum, scale = _sums_with_label(*primals, axis_name, True)
 
-    def linear(z: Array, m: Array, tangent: Array) -> tuple[Array, Array]:
+    def linear(z: Array | rows.Adjustment, m: Array, total: Array, tangent: Array) -> tuple[Array, Array]:
         r = rows.Rows(raw, values, labels, class_mask, where, axis_name)
         label = rows.on_label(r)
         # In half precision x + (−m), not x − m, so that this loop does not share the broadcast of m with the sum.
-        x = z - m[..., None] if z.dtype == m.dtype else numerics.widen(z) + (-m)[..., None]
+        if isinstance(z, rows.Adjustment):
+            x = z.logits(m, total) + (-m)[..., None]
+        else:
+            x = z - m[..., None] if z.dtype == m.dtype else numerics.widen(z) + (-m)[..., None]
         off_label = exponentials_where(rows.combined_mask(~label, class_mask, where), x, rows.full_mask(r))
         at_label = numerics.where(rows.combined_mask(label, class_mask, where), tangent, 0)
         return rows.class_sum(r, at_label), rows.class_sum(r, off_label * tangent)
 
     # A separate backward pass gets the exponentials in float32, but only the logits in half precision.
-    narrow = raw.dtype != values.dtype
+    narrow = raw.dtype != values.dtype or adjustment is not None
     linear = jax.checkpoint(linear, prevent_cse=False) if narrow else linear
-    z = values.astype(raw.dtype)  # exact, because `values` were converted from this dtype
-    d_dot, total_dot = linear(z, m, tangents[0])
+    # The conversion is exact, because `values` were converted from this dtype.
+    z = values.astype(raw.dtype) if adjustment is None else adjustment
+    d_dot, total_dot = linear(z, m, total, tangents[0])
     log_sum_dot = scale * total_dot
     return (m, d, total, log_sum, scale), (jnp.zeros_like(m), d_dot, total_dot, log_sum_dot, -scale * log_sum_dot)
 
@@ -356,6 +372,15 @@ def two_sums(r: rows.Rows, x: Array, y: Array) -> tuple[Array, Array]:
 def off_label_exponentials(r: rows.Rows, m: Array) -> Array:
     """e^(z_k − m) of all classes but the label, whose entry is 0, shape [..., classes]."""
     return _masked_exponentials(r, m, rows.combined_mask(~rows.on_label(r), r.class_mask, r.where))
+
+
+def _adjusted_exponentials(r: rows.Rows, adjustment: rows.Adjustment, m: Array, differentiated: bool) -> Array:
+    """`off_label_exponentials` of adjusted logits, as the input of a sum over classes."""
+    factor = None if differentiated else rows.off_label(r._replace(class_mask=None, where=None))  # masked logits are −∞ in `adjustment`
+    if factor is not None:
+        return jnp.exp(adjustment.logits(m) - m[..., None]) * factor
+    others = numerics.select_logits(~rows.on_label(r), adjustment.raw)
+    return jnp.exp(dataclasses.replace(adjustment, raw=others).logits(m) - m[..., None])
 
 
 def exponentials_where(keep: Array, x: Array, full_mask: Array | None) -> Array:

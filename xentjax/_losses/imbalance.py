@@ -5,7 +5,8 @@ of training examples of class k, and [k = y] is 1 for the label and 0 for other 
 loss(k) is the loss of class index k.
 
 `class_counts` [classes] holds the counts n_k, in an integer or floating dtype. With `axis_name`, each device passes the counts of its own
-classes. Half-precision logits are adjusted in float32. This needs memory for one float32 copy of the logits.
+classes. Half-precision logits are adjusted in float32. With class indices, no adjusted logits are stored. With soft labels, which take as
+much memory themselves, one float32 array of adjusted logits is stored.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def _logit_adjusted(batch: rows.Examples, class_log_prior: Array, tau: ArrayLike
     r = rows.of(batch)
     if tau is not None:
         shift = jnp.asarray(tau, r.values.dtype) * numerics.finite(class_log_prior.astype(r.values.dtype))
-        r = rows.adjusted(r, offset=numerics.expand_leading(shift, r.values.ndim))
+        r = rows.adjusted(r, jnp.add, shift)
     stats = statistics.of(r)
     return statistics.finish(r, stats, odds.expected(r, stats, odds.surprise))
 
@@ -140,7 +141,7 @@ def _ldam(batch: rows.Examples, class_counts: Array, max_margin: ArrayLike | Non
     r = rows.of(batch)
     dtype = r.values.dtype
     scale = jnp.asarray(scale, dtype)
-    r = rows.adjusted(r, scale)
+    r = rows.adjusted(r, jnp.multiply, scale)
     stats = statistics.of(r)
     counts = lax.stop_gradient(class_counts.astype(dtype))
     present = numerics.where(counts > 0, counts, jnp.inf)
@@ -213,15 +214,19 @@ def _seesaw(batch: rows.Examples, class_counts: Array, p: ArrayLike | None, q: A
     r = rows.of(batch)
     dtype = r.values.dtype
     log_counts = jnp.log(jnp.maximum(lax.stop_gradient(class_counts.astype(dtype)), 1))
-    z = lax.stop_gradient(rows.finite_values(r))
+    m = rows.reference(r)
+    lead_of_class = lax.stop_gradient(rows.relative(r, m))  # z − m
     zero = jnp.zeros((), dtype)
     p, q = (zero if x is None else jnp.asarray(x, dtype) for x in (p, q))
 
+    def changed(z: Array, p: Array, q: Array, log_counts: Array, log_count: Array, of_label: Array) -> Array:
+        rarity = jnp.minimum(log_counts, log_count) - log_count  # min(0, log n_k − log n_y)
+        lead = jnp.maximum(lax.stop_gradient(z), of_label) - of_label  # max(0, log σ_k − log σ_y)
+        return z + p * rarity + q * lead  # z + log M + log C
+
     def loss_of_index(r: rows.Rows) -> Array:
-        rarity = numerics.expand_leading(log_counts, z.ndim) - rows.at_label(r, log_counts)[..., None]  # log n_k − log n_y
-        lead = z - rows.at_label(r, z)[..., None]  # log σ_k − log σ_y
-        adjusted = rows.adjusted(r, offset=p * jnp.minimum(rarity, 0) + q * jnp.maximum(lead, 0))  # z + log M + log C
-        return odds.surprise(statistics.of_label(adjusted).log_odds)
+        of_label = (rows.at_label(r, x)[..., None] for x in (log_counts, lead_of_class))
+        return odds.surprise(statistics.of_label(rows.adjusted(r, changed, p, q, log_counts, *of_label)).log_odds)
 
     stats = statistics.of_row(r)
     return statistics.finish(r, stats, odds.by_label(r, loss_of_index))

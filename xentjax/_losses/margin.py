@@ -88,7 +88,7 @@ def _margin(batch: rows.Examples, scale: ArrayLike, margins: tuple[ArrayLike | N
     dtype = plain.values.dtype
     scale = jnp.asarray(scale, dtype)
     *m1, m2, m3 = (jnp.zeros((), dtype) if m is None else jnp.asarray(m, dtype) for m in margins)
-    r = rows.adjusted(plain, scale)
+    r = rows.adjusted(plain, jnp.multiply, scale)
     stats = statistics.of(r)
     # The least sin² θ in a derivative. The cosines are rounded to the caller's dtype, so its eps is used and not that of the arithmetic.
     least = jnp.asarray(jnp.finfo(plain.raw.dtype).eps, dtype)

@@ -77,7 +77,7 @@ def _forward(batch: rows.Examples, noise_matrix: Array) -> Array:
 
     def log_sum(r: rows.Rows, log_weights: Array) -> Array:
         """Log of Σ_i w_yi e^(z_i), where y is the label; −INFINITE if the sum is 0. `log_weights` holds log w [labels, true classes]."""
-        weighted = rows.adjusted(r, offset=rows.table_row(r, log_weights))
+        weighted = rows.adjusted(r, jnp.add, rows.table_row(r, log_weights))
         stats = statistics.of_row(weighted)
         return numerics.where(stats.all_impossible, -numerics.INFINITE, stats.reference + stats.log_sum)
 
