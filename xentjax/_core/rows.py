@@ -68,8 +68,9 @@ class Adjustment:
         Loops need different numbers `after`, because XLA merges equal barriers.
         """
         z, m, terms, _ = lax.optimization_barrier((self.raw, self.reference, self.terms, after))
-        # A maximum with the constant −INFINITE would be a constant that is broadcast to all classes, which XLA on CPUs would store.
-        return self.change(jnp.maximum(z.astype(m.dtype) - m, m - numerics.INFINITE), *terms)
+        # −INFINITE, unless m is larger. XLA on CPUs would store a constant that is broadcast to all classes.
+        least = -jnp.maximum(jnp.abs(m), numerics.INFINITE)
+        return self.change(jnp.maximum(z.astype(m.dtype) - m, least), *terms)
 
 
 class Rows(NamedTuple):
