@@ -1,7 +1,8 @@
 """Element-wise functions that are accurate at every argument, and the dtype policy.
 
 Infinity: if a derivative contains 0·∞, JAX computes NaN. So a logit of −∞ enters every formula as −INFINITE, a finite number whose
-exponential is exactly 0. The last step of a loss turns results of that size into +∞ (`statistics.finish`).
+exponential is exactly 0. Numbers above INFINITE/2 in size represent ±∞, and products with weights are computed by `weighted`, which keeps
+them that large. The last step of a loss turns them into +∞ (`statistics.finish`).
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from xentjax._core import mesh
 
 INFINITE = 2.0**120  # represents ∞ inside a formula
 MOST = 0.51  # only one class can have a larger probability; rounding may bring two probabilities of 1/2 above 0.5, but not above this
-_THRESHOLD = 2.0**80  # a larger number is INFINITE times a weight; finite logits of a model are far smaller
+_LARGEST = INFINITE / 2  # a larger number represents ∞; rounding may bring ∞ below INFINITE, but not below this
 
 
 def accumulation_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
@@ -128,13 +129,25 @@ def underflows(x: Array) -> Array:
 
 
 def is_infinite(x: Array) -> Array:
-    """Whether `x` represents +∞, either as INFINITE or as INFINITE times a weight."""
-    return lax.stop_gradient(x) > _THRESHOLD
+    """Whether `x` represents +∞ (see `finite`)."""
+    return lax.stop_gradient(x) > _LARGEST
 
 
 def restore_infinity(loss: Array) -> Array:
     """The loss, with +∞ where a finite number represents +∞ (see `finite`). The derivative is unchanged."""
     return where(is_infinite(loss), loss + jnp.inf, loss)
+
+
+def weighted(weight: Array | float, x: Array) -> Array:
+    """`weight`·`x` as a finite number. If `x` represents ±∞, so does the product, unless the weight is 0.
+
+    The product of INFINITE and a small weight could not be told from a large finite number. So a larger number is added to it. It is
+    computed by rounding, because XLA on CPUs would store a selection. The derivatives are those of the product.
+    """
+    x = finite(x)
+    infinite = weight * (lax.round(x / INFINITE, lax.RoundingMethod.TO_NEAREST_EVEN) * INFINITE)  # 0 unless x represents ±∞
+    sign = lax.clamp(jnp.asarray(-(2.0**-6), x.dtype), infinite, jnp.asarray(2.0**-6, x.dtype)) * 2.0**6  # of a weight above 2⁻¹²⁶
+    return finite(weight * x + lax.stop_gradient(sign) * INFINITE)
 
 
 @jax.custom_jvp

@@ -63,24 +63,24 @@ def expected(
         t = _weighted(r, t, class_weights)
         if phi is not surprise:
             per_class = (jnp.broadcast_to(numerics.expand_leading(x, t.ndim), t.shape) for x in parameters)
-            return rows.class_sum(r, t * phi(surprises.class_log_odds(r), *per_class))
+            return rows.class_sum(r, numerics.weighted(t, phi(surprises.class_log_odds(r), *per_class)))
         if isinstance(stats, statistics.WithLabel):
-            return rows.class_sum(r, t * surprises.surprise(r, stats))
+            return rows.class_sum(r, numerics.weighted(t, surprises.surprise(r, stats)))
         return surprises.expected(r, t)
 
     if not isinstance(stats, statistics.WithLabel):
         return sum_over_classes(_soft_labels(r, smoothing))
     loss = stats.surprise if phi is surprise else phi(stats.log_odds, *(rows.at_label(r, x) for x in parameters))
     if class_weights is not None:
-        loss *= rows.at_label(r, class_weights.astype(r.values.dtype))
+        loss = numerics.weighted(rows.at_label(r, class_weights.astype(r.values.dtype)), loss)
     if smoothing is None:
         return loss
     if phi is surprise and class_weights is None:
-        spread = surprises.total(r, stats) / jnp.asarray(rows.class_count(r), r.values.dtype)
+        spread = numerics.weighted(1 / jnp.asarray(rows.class_count(r), r.values.dtype), surprises.total(r, stats))
     else:
         spread = sum_over_classes(_uniform(r))
     smoothing = jnp.asarray(smoothing, r.values.dtype)
-    return (1 - smoothing) * loss + smoothing * spread
+    return numerics.weighted(1 - smoothing, loss) + numerics.weighted(smoothing, spread)
 
 
 def label_sum(r: rows.Rows, smoothing: ArrayLike | None = None, class_weights: Array | None = None) -> Array | float:
@@ -126,6 +126,6 @@ def by_label(r: rows.Rows, loss_of_index: Callable[[rows.Rows], Array]) -> Array
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def term(k: Array) -> Array:
         index = jnp.broadcast_to(k, r.values.shape[:-1])  # not full_like, whose result would vary over the same devices as the logits
-        return rows.label_share(r, k) * loss_of_index(r._replace(labels=index))
+        return numerics.weighted(rows.label_share(r, k), loss_of_index(r._replace(labels=index)))
 
     return jnp.sum(lax.map(term, jnp.arange(r.classes, dtype=jnp.int32)), axis=0)

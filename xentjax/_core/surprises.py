@@ -241,14 +241,17 @@ def _(axis_name: mesh.AxisName, primals: tuple[Any, ...], tangents: tuple[Any, .
 def _label_sums(r: rows.Rows, e: statistics.Exponentials, t: Array) -> tuple[Array, Array, Array]:
     """Σ t_k over the classes below the largest, Σ t_k (m − z_k) over the same classes, and Σ t_k over all, each [...]."""
     s, keep, fixed = rows.class_sum(r, t), rows.full_mask(r), lax.stop_gradient(e.marked)
-    below = jnp.minimum(e.reference[..., None] - r.values, numerics.INFINITE)
-    below = below if keep is None else numerics.where(keep, below, numerics.INFINITE)
+    # t·b is computed as (t·2⁶⁰)·(b·2⁻⁶⁰). At a class of probability 0, 2¹²⁷ replaces b·2⁻⁶⁰. So the term represents ∞ if t is above 2⁻⁶⁸.
+    # A selection, as in `numerics.weighted`, would be stored.
+    amplified = t * 2.0**60
+    below = jnp.minimum((e.reference[..., None] - r.values) * 2.0**-60, 2.0**127)
+    below = below if keep is None else numerics.where(keep, below, 2.0**127)
     if r.half or statistics.has_few_classes(r):
         largest = statistics.same_as_largest(r, e.reference) if r.half else fixed < -0.5
-        return *statistics.two_sums(r, numerics.where(largest, 0, t), t * numerics.where(largest, 0, below)), s
+        return *statistics.two_sums(r, numerics.where(largest, 0, t), amplified * numerics.where(largest, 0, below)), s
     # Both sums need terms of 0 at the largest classes. XLA on CPUs would store a selection, or a factor that two loops share. So both sums
     # use products, with different factors.
-    return rows.class_sum(r, t + t * jnp.minimum(fixed, -0.0)), rows.class_sum(r, (t * below) * jnp.minimum(1 + fixed, 1)), s
+    return rows.class_sum(r, t + t * jnp.minimum(fixed, -0.0)), rows.class_sum(r, (amplified * below) * jnp.minimum(1 + fixed, 1)), s
 
 
 # The rule of a label and the largest class -------------------------------------------------------------------------------
@@ -267,7 +270,7 @@ def _of_label_and_largest(
     r = rows.Rows(raw, values, labels, class_mask, where, axis_name)
     e = statistics.exponentials(r)
     mean = (e.ties - lax.stop_gradient(e.ties)) / lax.stop_gradient(jnp.maximum(e.ties, 1))  # of z − m at the largest: 0 with a derivative
-    return e.log_sum - beta * statistics.gap(r, e.reference) - (1 - beta) * mean
+    return e.log_sum - numerics.weighted(beta, statistics.gap(r, e.reference)) - (1 - beta) * mean
 
 
 @_of_label_and_largest.defjvp

@@ -71,7 +71,7 @@ def not_nan(function: str, name: str, x: Array, counts: Array | None = None, axi
 def logits(function: str, name: str, x: Array, counts: Array | None = None, axis: int | tuple[int, ...] = -1) -> None:
     """Report NaN, +∞ and every number that `numerics` treats as +∞. −∞ is allowed: it gives its class probability 0."""
     not_nan(function, name, x, counts, axis)
-    complaint = "is infinite (values above 2**80 count as infinite)"
+    complaint = "is infinite (values above 2**119 count as infinite)"
     check(function, name, x, lambda z: (z == jnp.inf) | numerics.is_infinite(z), complaint, counts, axis)
 
 

@@ -63,9 +63,9 @@ def quality_focal_loss(logits: ArrayLike, labels: ArrayLike, *, beta: ArrayLike 
 @jax.jit
 def _quality(logits: Array, labels: Array, where: Array | None, beta: ArrayLike | None) -> Array:
     z, y = _finite(logits, labels, where)
-    loss = y * numerics.softplus(-z) + (1 - y) * numerics.softplus(z)
+    loss = _cross_entropy(z, y)
     if beta is not None:
-        loss *= _distance_power(z, y, jnp.asarray(beta, z.dtype))
+        loss = numerics.weighted(_distance_power(z, y, jnp.asarray(beta, z.dtype)), loss)
     return numerics.nan_or_zero(numerics.restore_infinity(loss), None, where)
 
 
@@ -110,8 +110,8 @@ def varifocal_loss(
 @jax.jit
 def _varifocal(logits: Array, labels: Array, where: Array | None, alpha: ArrayLike, gamma: ArrayLike | None) -> Array:
     z, y = _finite(logits, labels, where)
-    positive = y * (y * numerics.softplus(-z) + (1 - y) * numerics.softplus(z))
-    negative = jnp.asarray(alpha, z.dtype) * odds.focal(-z, gamma)
+    positive = numerics.weighted(y, _cross_entropy(z, y))
+    negative = numerics.weighted(jnp.asarray(alpha, z.dtype), odds.focal(-z, gamma))
     return numerics.nan_or_zero(numerics.restore_infinity(numerics.where(y == 0, negative, positive)), None, where)
 
 
@@ -185,6 +185,11 @@ def _finite(logits: Array, labels: Array, where: Array | None) -> tuple[Array, A
     dtype = numerics.accumulation_dtype(logits.dtype)
     z, y = numerics.finite(logits.astype(dtype)), labels.astype(dtype)
     return (z, y) if where is None else (numerics.where(where, z, 0), numerics.where(where, y, 0))
+
+
+def _cross_entropy(z: Array, y: Array) -> Array:
+    """The cross-entropy of σ(z) and the label y, with the shape of `z`."""
+    return numerics.weighted(y, numerics.softplus(-z)) + numerics.weighted(1 - y, numerics.softplus(z))
 
 
 # |σ(z) − y|^β ----------------------------------------------------------------------------------------------------------------

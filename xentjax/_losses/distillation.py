@@ -30,7 +30,7 @@ from xentjax._core import blocks, checks, differences, log_ratio, mesh, numerics
 _PairOf = Callable[[Array], log_ratio.Pair]  # after which number the pair is computed, see `log_ratio.pair`
 
 DIVERGENCES = ("forward", "reverse", "js", "tv")
-_FAR = 2.0**60  # larger than any log-ratio of finite logits
+_FAR = 2.0**100  # a larger log-ratio is INFINITE/T, for temperatures T up to 2²⁰
 
 
 def distillation_loss(

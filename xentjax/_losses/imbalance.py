@@ -76,7 +76,7 @@ def logit_adjusted_cross_entropy(
 def _logit_adjusted(batch: rows.Examples, class_log_prior: Array, tau: ArrayLike | None) -> Array:
     r = rows.of(batch)
     if tau is not None:
-        shift = jnp.asarray(tau, r.values.dtype) * numerics.finite(class_log_prior.astype(r.values.dtype))
+        shift = numerics.weighted(jnp.asarray(tau, r.values.dtype), class_log_prior.astype(r.values.dtype))
         r = rows.adjusted(r, jnp.add, shift)
     stats = statistics.of(r)
     return statistics.finish(r, stats, odds.expected(r, stats, odds.surprise))

@@ -102,7 +102,7 @@ def _margin(batch: rows.Examples, scale: ArrayLike, margins: tuple[ArrayLike | N
         return odds.surprise(log_odds + numerics.where(numerics.is_infinite(-cosine), jnp.zeros_like(moved), moved))
 
     if isinstance(stats, statistics.WithLabel):
-        loss = phi(stats.log_odds, rows.reference(plain) + stats.gap / scale)
+        loss = phi(stats.log_odds, rows.reference(plain) + numerics.weighted(1 / scale, stats.gap))
     else:
         loss = odds.expected(r, stats, phi, of_class=rows.finite_values(plain))
     return statistics.finish(r, stats, loss)

@@ -143,9 +143,12 @@ def _backward(batch: rows.Examples, noise_matrix: Array) -> Array:
     r = rows.of(batch)
     inverse = jnp.linalg.inv(noise_matrix.astype(r.values.dtype))
     weights = rows.table_row(r, rows.of_this_device(r, inverse)) if r.labels_are_indices else rows.table_sum(r, inverse)
-    r = r._replace(labels=weights)
+    possible = rows.not_infinite(r)
+    r = r._replace(labels=numerics.where(possible, weights, 0))
     stats = statistics.of(r)
-    loss = odds.expected(r, stats, odds.surprise)
+    # Weights may be negative. The sum of the weights of all impossible classes decides between +∞ and −∞.
+    impossible = rows.class_sum(r, rows.masked(numerics.where(possible, 0, weights), r.where))
+    loss = odds.expected(r, stats, odds.surprise) + numerics.INFINITE * jnp.sign(impossible)
     loss = statistics.finish(r, stats, loss)
     return numerics.where(numerics.is_infinite(-loss), -jnp.inf, loss)
 

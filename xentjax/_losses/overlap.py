@@ -534,8 +534,8 @@ def _lovasz(error: Array, target: Array, spatial: int) -> Array:
     first = before == 0
     factor = numerics.where(first, 1, (left * (1 - t) + before * t) / (numerics.where(first, 1, before) * after))
     if mesh.is_explicit(m):  # JAX cannot look up values in an array that is split over devices
-        return jnp.sum(m * lax.sort((place, factor), dimension=axis, num_keys=1)[1], axis=axis)
-    return jnp.sum(numerics.take_last(m, place, differentiated=True) * factor, axis=axis)
+        return jnp.sum(numerics.weighted(lax.sort((place, factor), dimension=axis, num_keys=1)[1], m), axis=axis)
+    return jnp.sum(numerics.weighted(factor, numerics.take_last(m, place, differentiated=True)), axis=axis)
 
 
 # Quotients -----------------------------------------------------------------------------------------------------------------

@@ -132,7 +132,7 @@ def symmetric_cross_entropy(
 def _symmetric(batch: rows.Examples, alpha: ArrayLike | None, beta: ArrayLike | None, log_zero: ArrayLike | None) -> Array:
     def phi(a: Array) -> Array:
         forward, reverse, bound = (0.0 if x is None else jnp.asarray(x, a.dtype) for x in (alpha, beta, log_zero))
-        return forward * odds.surprise(a) - reverse * bound * numerics.sigmoid(-a)
+        return numerics.weighted(forward, odds.surprise(a)) - reverse * bound * numerics.sigmoid(-a)
 
     return odds.loss(batch, phi)
 
@@ -197,7 +197,7 @@ def _bootstrapped(batch: rows.Examples, beta: ArrayLike, hard: bool) -> Array:
     stats = statistics.of(r)
     loss, total = odds.expected(r, stats, odds.surprise), odds.label_sum(r)
     own = surprises.smallest(r, stats) if hard else surprises.entropy(r, stats)
-    return statistics.finish(r, stats, beta * loss + (1 - beta) * total * own)
+    return statistics.finish(r, stats, numerics.weighted(beta, loss) + (1 - beta) * total * own)
 
 
 def taylor_cross_entropy(
@@ -412,7 +412,7 @@ def normalized_cross_entropy(
 def _normalized(batch: rows.Examples) -> Array:
     r = rows.of(batch)
     stats = statistics.of(r)
-    loss = odds.expected(r, stats, odds.surprise)
+    loss = numerics.finite(odds.expected(r, stats, odds.surprise))
     total = surprises.total(r, stats)
     single = total == 0  # a single class exists
     return statistics.finish(r, stats, loss / numerics.where(single, jnp.ones_like(total), total))

@@ -69,7 +69,7 @@ def sigmoid_cross_entropy(
 def _cross_entropy(logits: Array, labels: Array, where: Array | None, smoothing: ArrayLike | None, pos_weight: ArrayLike | None) -> Array:
     z, t = _finite_logits_and_targets(logits, labels, where, smoothing)
     positive = t if pos_weight is None else t * numerics.expand_leading(jnp.asarray(pos_weight, z.dtype), z.ndim)
-    return _finish(positive * numerics.softplus(-z) + (1 - t) * numerics.softplus(z), where)
+    return _finish(numerics.weighted(positive, numerics.softplus(-z)) + numerics.weighted(1 - t, numerics.softplus(z)), where)
 
 
 def sigmoid_focal_loss(
@@ -126,7 +126,7 @@ def _focal(
     z, t = _finite_logits_and_targets(logits, labels, where, smoothing)
     a = None if alpha is None else jnp.asarray(alpha, z.dtype)
     positive, negative = (t, 1 - t) if a is None else (a * t, (1 - a) * (1 - t))
-    return _finish(positive * odds.focal(z, gamma) + negative * odds.focal(-z, gamma), where)
+    return _finish(numerics.weighted(positive, odds.focal(z, gamma)) + numerics.weighted(negative, odds.focal(-z, gamma)), where)
 
 
 def asymmetric_loss(
@@ -188,7 +188,7 @@ def _asymmetric(
 ) -> Array:
     z, t = _finite_logits_and_targets(logits, labels, where, None)
     negative = odds.focal(-z, gamma_negative) if clip is None else _shifted_focal(z, gamma_negative, jnp.asarray(clip, z.dtype))
-    return _finish(t * odds.focal(z, gamma_positive) + (1 - t) * negative, where)
+    return _finish(numerics.weighted(t, odds.focal(z, gamma_positive)) + numerics.weighted(1 - t, negative), where)
 
 
 def _shifted_focal(z: Array, gamma: ArrayLike | None, clip: Array) -> Array:

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, odds, rows, statistics, surprises
+from xentjax._core import checks, numerics, odds, rows, statistics, surprises
 
 
 def softmax_cross_entropy(
@@ -258,7 +258,7 @@ def softmax_cross_entropy_with_top_k_labels(
 def _top_k(batch: rows.Examples, ids: Array, probs: Array) -> Array:
     r = rows.of(batch)
     stats = statistics.of_row(r)
-    loss = jnp.sum(probs.astype(r.values.dtype) * surprises.surprise_at(r, stats, ids), axis=-1)
+    loss = jnp.sum(numerics.weighted(probs.astype(r.values.dtype), surprises.surprise_at(r, stats, ids)), axis=-1)
     return statistics.finish(r, stats, loss)
 
 

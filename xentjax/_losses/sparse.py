@@ -214,7 +214,7 @@ def _centred(r: rows.Rows, alpha: Array) -> tuple[Array, Array]:
     """1 + (α − 1)(z_k − m) [..., classes], and the mask of the classes with the largest logit."""
     below = rows.relative(r, rows.reference(r))
     largest = rows.masked(below == 0, r.where, r.class_mask)
-    centred = 1 + rows.as_column(r, alpha - 1) * below
+    centred = 1 + numerics.weighted(rows.as_column(r, alpha - 1), below)
     keep = rows.full_mask(r)
     return centred if keep is None else numerics.where(keep, centred, -numerics.INFINITE), largest
 
@@ -340,7 +340,7 @@ def _terms(t: Array, p: Array, eta: Array, difference: Array, alpha: Array) -> A
         coefficient.append(coefficient[-1] * (alpha - n - 1) / (n + 2))
     for c in reversed(coefficient):
         series = series * x + c
-    direct = (_power(t, alpha) - of_p) / (alpha * (alpha - 1)) - eta * difference / (alpha - 1)
+    direct = (_power(t, alpha) - of_p) / (alpha * (alpha - 1)) - numerics.weighted(difference, eta) / (alpha - 1)
     return numerics.where(near, of_p * (x * x * series), numerics.where(t == 0, of_p / alpha, direct))
 
 

@@ -125,7 +125,7 @@ def _of_soft_labels(r: rows.Rows, u: Array, power: Array, alpha: Array) -> Array
     rest = numerics.where(largest, jnp.broadcast_to(rest, u.shape), -jnp.expm1(-u))
     others = numerics.where(largest, jnp.broadcast_to(others, u.shape), total - power)
     alpha = alpha[..., None]
-    return rows.class_sum(r, r.given_labels * rows.masked(_label_terms(u, rest, alpha) + others / (1 + alpha), r.where))
+    return rows.class_sum(r, numerics.weighted(r.given_labels, rows.masked(_label_terms(u, rest, alpha) + others / (1 + alpha), r.where)))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4,))

@@ -134,4 +134,4 @@ def implicit_rewards(log_probs: ArrayLike, reference: ArrayLike, *, beta: ArrayL
 @jax.jit
 def _rewards(log_probs: Array, reference: Array, beta: ArrayLike, where: Array | None) -> Array:
     x, y = likelihoods.entered(where, log_probs, reference)
-    return likelihoods.finished(jnp.asarray(beta, x.dtype) * (x - y), where)
+    return likelihoods.finished(numerics.weighted(jnp.asarray(beta, x.dtype), x - y), where)

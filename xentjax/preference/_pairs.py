@@ -95,16 +95,16 @@ def _dpo(
 
     def phi(h: Array) -> Array:
         if kind == "sigmoid":
-            return numerics.softplus(-beta * h)
+            return numerics.softplus(-numerics.weighted(beta, h))
         if kind == "hinge":
-            missing = 1 - beta * h
+            missing = 1 - numerics.weighted(beta, h)
             return numerics.where(missing > 0, missing, 0)
         return jnp.square(h - 1 / (2 * beta))
 
     if label_smoothing is None:
         return likelihoods.finished(phi(h), where)
     epsilon = jnp.asarray(label_smoothing, h.dtype)
-    return likelihoods.finished((1 - epsilon) * phi(h) + epsilon * phi(-h), where)
+    return likelihoods.finished(numerics.weighted(1 - epsilon, phi(h)) + numerics.weighted(epsilon, phi(-h)), where)
 
 
 def cpo_loss(
@@ -146,8 +146,8 @@ def cpo_loss(
 @jax.jit
 def _cpo(chosen: Array, rejected: Array, beta: ArrayLike, alpha: ArrayLike | None, where: Array | None) -> Array:
     c, r = likelihoods.entered(where, chosen, rejected)
-    loss = numerics.softplus(-jnp.asarray(beta, c.dtype) * (c - r))
-    return likelihoods.finished(loss if alpha is None else loss - jnp.asarray(alpha, c.dtype) * c, where)
+    loss = numerics.softplus(-numerics.weighted(jnp.asarray(beta, c.dtype), c - r))
+    return likelihoods.finished(loss if alpha is None else loss - numerics.weighted(jnp.asarray(alpha, c.dtype), c), where)
 
 
 def simpo_loss(
@@ -191,7 +191,7 @@ def simpo_loss(
 @jax.jit
 def _simpo(mean_chosen: Array, mean_rejected: Array, beta: ArrayLike, gamma: ArrayLike | None, where: Array | None) -> Array:
     c, r = likelihoods.entered(where, mean_chosen, mean_rejected)
-    margin = jnp.asarray(beta, c.dtype) * (c - r)
+    margin = numerics.weighted(jnp.asarray(beta, c.dtype), c - r)
     return likelihoods.finished(numerics.softplus(-margin if gamma is None else jnp.asarray(gamma, c.dtype) - margin), where)
 
 
@@ -237,7 +237,7 @@ def _orpo(mean_chosen: Array, mean_rejected: Array, beta: ArrayLike | None, wher
     if beta is None:
         return likelihoods.finished(-c, where)
     u, v = (differences.with_slope_of(jnp.maximum(-x, 2.0**-60), -x) for x in (c, r))
-    return likelihoods.finished(jnp.asarray(beta, c.dtype) * _surprise_of_odds(u, v) - c, where)
+    return likelihoods.finished(numerics.weighted(jnp.asarray(beta, c.dtype), _surprise_of_odds(u, v)) - c, where)
 
 
 def _surprise_of_odds(u: Array, v: Array) -> Array:
