@@ -414,5 +414,6 @@ def _normalized(batch: rows.Examples) -> Array:
     stats = statistics.of(r)
     loss = numerics.finite(odds.expected(r, stats, odds.surprise))
     total = surprises.total(r, stats)
-    single = total == 0  # a single class exists
-    return statistics.finish(r, stats, loss / numerics.where(single, jnp.ones_like(total), total))
+    # At 0, a single class exists. If only the label is impossible, the quotient stays infinite.
+    undivided = (total == 0) | (numerics.is_infinite(loss) & ~numerics.is_infinite(total))
+    return statistics.finish(r, stats, loss / numerics.where(undivided, jnp.ones_like(total), total))
