@@ -198,3 +198,13 @@ def test_classes_split_over_devices_and_a_linear_layer(divergence, outside, rng,
     fused, plain = both(hidden, kernel)
     for x, y in zip(jax.tree.leaves(fused), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
+
+
+def test_rounded_log_probabilities_of_a_batch_in_blocks(rng):
+    """The sum of rounded probabilities may exceed 1. The bound on the excess is that of the caller's dtype, also in float32 blocks."""
+    log_probs = jax.nn.log_softmax(jnp.asarray(rng.normal(size=(200, 16)), jnp.float32)).astype(jnp.bfloat16)
+    assert jnp.max(jnp.sum(jnp.exp(log_probs.astype(jnp.float32)), axis=-1)) > 1 + 1e-3
+    z = jnp.asarray(rng.normal(size=(200, 4_000)), jnp.bfloat16)
+    ids = jnp.broadcast_to(jnp.arange(16), (200, 16))
+    loss = jax.jit(xentjax.top_k_distillation_loss)(z, ids, log_probs)
+    assert jnp.all(jnp.isfinite(loss))

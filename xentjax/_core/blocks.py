@@ -2,13 +2,15 @@
 
 Some losses have several sums over classes. For such a loss, XLA on CPUs stores many intermediate arrays. Each array has the size of the
 logits. New memory is slow: the system clears each page when it is first used. The intermediate arrays of one block fit into the cache.
-Each block uses the same memory as the block before it. So no new memory is needed.
+Each block uses the same memory as the block before it. So no new memory is needed. A block in half precision is converted to float32 first.
+The float32 block also stays in the cache, and several loops can share it.
 
 Derivatives. One sweep over the blocks computes the losses and their gradients. The loss computes exponentials, and the gradient uses the
 same exponentials while they are in the cache. The loss of an example depends on that example alone. So the tangent of its loss is
 Σ_k g_k·ẋ_k, where g is the gradient and ẋ is the tangent of the inputs of that example. The transpose of this sum multiplies the gradient
 of each example by one number. This number is the cotangent of the loss of that example. If blocks are used and the dtypes agree, this
-product is written over the gradient, one block after another. Second derivatives are computed without blocks.
+product is written over the gradient, one block after another. In half precision, the loop stores the bits of the gradient. The product then
+replaces the conversion from these bits, which needs a new array anyway. Second derivatives are computed without blocks.
 
 Choice. A loop over blocks is faster on a single CPU device. On GPUs and TPUs, XLA fuses the operations, so blocks are not needed there. On
 several devices, the examples may be split over the devices. A block is a slice of all examples, so each device would need examples of
@@ -126,20 +128,21 @@ mlir.register_lowering(_sweep, _lower_sweep)
 
 
 def _loop(function: Callable[..., tuple[Array, ...]], arrays: tuple[Array, ...], leading: int, size: int) -> list[Array]:
-    shape = arrays[0].shape[:leading]
+    axes = arrays[0].shape[:leading]
     arrays = tuple(x.reshape(-1, *x.shape[leading:]) for x in arrays)
     examples = arrays[0].shape[0]
-    results = jax.eval_shape(function, *arrays)
+    shapes = jax.eval_shape(function, *arrays)
     stored = [_bits(x) for x in arrays]
 
     def step(i: Array, results: list[Array]) -> list[Array]:
         start = _start(i, size, examples)
-        block = (_of_bits(lax.dynamic_slice_in_dim(bits, start, size), x.dtype) for bits, x in zip(stored, arrays, strict=True))
-        return [lax.dynamic_update_slice_in_dim(whole, _bits(x), start, 0) for whole, x in zip(results, function(*block), strict=True)]
+        block = (_widened(lax.dynamic_slice_in_dim(bits, start, size), x.dtype) for bits, x in zip(stored, arrays, strict=True))
+        found = (_bits(x.astype(shape.dtype)) for x, shape in zip(function(*block), shapes, strict=True))
+        return [lax.dynamic_update_slice_in_dim(whole, x, start, 0) for whole, x in zip(results, found, strict=True)]
 
-    initial = [lax.empty(x.shape, jax.eval_shape(_bits, x).dtype) for x in results]
+    initial = [lax.empty(x.shape, jax.eval_shape(_bits, x).dtype) for x in shapes]
     swept = lax.fori_loop(0, -(-examples // size), step, initial)
-    return [_of_bits(bits, x.dtype).reshape(*shape, *x.shape[1:]) for bits, x in zip(swept, results, strict=True)]
+    return [_of_bits(bits, x.dtype).reshape(*axes, *x.shape[1:]) for bits, x in zip(swept, shapes, strict=True)]
 
 
 def _bits(x: Array) -> Array:
@@ -147,12 +150,19 @@ def _bits(x: Array) -> Array:
 
     In a loop, XLA on CPUs would convert whole arrays of numbers in half precision to float32.
     """
-    half = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
-    return lax.bitcast_convert_type(x, jnp.uint16) if half else x
+    return lax.bitcast_convert_type(x, jnp.uint16) if _is_half(x) else x
+
+
+def _is_half(x: Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
 
 
 def _of_bits(bits: Array, dtype: Any) -> Array:
     return bits if bits.dtype == dtype else lax.bitcast_convert_type(bits, dtype)
+
+
+def _widened(bits: Array, dtype: Any) -> Array:
+    return bits if bits.dtype == dtype else numerics.widen(_of_bits(bits, dtype))
 
 
 def _start(i: Array, size: int, examples: int) -> Array:
@@ -241,20 +251,22 @@ def _multiply_in_place(c: Array, x: Array, size: int) -> Array:
     shape = x.shape
     c, x = c.reshape(-1), x.reshape(-1, shape[-1])
 
-    def step(i: Array, bits: Array) -> Array:
+    def step(i: Array, x: Array) -> Array:
         start = _start(i, size, x.shape[0])
         of_block = lax.dynamic_slice_in_dim(c, start, size)
         of_block = jnp.where(start + jnp.arange(size) < i * size, 1, of_block)  # these examples have been multiplied already
-        product = _multiply(of_block, _of_bits(lax.dynamic_slice_in_dim(bits, start, size), x.dtype), x.dtype)
-        return lax.dynamic_update_slice_in_dim(bits, _bits(product), start, 0)
+        product = _multiply(of_block, lax.dynamic_slice_in_dim(x, start, size), x.dtype)
+        return lax.dynamic_update_slice_in_dim(x, product, start, 0)
 
-    return _of_bits(lax.fori_loop(0, -(-x.shape[0] // size), step, _bits(x)), x.dtype).reshape(shape)
+    return lax.fori_loop(0, -(-x.shape[0] // size), step, x).reshape(shape)
 
 
 def _lower_multiples(ctx: Any, *operands: Any, dtype: Any) -> Any:
     def run(c: Array, x: Array) -> Array:
         size = _block_size(ctx, (x,), x.ndim - 1)
-        return _multiply(c, x, dtype) if size is None or x.dtype != dtype else _multiply_in_place(c, x, size)
+        if size is None or x.dtype != dtype or _is_half(x):
+            return _multiply(c, x, dtype)
+        return _multiply_in_place(c, x, size)
 
     return mlir.lower_fun(run, multiple_results=False)(ctx, *operands)
 

@@ -117,14 +117,15 @@ def _distillation(student: rows.Examples, ids: Array, log_probs: Array, beta: Ar
     r = rows.of(student)
     dtype = numerics.accumulation_dtype(r.raw.dtype, log_probs.dtype)
     teacher = rows.Rows(log_probs, log_probs.astype(dtype), ids, r.class_mask, r.where, r.axis_name)
-    return blocks.in_blocks(functools.partial(_loss, divergence=divergence, outside=outside), (r, teacher), beta)
+    loss = functools.partial(_loss, divergence=divergence, outside=outside, rounded_to=log_probs.dtype)
+    return blocks.in_blocks(loss, (r, teacher), beta)
 
 
-def _loss(student: rows.Rows, teacher: rows.Rows, beta: Array, *, divergence: str, outside: str) -> Array:
+def _loss(student: rows.Rows, teacher: rows.Rows, beta: Array, *, divergence: str, outside: str, rounded_to: jax.typing.DTypeLike) -> Array:
     ids, log_p = teacher.given_labels, teacher.values
     listed = rows.masked(log_p != -jnp.inf, student.where)
     log_p = numerics.where(listed, log_p, -jnp.inf)
-    negative, bound = _negative_tail(log_p, teacher.raw.dtype)
+    negative, bound = _negative_tail(log_p, rounded_to)
     valid = jnp.all(~listed | (rows.is_class(student, ids) & (log_p <= 0)), axis=-1) & ~_repeats(ids, listed)
     if outside == "tail":
         valid &= negative <= bound
