@@ -36,6 +36,7 @@ class Mutation:
 
 V, G, S2, M, T = (f"{PROPERTIES}/test_{n}.py" for n in ("values", "gradients", "second_derivatives", "masks", "transforms"))
 ROWS = f"{PROPERTIES}/test_functions.py"
+HUGE = f"{PROPERTIES}/test_huge_logits.py"
 FAMILY = f"{FAMILIES}/test_families.py"
 CTC, TRANSDUCER, TDT, CRF = (f"tests/sequence/test_{n}.py" for n in ("ctc", "transducer", "tdt", "crf"))
 OVERLAP = f"{FAMILIES}/test_overlap.py"
@@ -150,8 +151,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "smoothing without the factor of the label",
         "_core/odds.py",
-        "return (1 - smoothing) * loss + smoothing * spread",
-        "return loss + smoothing * spread",
+        "return numerics.weighted(1 - smoothing, loss) +",
+        "return loss +",
         (V,),
     ),
     Mutation(
@@ -179,8 +180,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "probabilities of top-k labels are rounded",
         "_losses/softmax.py",
-        "probs.astype(r.values.dtype) *",
-        "jnp.round(probs).astype(r.values.dtype) *",
+        "numerics.weighted(probs.astype(r.values.dtype),",
+        "numerics.weighted(jnp.round(probs).astype(r.values.dtype),",
         (V,),
     ),
     Mutation(
@@ -193,8 +194,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "positive weight on both terms",
         "_losses/sigmoid.py",
-        "+ (1 - t) * numerics.softplus(z), where)",
-        "+ (1 - positive) * numerics.softplus(z), where)",
+        "numerics.weighted(1 - t, numerics.softplus(z)), where)",
+        "numerics.weighted(1 - positive, numerics.softplus(z)), where)",
         (V,),
     ),
     Mutation(
@@ -226,7 +227,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         (V,),
     ),
     Mutation("three steps of Halley's method", "_losses/tempered.py", "_STEPS = 7", "_STEPS = 3", (V, FAMILY)),
-    Mutation("prior subtracted", "_losses/imbalance.py", "shift = jnp.asarray(tau", "shift = -jnp.asarray(tau", (V,)),
+    Mutation("prior subtracted", "_losses/imbalance.py", "weighted(jnp.asarray(tau", "weighted(-jnp.asarray(tau", (V,)),
     Mutation(
         "the smallest count of one device only",
         "_losses/imbalance.py",
@@ -688,7 +689,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "a large probability minus its label, rounded",
         "_losses/overlap.py",
-        "numerics.where(p > 0.5, (1 - t) - rest, p - t)",
+        "numerics.where(p > numerics.MOST, (1 - t) - rest, p - t)",
         "p - t",
         (OVERLAP,),
     ),
@@ -795,6 +796,29 @@ MUTATIONS: tuple[Mutation, ...] = (
         "r - lax.stop_gradient(over_group(jnp.max, r, -jnp.inf))",
         "r",
         (POLICY,),
+    ),
+    Mutation("a weighted infinity is a number", "_core/numerics.py", "lax.stop_gradient(sign) * INFINITE", "0 * sign", (HUGE,)),
+    Mutation("a large number is infinite", "_core/numerics.py", "_LARGEST = INFINITE / 2", "_LARGEST = 2.0**80", (HUGE,)),
+    Mutation(
+        "adjusted logits are stored in float32",
+        "_core/rows.py",
+        "Adjustment(raw, m[..., None], terms, change) if rows.half else None",
+        "None",
+        (f"{PROPERTIES}/test_memory.py",),
+    ),
+    Mutation(
+        "sums over classes are repeated in the backward pass",
+        "_linear/chunks.py",
+        "return axes <= 1 < max((x.ndim for x in operands), default=0)",
+        "return False",
+        (f"{LINEAR}/test_linear_programs.py",),
+    ),
+    Mutation(
+        "a bound on rounded log-probabilities in the dtype of a block",
+        "_losses/top_k_teacher.py",
+        "_negative_tail(log_p, rounded_to)",
+        "_negative_tail(log_p, log_p.dtype)",
+        (f"{FAMILIES}/test_top_k_teacher.py",),
     ),
 )
 

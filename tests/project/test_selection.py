@@ -1,9 +1,9 @@
-"""The short run leaves out no test function, no public function and no value of an option."""
+"""The short run leaves out no test function, no public function and no value of an option, and each listed fault can be made."""
 
 import re
 from pathlib import Path
 
-from tests import selection
+from tests import mutations, selection
 from tests.tables import cases
 from tests.tables.rows import ROWS
 
@@ -85,3 +85,9 @@ def subjects(names):
         if subject := re.split(r"[-\]]", parameters)[0]:
             found.setdefault(test, set()).update({subject} & TABLES)
     return found
+
+
+def test_the_line_of_each_fault_occurs_once():
+    """So `python -m tests.mutations`, which runs seldom, finds each line that it replaces."""
+    counts = {m.name: (mutations.ROOT / "xentjax" / m.file).read_text().count(m.old) for m in mutations.MUTATIONS}
+    assert {name: count for name, count in counts.items() if count != 1} == {}
