@@ -202,6 +202,16 @@ def test_traced_parameters_equal_python_numbers(name, keyword, values, rng):
         np.testing.assert_allclose(result, function(z, y, **needed, **{keyword: x}).sum(), rtol=RTOL)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("name", ["ldam_loss", "margin_cross_entropy"])
+def test_a_row_without_any_class_has_no_gradient_at_a_small_scale(name, dtype):
+    """A scale of 0.1 makes a finite number of a tenth of the number that represents ∞."""
+    loss, slope = jax.value_and_grad(lambda z: getattr(xentjax, name)(z, 0, scale=0.1, **NEEDED.get(name, {})))(
+        jnp.full(7, -jnp.inf, dtype)
+    )
+    assert loss == np.inf and not slope.any()
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("hide", ["logit", "mask"])
 def test_impossible_labels_cost_infinity_or_the_bound(hide):

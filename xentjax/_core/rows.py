@@ -243,7 +243,7 @@ def largest(rows: Rows) -> Array:
     """The largest logit of every row, shape [...], in the accumulation dtype; −∞ if the row has no class. It has no derivative."""
     if rows.adjustment is not None:
         top = maximum(rows.adjustment.logits(), None, rows.axis_name)
-        return numerics.where(numerics.is_infinite(-top), -jnp.inf, top)
+        return numerics.where(top < -(2.0**80), -jnp.inf, top)  # a smaller number is that of −∞, times a scale above 2⁻⁴⁰
     return maximum(rows.raw, rows.class_mask, rows.axis_name).astype(rows.values.dtype)
 
 
