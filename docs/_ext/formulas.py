@@ -64,6 +64,7 @@ SIGNS = {
     "α": r"\alpha ",
     "Δ": r"\Delta ",
     "φ": r"\varphi ",
+    "′": r"^{\prime}",
     "Γ": r"\Gamma ",
 }
 _TOKEN = re.compile(r"``.*?``|`[^`]*`|\s+|[^\s`]+")
