@@ -451,10 +451,10 @@ MUTATIONS: tuple[Mutation, ...] = (
         (f"{FAMILIES}/test_reduction.py",),
     ),
     Mutation(
-        "examples that two blocks share are multiplied twice",
+        "the last examples are in no block",
         "_core/blocks.py",
-        "jnp.where(start + jnp.arange(size) < i * size, 1, of_block)",
-        "of_block",
+        "lax.fori_loop(0, -(-examples // size), step",
+        "lax.fori_loop(0, examples // size, step",
         (f"{PROPERTIES}/test_blocks.py",),
     ),
     Mutation(

@@ -8,9 +8,8 @@ The float32 block also stays in the cache, and several loops can share it.
 Derivatives. One sweep over the blocks computes the losses and their gradients. The loss computes exponentials, and the gradient uses the
 same exponentials while they are in the cache. The loss of an example depends on that example alone. So the tangent of its loss is
 Σ_k g_k·ẋ_k, where g is the gradient and ẋ is the tangent of the inputs of that example. The transpose of this sum multiplies the gradient
-of each example by one number. This number is the cotangent of the loss of that example. If blocks are used and the dtypes agree, this
-product is written over the gradient, one block after another. In half precision, the loop stores the bits of the gradient. The product then
-replaces the conversion from these bits, which needs a new array anyway. Second derivatives are computed without blocks.
+of each example by one number. This number is the cotangent of the loss of that example. XLA writes this product over the gradient. In half
+precision, the loop stores the bits of the gradient, and the product is a new array. Second derivatives are computed without blocks.
 
 Choice. A loop over blocks is faster on a single CPU device. On GPUs and TPUs, XLA fuses the operations, so blocks are not needed there. On
 several devices, the examples may be split over the devices. A block is a slice of all examples, so each device would need examples of
@@ -132,16 +131,17 @@ def _loop(function: Callable[..., tuple[Array, ...]], arrays: tuple[Array, ...],
     arrays = tuple(x.reshape(-1, *x.shape[leading:]) for x in arrays)
     examples = arrays[0].shape[0]
     shapes = jax.eval_shape(function, *arrays)
-    stored = [_bits(x) for x in arrays]
 
-    def step(i: Array, results: list[Array]) -> list[Array]:
-        start = _start(i, size, examples)
-        block = (_widened(lax.dynamic_slice_in_dim(bits, start, size), x.dtype) for bits, x in zip(stored, arrays, strict=True))
+    def step(i: Array, carry: tuple[list[Array], tuple[Array, ...]]) -> tuple[list[Array], tuple[Array, ...]]:
+        # The arrays never change. Without the barrier, XLA would know that, and would copy the bits of whole arrays before the loop.
+        results, arrays = carry[0], lax.optimization_barrier(carry[1])
+        start = i * size  # JAX moves the last block to the front if it would not fit, so it may repeat examples of the block before it
+        block = (_widened(lax.dynamic_slice_in_dim(_bits(x), start, size), x.dtype) for x in arrays)
         found = (_bits(x.astype(shape.dtype)) for x, shape in zip(function(*block), shapes, strict=True))
-        return [lax.dynamic_update_slice_in_dim(whole, x, start, 0) for whole, x in zip(results, found, strict=True)]
+        return [lax.dynamic_update_slice_in_dim(whole, x, start, 0) for whole, x in zip(results, found, strict=True)], arrays
 
     initial = [lax.empty(x.shape, jax.eval_shape(_bits, x).dtype) for x in shapes]
-    swept = lax.fori_loop(0, -(-examples // size), step, initial)
+    swept, _ = lax.fori_loop(0, -(-examples // size), step, (initial, arrays))
     return [_of_bits(bits, x.dtype).reshape(*axes, *x.shape[1:]) for bits, x in zip(swept, shapes, strict=True)]
 
 
@@ -163,11 +163,6 @@ def _of_bits(bits: Array, dtype: Any) -> Array:
 
 def _widened(bits: Array, dtype: Any) -> Array:
     return bits if bits.dtype == dtype else numerics.widen(_of_bits(bits, dtype))
-
-
-def _start(i: Array, size: int, examples: int) -> Array:
-    """The first example of block i. All blocks have the same size, so the last block may repeat examples of the block before it."""
-    return jnp.minimum(i * size, examples - size)
 
 
 def _block_size(ctx: Any, arrays: tuple[Array, ...], leading: int) -> int | None:
@@ -246,31 +241,6 @@ def _multiply(c: Array, x: Array, dtype: Any) -> Array:
     return (c.astype(wide)[..., None] * x.astype(wide)).astype(dtype)
 
 
-def _multiply_in_place(c: Array, x: Array, size: int) -> Array:
-    """c·x, written over x one block after another."""
-    shape = x.shape
-    c, x = c.reshape(-1), x.reshape(-1, shape[-1])
-
-    def step(i: Array, x: Array) -> Array:
-        start = _start(i, size, x.shape[0])
-        of_block = lax.dynamic_slice_in_dim(c, start, size)
-        of_block = jnp.where(start + jnp.arange(size) < i * size, 1, of_block)  # these examples have been multiplied already
-        product = _multiply(of_block, lax.dynamic_slice_in_dim(x, start, size), x.dtype)
-        return lax.dynamic_update_slice_in_dim(x, product, start, 0)
-
-    return lax.fori_loop(0, -(-x.shape[0] // size), step, x).reshape(shape)
-
-
-def _lower_multiples(ctx: Any, *operands: Any, dtype: Any) -> Any:
-    def run(c: Array, x: Array) -> Array:
-        size = _block_size(ctx, (x,), x.ndim - 1)
-        if size is None or x.dtype != dtype or _is_half(x):
-            return _multiply(c, x, dtype)
-        return _multiply_in_place(c, x, size)
-
-    return mlir.lower_fun(run, multiple_results=False)(ctx, *operands)
-
-
 def _batched(primitive: Primitive, plain: Callable, arrays: tuple[Array, ...], axes: tuple[Any, ...], dtype: Any) -> tuple[Array, int]:
     if None in axes:  # an array would have to be copied
         return jax.vmap(functools.partial(plain, dtype=dtype), axes)(*arrays), 0
@@ -288,7 +258,7 @@ _multiples.def_abstract_eval(lambda c, x, *, dtype: core.ShapedArray(x.shape, dt
 batching.primitive_batchers[_sum_of_products] = functools.partial(_batched, _sum_of_products, _dot)
 batching.primitive_batchers[_multiples] = functools.partial(_batched, _multiples, _multiply)
 mlir.register_lowering(_sum_of_products, mlir.lower_fun(_dot, multiple_results=False))
-mlir.register_lowering(_multiples, _lower_multiples)
+mlir.register_lowering(_multiples, mlir.lower_fun(_multiply, multiple_results=False))
 ad.defbilinear(
     _sum_of_products,
     lambda ct, x, y, *, dtype: _product_with(_multiples, ct, y, x),
