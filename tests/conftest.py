@@ -59,6 +59,7 @@ def pytest_configure(config):
     else:
         jax.config.update("jax_platforms", "cpu")
     config.addinivalue_line("markers", "exhaustive: only under --exhaustive")
+    config.addinivalue_line("markers", "by_module: one row for each module of losses in the short run, not one for each public function")
     config.addinivalue_line("markers", "every_row: every row of the table in the short run too, not one for each public function")
     drawing.number = config.getoption("--randomize")
     drawing.exhaustive = config.getoption("--exhaustive")

@@ -3,7 +3,8 @@
 `python -m pytest --exhaustive` runs every test with every combination of its parameters. The short run takes, for each test function:
 
 - every value of every parameter at least once. Rows of the tables count as the function that they are about, so each public function
-  meets each property once, and its other rows only in the test functions that ask for all of them;
+  meets each property once, and its other rows only in the test functions that ask for all of them. Where a test is marked `by_module`,
+  rows count as the module of their function: one loss of each module stands for the losses that share its code;
 - as few combinations as this needs, chosen so that over all functions each pair of options occurs about equally often;
 - nothing if it is marked `exhaustive`: it takes long, starts processes, or tests what another test of the short run already tests.
 """
@@ -36,13 +37,19 @@ def subject(value: Any) -> Hashable | None:
     return name.split("-")[0] if isinstance(name, str) else None
 
 
+def module(value: Any) -> Hashable | None:
+    """The module of the public function that a row of a table is about; None for other parameters."""
+    return getattr(getattr(value, "function", None), "__module__", None)
+
+
 def parameters(item: pytest.Item) -> dict[str, Hashable]:
-    """The parameters of a test; a row of a table is represented by its function."""
+    """The parameters of a test; a row of a table is represented by its function, or by the module of its function."""
     callspec = getattr(item, "callspec", None)
     if callspec is None:
         return {}
-    whole = item.get_closest_marker("every_row") is not None
-    return {name: str(value) if whole else subject(value) or repr(value) for name, value in callspec.params.items()}
+    marks = {"every_row": str, "by_module": module}
+    key = next((key for mark, key in marks.items() if item.get_closest_marker(mark) is not None), subject)
+    return {name: key(value) or repr(value) for name, value in callspec.params.items()}
 
 
 def covering(items: list[pytest.Item]) -> list[pytest.Item]:

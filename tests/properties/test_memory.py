@@ -102,11 +102,23 @@ def test_indices_are_never_one_hot():
     assert not re.search(rf"= (pred|s32)\[{ROWS},{CLASSES}\]", entry)
 
 
-def test_blocks_store_no_logits():
+IN_BLOCKS = {kind: functools.partial(xentjax.distillation_loss, divergence=kind) for kind in ("forward", "reverse", "js", "tv")}
+IN_BLOCKS["tempered"] = functools.partial(xentjax.bi_tempered_cross_entropy, t1=0.3, t2=1.3)
+SHORT = ("js", "tempered")  # in the short run; the others have the form of js
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in SHORT else pytest.mark.exhaustive) for n in IN_BLOCKS])
+def test_blocks_store_no_logits(name):
     """An array of the logits has 8 MB here. The gradient of the loss is made in the memory of the result."""
-    losses = [functools.partial(xentjax.distillation_loss, divergence=kind) for kind in ("forward", "reverse", "js", "tv")]
-    losses.append(functools.partial(xentjax.bi_tempered_cross_entropy, t1=0.3, t2=1.3))
     z = jax.ShapeDtypeStruct((2000, 1000), jnp.float32)
-    for loss in losses:
-        run = jax.value_and_grad(lambda x, y, loss=loss: loss(x, y).mean(), (0, 1))
-        assert jax.jit(run).lower(z, z).compile().memory_analysis().temp_size_in_bytes < 16 * blocks._BYTES  # some arrays of a block
+    run = jax.value_and_grad(lambda x, y: IN_BLOCKS[name](x, y).mean(), (0, 1))
+    assert jax.jit(run).lower(z, z).compile().memory_analysis().temp_size_in_bytes < 16 * blocks._BYTES  # some arrays of a block
+
+
+@pytest.mark.parametrize("loss", ["forward", "top_k"])
+def test_blocks_copy_no_half_precision_logits(loss):
+    """The value: an array of the logits has 4 MB here, and the copy of its bits as well."""
+    z = jax.ShapeDtypeStruct((2000, 1000), jnp.bfloat16)
+    ids = jnp.zeros((2000, 1), jnp.int32)
+    run = IN_BLOCKS[loss] if loss in IN_BLOCKS else lambda x, y: xentjax.top_k_distillation_loss(x, ids, y[:, :1])
+    assert jax.jit(run).lower(z, z).compile().memory_analysis().temp_size_in_bytes < 4 * blocks._BYTES

@@ -97,6 +97,7 @@ def good(where):
     return where & ~jnp.isin(jnp.arange(TOKENS), BAD)
 
 
+@pytest.mark.by_module
 @pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("shards", [1, 2, 4, 8])
 @pytest.mark.parametrize("case", CASES, ids=str)
