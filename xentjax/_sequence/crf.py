@@ -256,7 +256,7 @@ def _masks(alpha: Scaled, gold: tuple[Array, Array]) -> tuple[Array, Array]:
 
 
 def _advance(alpha: Scaled, x: _Position, transitions: Scaled, gold: tuple[Array, Array], fixed: Any) -> Scaled:
-    alpha = lax.optimization_barrier(alpha)  # normalized once per tag, not once per transition
+    alpha = lax.optimization_barrier(scaled.normalized(alpha))  # normalized once per tag, not once per transition
     source, target = _masks(alpha, gold)
     along = scaled.times(Scaled(*(part[..., None] for part in alpha)), transitions)
     moved = scaled.add_over(scaled.selected(~(source[..., None] & target[..., None, :]), along), -2)

@@ -252,7 +252,7 @@ def weights(log_p: Array, others: tuple[Array, Array] | None, sequences: argumen
 def _advance(alpha: States, x: States, shared: Any, fixed_x: Any, fixed: _Fixed) -> States:
     (from_label,), (from_blank,) = (scaled.shifted(states, 1) for states in alpha)
     label = scaled.add(alpha.label, from_blank, scaled.selected(fixed.skips, from_label))
-    return States(scaled.times(label, x.label), scaled.times(scaled.add(*alpha), x.blank))
+    return scaled.tree_map(scaled.normalized, States(scaled.times(label, x.label), scaled.times(scaled.add(*alpha), x.blank)))
 
 
 def _retreat(

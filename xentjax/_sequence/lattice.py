@@ -25,12 +25,14 @@ step. In both cases all terms have the same sign, so the derivatives are as accu
 
 One backward pass computes all derivatives of a sequence. It needs α of every step. The forward pass stores α only before each segment of √T
 steps. The backward pass recomputes α of one segment at a time, from the α before the segment. So the memory of α is proportional to √T
-instead of T. If `Lattice.segments` is False, the forward pass stores α of every step. The tangent is linear in the tangents of the weights,
-so JAX can transpose it.
+instead of T. The recursion over a segment keeps the derivatives of all states. From these, the derivatives of the weights are computed for
+all steps of the segment at once. If `Lattice.segments` is False, the forward pass stores α of every step, and each step of the backward
+pass computes the derivatives of its weights. The tangent is linear in the tangents of the weights, so JAX can transpose it.
 
-Normalization. α is normalized before each step, and not after it. So the exponent after a step does not depend on the sum of the mantissas.
-Each loop of XLA on CPUs has only one result. If α were normalized after the step, one loop would compute the mantissas, and a second loop
-would compute the sum of the mantissas again for the exponent.
+Normalization. `Lattice.advance` normalizes α, either before or after the step. Each loop of XLA on CPUs has only one result. If a state is
+two arrays, and α is normalized after the step, one loop computes the mantissas, and a second loop computes the sum of the mantissas again
+for the exponent. So lattices whose states are stored in this form normalize α before the step. Then the exponent after a step does not
+depend on the sum of the mantissas. Lattices whose states are packed (see `_recursion`) normalize α after the step.
 
 No path. The logarithm of a weight of 0 is −∞. As a `Scaled` number, 0 has a finite exponent, so no difference of infinities occurs. Any
 finite logarithm belongs to a weight above 0.
@@ -59,7 +61,7 @@ class Lattice(NamedTuple):
     a step. Let a and b be the exponents of α before and after the step. `retreat` multiplies ᾱ by the weight of an edge and by 2^(a − b).
     """
 
-    advance: Callable  # (normalized α, x, shared, fixed_x, fixed) → α after the step, not normalized
+    advance: Callable  # (α, x, shared, fixed_x, fixed) → α after the step; normalizes α before or after the step
     retreat: Callable  # (ᾱ, α before, α after, x, shared, fixed_x, fixed) → ᾱ before the step, derivatives by log x and by log shared
     lost: Callable | None  # (xs, Weights.lost, fixed) → ℓ_t(s) [steps, ..., states]; None if the weights are not probabilities
     segments: bool = True  # whether α is stored only before each segment of steps, and recomputed from there in the backward pass
@@ -166,7 +168,7 @@ def _forward(lattice: Lattice, weights: Weights, steps: _Steps) -> tuple[Any, An
     """α after the last step, and α before every segment. If `lattice.segments` is False, the second result is α before every step."""
 
     def segment(alpha: Any, steps: _Steps) -> Any:
-        after, before = _advanced(lattice, weights, alpha, steps, keep=not lattice.segments)
+        after, before = _advanced(lattice, weights, alpha, steps)
         return after, alpha if lattice.segments else before
 
     dtype = jax.tree.leaves(weights.xs)[0].dtype
@@ -174,20 +176,65 @@ def _forward(lattice: Lattice, weights: Weights, steps: _Steps) -> tuple[Any, An
     return lax.scan(segment, _varying(start, weights), steps)
 
 
-def _advanced(lattice: Lattice, weights: Weights, alpha: Any, steps: _Steps, keep: bool = True) -> tuple[Any, Any]:
-    """α after the last step of a segment, and α before every step. A step that is not live is skipped.
-
-    If `keep` is False, the second result is None.
-    """
+def _advanced(lattice: Lattice, weights: Weights, alpha: Any, steps: _Steps) -> tuple[Any, Any]:
+    """α after the last step of a segment, and α before every step. A step that is not live is skipped."""
     shared = jax.tree.map(scaled.of_log, weights.shared)
 
     def forward(alpha: Any, inputs: Any) -> Any:
         x, fixed_x, live = inputs
-        following = lattice.advance(scaled.tree_map(scaled.normalized, alpha), x, shared, fixed_x, weights.fixed)
-        following = scaled.tree_map(lambda new, old: scaled.where(live[..., None], new, old), following, alpha)
-        return following, (alpha if keep else None)
+        following = lattice.advance(alpha, x, shared, fixed_x, weights.fixed)
+        return scaled.tree_map(lambda new, old: scaled.where(live[..., None], new, old), following, alpha)
 
-    return lax.scan(forward, alpha, (jax.tree.map(scaled.of_log, steps.xs), steps.fixed_xs, steps.live))
+    return _recursion(forward, alpha, (jax.tree.map(scaled.of_log, steps.xs), steps.fixed_xs, steps.live), _kinds(weights))
+
+
+def _kinds(weights: Weights) -> int:
+    """The number of kinds of states."""
+    return len(jax.tree.leaves(weights.start))
+
+
+def _recursion(step: Callable[[Any, Any], Any], first: Any, inputs: Any, kinds: int, reverse: bool = False) -> tuple[Any, Any]:
+    """The state after the last step, and the states before all steps. `step(state, inputs of a step)` returns the next state.
+
+    The loops of a step are short. XLA on CPUs divides them among all cores, and waking a core takes longer than such a loop. XLA does not
+    divide a loop that writes one row of an array, and it runs a step of at most 8 loops on one core. So on CPUs, two arrays of a state are
+    packed into one array of complex numbers. Each state is written into a row of an array, and is read from there. If the states have only
+    one kind, a step has few loops in any case.
+    """
+
+    def in_scan(first: Any, inputs: Any) -> tuple[Any, Any]:
+        return lax.scan(lambda state, x: (step(state, x), state), first, inputs, reverse=reverse)
+
+    def in_rows(first: Any, inputs: Any) -> tuple[Any, Any]:
+        leaves, structure = jax.tree.flatten(first)
+        steps = jax.tree.leaves(inputs)[0].shape[0]
+
+        def of_step(carry: Any, inputs: Any) -> Any:
+            (state, states), (place, x) = carry, inputs
+            following = _packed(jax.tree.leaves(step(structure.unflatten(_unpacked(state)), x)))
+            states = jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, place, 0), states, following)
+            return (jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, place, 0, keepdims=False), states), states), None
+
+        start = _packed(leaves)
+        states = jax.tree.map(lambda x: jnp.broadcast_to(x, (steps + 1, *x.shape)), start)
+        places = lax.iota(jnp.uint32, steps)
+        (last, states), _ = lax.scan(of_step, (start, states), (places if reverse else places + 1, inputs), reverse=reverse)
+        before = jax.tree.map(lambda x: x[1:] if reverse else x[:-1], states)
+        return structure.unflatten(_unpacked(last)), structure.unflatten(_unpacked(before))
+
+    return in_scan(first, inputs) if kinds == 1 else lax.platform_dependent(first, inputs, cpu=in_rows, default=in_scan)
+
+
+def _packed(arrays: list[Array]) -> list[Array]:
+    """Each pair of arrays as one array of complex numbers. If the number of arrays is odd, the last one is not packed."""
+    pairs = zip(arrays[::2], arrays[1::2], strict=False)
+    return [lax.complex(*pair) for pair in pairs] + (arrays[-1:] if len(arrays) % 2 else [])
+
+
+def _unpacked(packed: list[Array]) -> list[Array]:
+    """The arrays that `_packed` got."""
+    parts = ((lax.real(x), lax.imag(x)) if jnp.iscomplexobj(x) else (x,) for x in packed)
+    return [part for pair in parts for part in pair]
 
 
 def _before(lattice: Lattice, weights: Weights, kept: Any, steps: _Steps) -> Any:
@@ -215,8 +262,7 @@ def _backward(
         x = jax.tree.map(scaled.of_log, steps.xs)
 
         def retreated(carry: Any, ell: Any, retreat: Callable[..., Any] = lattice.retreat) -> Any:
-            def backward(carry: Any, inputs: Any) -> Any:
-                bar, shared_bar = carry
+            def backward(bar: Any, inputs: Any) -> Any:
                 before, after, ell, x, fixed_x, live = inputs
                 moved = jax.tree.map(lambda x: jnp.where(live[..., None], x, jnp.zeros_like(x)), bar)
                 earlier, of_x, of_shared = retreat(moved, before, after, x, shared, fixed_x, weights.fixed)
@@ -224,10 +270,19 @@ def _backward(
                 if weight is not None and ell is not None:
                     of_lost = jax.tree.map(lambda ell, alpha: weight[..., None] * ell * scaled.power(alpha.exponent), ell, before)
                     earlier = jax.tree.map(jnp.add, earlier, of_lost)
-                earlier = jax.tree.map(lambda x, y: jnp.where(live[..., None], x, y), earlier, bar)
-                return (earlier, jax.tree.map(jnp.add, shared_bar, of_shared)), of_x
+                return jax.tree.map(lambda x, y: jnp.where(live[..., None], x, y), earlier, bar), of_x, of_shared
 
-            return lax.scan(backward, carry, (before, after, ell, x, steps.fixed_xs, steps.live), reverse=True)
+            inputs = before, after, ell, x, steps.fixed_xs, steps.live
+            if lattice.segments:
+                bar, bars = _recursion(lambda bar, inputs: backward(bar, inputs)[0], carry[0], inputs, _kinds(weights), reverse=True)
+                _, of_x, of_shared = jax.vmap(backward)(bars, inputs)
+                return (bar, jax.tree.map(lambda x, y: x + jnp.sum(y, axis=0), carry[1], of_shared)), of_x
+
+            def with_slopes(carry: Any, inputs: Any) -> Any:
+                earlier, of_x, of_shared = backward(carry[0], inputs)
+                return (earlier, jax.tree.map(jnp.add, carry[1], of_shared)), of_x
+
+            return lax.scan(with_slopes, carry, inputs, reverse=True)
 
         ways = (functools.partial(_retreat_by_autodiff, lattice), lattice.retreat)
         found, xs_bar = lax.cond(rounded, *(lambda way=way: _varying(retreated(found, None, way), weights) for way in ways))
@@ -273,7 +328,7 @@ def _retreat_by_autodiff(
 
     def advanced(alpha: Any, x: Any, shared: Any) -> Any:
         alpha, x, shared = (_joined(m, exponents) for m, (_, exponents) in zip((alpha, x, shared), parts, strict=True))
-        return _parted(lattice.advance(scaled.tree_map(scaled.normalized, alpha), x, shared, fixed_x, fixed))[0]
+        return _parted(lattice.advance(alpha, x, shared, fixed_x, fixed))[0]
 
     earlier, of_x, of_shared = jax.vjp(advanced, *(mantissas for mantissas, _ in parts))[1](bar)
     of_x, of_shared = (jax.tree.map(jnp.multiply, bar, part[0]) for bar, part in zip((of_x, of_shared), parts[1:], strict=True))

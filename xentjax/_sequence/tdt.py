@@ -312,7 +312,7 @@ def _advance(durations: tuple[int, ...], alpha: tuple[Scaled, ...], x: Scaled, s
         if d > 0:
             arriving[d - 1].append(scaled.selected(kept[0], scaled.times(by_blank, q)))
         arriving[d].append(scaled.shifted(scaled.selected(kept[1], scaled.times(by_label, q)), 1)[0])
-    return tuple(scaled.add(*terms) for terms in arriving)
+    return tuple(scaled.normalized(scaled.add(*terms)) for terms in arriving)
 
 
 def _retreat(

@@ -274,7 +274,7 @@ def diagonals(x: Array, fill: float) -> Array:
 
 
 def _advance(alpha: Scaled, x: tuple[Scaled, Scaled], shared: Any, fixed_x: Any, fixed: Any) -> Scaled:
-    by_blank, by_label = (scaled.times(alpha, weight) for weight in x)
+    by_blank, by_label = (scaled.times(scaled.normalized(alpha), weight) for weight in x)
     return scaled.add(by_blank, *scaled.shifted(by_label, 1))
 
 
