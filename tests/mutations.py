@@ -39,6 +39,7 @@ ROWS = f"{PROPERTIES}/test_functions.py"
 HUGE = f"{PROPERTIES}/test_huge_logits.py"
 FAMILY = f"{FAMILIES}/test_families.py"
 CTC, TRANSDUCER, TDT, CRF = (f"tests/sequence/test_{n}.py" for n in ("ctc", "transducer", "tdt", "crf"))
+HUGE_SCORES = "tests/sequence/test_huge_scores.py"
 OVERLAP = f"{FAMILIES}/test_overlap.py"
 POLICY, ACCURACY = f"{FAMILIES}/test_policy.py", f"{FAMILIES}/test_preference_accuracy.py"
 
@@ -654,6 +655,13 @@ MUTATIONS: tuple[Mutation, ...] = (
         "return (by_class[0] + by_class[1], *of_waiting)",
         "return (by_class[1], *of_waiting)",
         (TDT,),
+    ),
+    Mutation(
+        "log-probabilities of durations are bounded",
+        "_sequence/tdt.py",
+        "log_q, _ = frames.probabilities(v, every)",
+        "log_q = jnp.maximum(frames.probabilities(v, every)[0], -numerics.INFINITE)",
+        (HUGE_SCORES,),
     ),
     Mutation(
         "of taggings with equal scores, the last comes first",

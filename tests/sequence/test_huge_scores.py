@@ -141,9 +141,28 @@ def test_decoders_of_huge_scores(size, rng):
     np.testing.assert_allclose(sequence.crf_marginals(u, w, start=s, end=e), np.eye(TAGS)[list(best)], atol=SUMS * EPS)
 
 
-def test_huge_log_probabilities_of_logits(rng):
-    """The loss of CTC and of transducers from logits that are 1e30 apart: only the best alignment counts."""
-    logits = np.float32(rng.uniform(-1, 1, (TIME, 3)) * 1e30)
-    log_p = np.float64(logits) - logits.max(-1, keepdims=True).astype(np.float64)
-    sums = [sum(log_p[t, k] for t, k in enumerate(states)) for states, _ in _alignments()]
-    np.testing.assert_allclose(xentjax.ctc_loss(logits, LABELS), -max(sums), rtol=SUMS * EPS)
+OF_LOGITS = {
+    "ctc": ([(TIME, 3)], xentjax.ctc_loss, oracle.ctc),
+    "transducer": ([(TIME, MOST + 1, 3)], xentjax.transducer_loss, oracle.transducer),
+    "tdt": (
+        [(TIME, MOST + 1, 3), (TIME, MOST + 1, len(DURATIONS))],
+        lambda z, v, y: xentjax.tdt_loss(z, v, y, durations=DURATIONS),
+        lambda z, v, y: oracle.tdt(z, v, y, DURATIONS),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_LOGITS)
+def test_huge_logits(name, rng):
+    shapes, function, exact = OF_LOGITS[name]
+    run = jax.jit(jax.value_and_grad(lambda arrays: function(*arrays, LABELS)))
+    sizes = [size * np.ones(len(shapes)) for size in (1e8, 1e20, 2.0**91, 1e30, 2e37)]
+    for size in [*sizes, *([1, size[1]] for size in sizes if len(shapes) == 2)]:  # or only the logits of the durations are huge
+        for _ in range(2):
+            arrays = [np.float32(rng.uniform(-1, 1, shape) * s) for shape, s in zip(shapes, size, strict=True)]
+            loss, slopes = run(arrays)
+            expected, *gradients = exact(*arrays, LABELS.tolist())
+            np.testing.assert_allclose(loss, expected, rtol=SUMS * EPS)
+            if size[0] > 1 or expected < 1e3:  # otherwise, the sums round away the logits of the classes
+                for x, gradient in zip(slopes, gradients, strict=False):
+                    np.testing.assert_allclose(x, gradient, atol=SUMS * EPS)

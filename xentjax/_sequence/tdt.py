@@ -19,11 +19,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
-from xentjax._core import checks, mesh, numerics, rows, statistics, surprises, values
-from xentjax._sequence import arguments, devices, lattice, scaled, transducer
+from xentjax._core import checks, mesh, numerics, rows, values
+from xentjax._sequence import arguments, devices, frames, lattice, scaled, transducer
 from xentjax._sequence.scaled import Scaled
 
 
@@ -130,7 +130,8 @@ def _of_logits(
     *of_classes, valid = transducer.log_probabilities(batch, sequences, nodes, blank)
     blanks, of_labels, rest = (x.astype(dtype) for x in of_classes)
     v = rows.Rows(of_durations, of_durations.astype(dtype), None, None, nodes.inside, None)
-    log_q = jnp.where(of_durations == -jnp.inf, -jnp.inf, -surprises.surprise(v, statistics.of_row(v)))
+    every = lax.broadcasted_iota(jnp.int32, (*[1] * (v.values.ndim - 1), len(durations)), v.values.ndim - 1)
+    log_q, _ = frames.probabilities(v, every)  # `surprises.surprise` would bound it by INFINITE, but only −∞ forbids a path
     return _loss(True, durations, nodes, (blanks, of_labels, log_q), rest, sigma, valid, sequences.where)
 
 
