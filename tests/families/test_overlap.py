@@ -1,4 +1,4 @@
-"""Losses of regions beyond the common battery: masks of pixels, tiny losses, bad labels, absent classes, devices, peers.
+"""Losses of regions beyond the common battery: masks of pixels, tiny losses, bad labels, absent classes, devices.
 
 Values and derivatives of whole images stand in the rows of `table_regions.py`.
 """
@@ -10,7 +10,6 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -323,18 +322,6 @@ def test_axes(loss, rng):
     first = jnp.moveaxis(z, -1, 1)
     for found in (loss(z, y, spatial=3), loss(first, y, spatial=3, axis=1), jax.vmap(lambda z, y: loss(z, y, spatial=3, axis=0))(first, y)):
         np.testing.assert_allclose(found, expected, rtol=RTOL)
-
-
-# Peers -------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("background", [True, False])
-def test_optax(background, rng):
-    z, y = draw(rng)
-    theirs = optax.losses.dice_loss(z, jax.nn.one_hot(y, K), ignore_background=not background)
-    ours = xentjax.tversky_loss(z, y, smooth=1.0)[..., 0 if background else 1 :].mean(-1)
-    np.testing.assert_allclose(ours, theirs, rtol=RTOL)
-    np.testing.assert_allclose(xentjax.dice_loss(z, y, smooth=2.0), xentjax.tversky_loss(z, y, smooth=1.0), rtol=RTOL)
 
 
 # Devices -----------------------------------------------------------------------------------------------------------------
