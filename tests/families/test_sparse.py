@@ -73,8 +73,12 @@ def test_one_is_softmax_and_two_is_sparsemax(rng, quick_compilation):
     np.testing.assert_array_equal(xentjax.entmax_loss(z, y, alpha=2.0), xentjax.sparsemax_loss(z, y))
     near, limit = xentjax.entmax_loss(z, y, alpha=1.0 + 2.0**-7), xentjax.softmax_cross_entropy(z, y)
     np.testing.assert_allclose(near, limit, rtol=0.05)  # of first order in α − 1
-    for alpha in (1, 1.0, 0.5, 2.5):
-        with pytest.raises(ValueError, match="entmax_loss: alpha must be"):
+    for alpha, message in (
+        (1, "above 1; got 1. Use xentjax.softmax_cross_entropy"),
+        (0.5, r"in \(1, 2\]; got 0.5"),
+        (2.5, r"in \(1, 2\]; got 2.5"),
+    ):
+        with pytest.raises(ValueError, match=f"entmax_loss: alpha must be .*{message}"):
             xentjax.entmax_loss(z, y, alpha=alpha)
 
 

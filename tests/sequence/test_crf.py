@@ -254,3 +254,5 @@ def test_errors():
         xentjax.checked(xentjax.crf_loss)(u, y.at[0, 1].set(4), w)
     with pytest.raises(TypeError, match=r"crf_loss: transitions must have a floating dtype; got int32"):
         xentjax.crf_loss(u, y, w.astype(jnp.int32))
+    with pytest.raises(TypeError, match=r"got float32 and int32\. Use crf_loss\(unary, labels, transitions\)\."):
+        xentjax.crf_loss(u, w, y)

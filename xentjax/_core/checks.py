@@ -189,14 +189,17 @@ def example_weights(
     return w, counts
 
 
-def number(function: str, name: str, x: ArrayLike, low: float = 0.0, high: float = math.inf) -> ArrayLike | None:
+def number(
+    function: str, name: str, x: ArrayLike, low: float = 0.0, high: float = math.inf, interval: str | None = None
+) -> ArrayLike | None:
     """A scalar hyper-parameter in [low, high]. The Python number 0 becomes None.
 
     The caller then leaves the term of this hyper-parameter out of the program. A Python number that is infinite or outside [low, high]
     raises ValueError. An array may be traced, so only its shape and dtype are checked. Its dtype may be an integer dtype. Inside
-    `xentjax.checked`, its value is checked too.
+    `xentjax.checked`, its value is checked too. `interval` describes the range in error messages. If it is open, callers check its ends.
     """
-    interval = f"at least {low:g}" if math.isinf(high) else f"at most {high:g}" if math.isinf(low) else f"in [{low:g}, {high:g}]"
+    if interval is None:
+        interval = f"at least {low:g}" if math.isinf(high) else f"at most {high:g}" if math.isinf(low) else f"in [{low:g}, {high:g}]"
     if isinstance(x, numbers.Real) or (isinstance(x, np.ndarray | np.generic) and x.ndim == 0):
         value = float(x)
         if not low <= value <= high or math.isinf(value):

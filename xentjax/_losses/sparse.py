@@ -137,7 +137,7 @@ def entmax_loss(
     """
     name = "entmax_loss"
     batch = checks.examples(name, logits, labels, axis, axis_name, class_mask, where)
-    exponent = checks.number(name, "alpha", alpha, low=1.0, high=2.0)
+    exponent = checks.number(name, "alpha", alpha, low=1.0, high=2.0, interval="in (1, 2]")
     if isinstance(exponent, Array):
         values.check(name, "alpha", exponent, lambda a: a == 1, "is not above 1")
         return _sparse(batch, exponent, None)

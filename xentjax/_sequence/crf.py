@@ -71,6 +71,12 @@ def crf_loss(
         Lafferty et al., Conditional Random Fields: Probabilistic Models for Segmenting and Labeling Sequence Data, 2001.
     """
     name = "crf_loss"
+    of_labels, of_transitions = (getattr(x, "dtype", jnp.bool_) for x in (labels, transitions))
+    if jnp.issubdtype(of_labels, jnp.floating) and jnp.issubdtype(of_transitions, jnp.integer):
+        raise TypeError(
+            f"{name}: labels must have an integer dtype, and transitions a floating dtype; got {of_labels} and {of_transitions}. "
+            f"Use {name}(unary, labels, transitions)."
+        )
     model = check(name, unary, transitions, start, end, where)
     y = checks.integers(name, "labels", labels)
     checks.same_shape(name, "labels", y, model.unary.shape[:-1], "the shape of unary without its tag axis")
