@@ -12,7 +12,9 @@ from jax.interpreters import ad, batching, mlir
 
 from xentjax._core import mesh, numerics
 
-_BLOCK_BYTES = 2**24  # XLA on CPUs cannot add a product in place. So a sum of products is computed in blocks of about this size.
+# XLA on CPUs cannot add a product in place. So a sum of products is computed in blocks of up to about _BLOCK_BYTES. If each of them has at
+# least _SMALL_BLOCK_BYTES, there are eight blocks or more.
+_BLOCK_BYTES, _SMALL_BLOCK_BYTES = 2**24, 2**22
 
 
 def dot(x: Array, y: Array, x_axis: int, y_axis: int, like: Any = None) -> Array:
@@ -102,7 +104,7 @@ def _add_in_blocks(classes: int, total: Array, left: Array, right: Array) -> Arr
     size, features, examples = total.shape[classes], total.shape[1 - classes], left.shape[0]
     if not isinstance(size, int):  # a symbolic number of classes, such as the batch of a contrastive loss
         return _add_at_once(total, left, right)
-    width = max(1, -(-size // max(1, -(-total.nbytes // _BLOCK_BYTES))))
+    width = max(1, -(-size // _number_of_blocks(total.nbytes)))
     many = isinstance(examples, int) and (features + examples) * width >= features * size  # a symbolic number of examples is not an int
     if width >= size or many:
         return _add_at_once(total, left, right)
@@ -117,6 +119,11 @@ def _add_in_blocks(classes: int, total: Array, left: Array, right: Array) -> Arr
         return lax.dynamic_update_slice_in_dim(total, block, start, classes)
 
     return lax.fori_loop(0, -(-size // width), add, total)
+
+
+def _number_of_blocks(size: int) -> int:
+    """The number of blocks of a sum of products of `size` bytes."""
+    return max(1, min(8, size // _SMALL_BLOCK_BYTES), -(-size // _BLOCK_BYTES))
 
 
 # The tangent of a product ----------------------------------------------------------------------------------------------------
