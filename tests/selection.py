@@ -3,8 +3,8 @@
 `python -m pytest --exhaustive` runs every test with every combination of its parameters. The short run takes, for each test function:
 
 - every value of every parameter at least once. Rows of the tables count as the function that they are about, so each public function
-  meets each property once, and its other rows only in the test functions that ask for all of them. Where a test is marked `by_module`,
-  rows count as the module of their function: one loss of each module stands for the losses that share its code;
+  meets each property once, and its other rows only in the test functions that ask for all of them. In a test marked `by_module`, rows
+  count as the module of their function. So one loss of each module is tested, because the losses of a module share code;
 - as few combinations as this needs, chosen so that over all functions each pair of options occurs about equally often;
 - nothing if it is marked `exhaustive`: it takes long, starts processes, or tests what another test of the short run already tests.
 """

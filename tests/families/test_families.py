@@ -212,6 +212,17 @@ def test_a_row_without_any_class_has_no_gradient_at_a_small_scale(name, dtype):
     assert loss == np.inf and not slope.any()
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("tau", [1.0, 0.3, 0.0])
+def test_a_prior_of_0_removes_a_class(tau, dtype):
+    """At τ = 0, the prior has no effect, since 0·log 0 counts as 0."""
+    prior, z = jnp.log(jnp.array([0.0, 0.0, 1.0])), jnp.array([1.0, 2.0, -jnp.inf], dtype)
+    loss, slope = jax.value_and_grad(lambda z: xentjax.logit_adjusted_cross_entropy(z, 2, class_log_prior=prior, tau=tau))(z)
+    p = np.exp([1, 2]) / np.exp([1, 2]).sum()
+    assert loss == np.inf  # the only class that is left is impossible
+    np.testing.assert_allclose(np.float32(slope), [0, 0, 0] if tau else [*p, -1], atol=float(jnp.finfo(dtype).eps))
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("hide", ["logit", "mask"])
 def test_impossible_labels_cost_infinity_or_the_bound(hide):

@@ -104,7 +104,7 @@ def test_indices_are_never_one_hot():
 
 IN_BLOCKS = {kind: functools.partial(xentjax.distillation_loss, divergence=kind) for kind in ("forward", "reverse", "js", "tv")}
 IN_BLOCKS["tempered"] = functools.partial(xentjax.bi_tempered_cross_entropy, t1=0.3, t2=1.3)
-SHORT = ("js", "tempered")  # in the short run; the others have the form of js
+SHORT = ("js", "tempered")  # in the short run; the other divergences run the same code as js
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in SHORT else pytest.mark.exhaustive) for n in IN_BLOCKS])
@@ -117,7 +117,7 @@ def test_blocks_store_no_logits(name):
 
 @pytest.mark.parametrize("loss", ["forward", "top_k"])
 def test_blocks_copy_no_half_precision_logits(loss):
-    """The value: an array of the logits has 4 MB here, and the copy of its bits as well."""
+    """Only the value is computed. The logits take 4 MB here, and a copy of their bits would take 4 MB more."""
     z = jax.ShapeDtypeStruct((2000, 1000), jnp.bfloat16)
     ids = jnp.zeros((2000, 1), jnp.int32)
     run = IN_BLOCKS[loss] if loss in IN_BLOCKS else lambda x, y: xentjax.top_k_distillation_loss(x, ids, y[:, :1])

@@ -133,9 +133,9 @@ def _loop(function: Callable[..., tuple[Array, ...]], arrays: tuple[Array, ...],
     shapes = jax.eval_shape(function, *arrays)
 
     def step(i: Array, carry: tuple[list[Array], tuple[Array, ...]]) -> tuple[list[Array], tuple[Array, ...]]:
-        # The arrays never change. Without the barrier, XLA would know that, and would copy the bits of whole arrays before the loop.
+        # Without the barrier, XLA would know that half-precision arrays never change, and would copy all their bits before the loop.
         results, arrays = carry[0], lax.optimization_barrier(carry[1])
-        start = i * size  # JAX moves the last block to the front if it would not fit, so it may repeat examples of the block before it
+        start = i * size  # `dynamic_slice` moves the last block back so that it fits. It may then repeat examples of the block before it
         block = (_widened(lax.dynamic_slice_in_dim(_bits(x), start, size), x.dtype) for x in arrays)
         found = (_bits(x.astype(shape.dtype)) for x, shape in zip(function(*block), shapes, strict=True))
         return [lax.dynamic_update_slice_in_dim(whole, x, start, 0) for whole, x in zip(results, found, strict=True)], arrays

@@ -196,7 +196,8 @@ def number(
 
     The caller then leaves the term of this hyper-parameter out of the program. A Python number that is infinite or outside [low, high]
     raises ValueError. An array may be traced, so only its shape and dtype are checked. Its dtype may be an integer dtype. Inside
-    `xentjax.checked`, its value is checked too. `interval` describes the range in error messages. If it is open, callers check its ends.
+    `xentjax.checked`, its value is checked too. `interval` describes the range in error messages. If an end of the interval is open,
+    the caller must reject that end.
     """
     if interval is None:
         interval = f"at least {low:g}" if math.isinf(high) else f"at most {high:g}" if math.isinf(low) else f"in [{low:g}, {high:g}]"

@@ -11,8 +11,8 @@ Derivatives. With the tangent dz of the logits and b = Σ_{j≠*} p_j dz_j,
 The second line is the first one with 1 − p_* written out. So the gradient at the pivot is not a difference of nearly equal numbers of the
 size of p_*.
 
-Speed. b and p_* dz_* are computed as one sum of complex numbers. It is broadcast to all classes before it is split into two real numbers.
-So the transpose contains one sum of complex numbers, too. XLA on CPUs would store the operands of two real sums.
+Speed. b and p_* dz_* are computed as one sum of complex numbers. This sum is broadcast to all classes before it is split into two real
+numbers. So the transpose contains one sum of complex numbers, too. XLA on CPUs would store the operands of two real sums.
 """
 
 import functools
@@ -49,8 +49,8 @@ def _(axis_name: mesh.AxisName, primals: tuple[Any, ...], tangents: tuple[Any, .
     p, rest = _with_complements(values, raw, class_mask, where, axis_name)
     moved = rows.masked(tangents[0], where, class_mask)
     pivot = lax.stop_gradient(p) > numerics.MOST
-    weighed = p * moved
-    by_class = lax.complex(numerics.where(pivot, 0, weighed), numerics.where(pivot, weighed, 0))
+    weighted = p * moved
+    by_class = lax.complex(numerics.where(pivot, 0, weighted), numerics.where(pivot, weighted, 0))
     both = jnp.broadcast_to(rows.as_column(r, rows.class_sum(r, by_class)), p.shape)
     by_others, by_pivot = both.real, both.imag
     dot = p * numerics.where(pivot, rest * moved - by_others, moved - (by_others + by_pivot))

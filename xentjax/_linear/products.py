@@ -12,8 +12,8 @@ from jax.interpreters import ad, batching, mlir
 
 from xentjax._core import mesh, numerics
 
-# XLA on CPUs cannot add a product in place. So a sum of products is computed in blocks of up to about _BLOCK_BYTES. If each of them has at
-# least _SMALL_BLOCK_BYTES, there are eight blocks or more.
+# XLA on CPUs cannot add a product in place. So a sum of products is computed in blocks. More blocks need less memory. There are eight
+# blocks. There are more if a block would exceed _BLOCK_BYTES, and fewer if a block would be below _SMALL_BLOCK_BYTES.
 _BLOCK_BYTES, _SMALL_BLOCK_BYTES = 2**24, 2**22
 
 

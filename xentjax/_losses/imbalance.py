@@ -77,7 +77,7 @@ def _logit_adjusted(batch: rows.Examples, class_log_prior: Array, tau: ArrayLike
     r = rows.of(batch)
     if tau is not None:
         shift = numerics.weighted(jnp.asarray(tau, r.values.dtype), class_log_prior.astype(r.values.dtype))
-        r = rows.adjusted(r, jnp.add, shift)
+        r = rows.adjusted(r, jnp.add, -numerics.restore_infinity(-shift))
     stats = statistics.of(r)
     return statistics.finish(r, stats, odds.expected(r, stats, odds.surprise))
 

@@ -1,10 +1,10 @@
 """Log-probabilities of a few classes of a row, and the probability of all other classes, with one derivative rule.
 
-Let V be the set of the blank and the labels that paths may take in a row of logits. The losses of sequences need log p_k for k ∈ V, and
-U = Σ_{k∉V} p_k, the probability of the classes that no path can take. U is computed as a sum over the classes outside V. The difference
-1 − Σ_{k∈V} p_k would lose digits by cancellation if U is small. U is the only sum that reads all classes. Let m be the largest logit. The
-sum Σ_{k∈V} e^(z_k − m) needs only the logits of V. If a class of V has the logit m, the log-sum c = lse(z) − m is computed as log1p of the
-sum of e^(z_k − m) over all classes except this one.
+Let V be the set of the blank and the labels that paths may take in a row of logits, or of all durations of TDT. The losses of sequences
+need log p_k for k ∈ V, and U = Σ_{k∉V} p_k, the probability of the classes that no path can take. U is computed as a sum over the classes
+outside V. The difference 1 − Σ_{k∈V} p_k would lose digits by cancellation if U is small. U is the only sum that reads all classes. Let m
+be the largest logit. The sum Σ_{k∈V} e^(z_k − m) needs only the logits of V. If a class of V has the logit m, the log-sum c = lse(z) − m is
+computed as log1p of the sum of e^(z_k − m) over all classes except this one.
 
 Derivatives. The pivot * is the class of V with p_* > 1/2, if there is one. Its q = 1 − p_* is computed from log p_*. With
 A = Σ_{j∉V} p_j dz_j and B = Σ_{j∈V} p_j dz_j,

@@ -25,14 +25,15 @@ step. In both cases all terms have the same sign, so the derivatives are as accu
 
 One backward pass computes all derivatives of a sequence. It needs α of every step. The forward pass stores α only before each segment of √T
 steps. The backward pass recomputes α of one segment at a time, from the α before the segment. So the memory of α is proportional to √T
-instead of T. The recursion over a segment keeps the derivatives of all states. From these, the derivatives of the weights are computed for
-all steps of the segment at once. If `Lattice.segments` is False, the forward pass stores α of every step, and each step of the backward
-pass computes the derivatives of its weights. The tangent is linear in the tangents of the weights, so JAX can transpose it.
+instead of T. The recursion over a segment keeps the derivatives with respect to α of every step. From these, the derivatives of the weights
+are computed for all steps of the segment at once. If `Lattice.segments` is False, the forward pass stores α of every step, and each step of
+the backward pass computes the derivatives of its weights. The tangent is linear in the tangents of the weights, so JAX can transpose it.
 
-Normalization. `Lattice.advance` normalizes α, either before or after the step. Each loop of XLA on CPUs has only one result. If a state is
-two arrays, and α is normalized after the step, one loop computes the mantissas, and a second loop computes the sum of the mantissas again
-for the exponent. So lattices whose states are stored in this form normalize α before the step. Then the exponent after a step does not
-depend on the sum of the mantissas. Lattices whose states are packed (see `_recursion`) normalize α after the step.
+Normalization. `Lattice.advance` normalizes α, either before or after the step. On CPUs, a loop of XLA has only one result. Suppose that α
+is stored as two arrays and normalized after the step. Then one loop computes the mantissas, and a second loop computes the same sum again
+for the exponents. So the transducer and the conditional random field normalize α before the step. Then the exponents after a step do not
+depend on the sum of the mantissas. CTC and TDT pack both arrays into one (see `_recursion`), so one loop computes both, and they normalize
+α after the step.
 
 No path. The logarithm of a weight of 0 is −∞. As a `Scaled` number, 0 has a finite exponent, so no difference of infinities occurs. Any
 finite logarithm belongs to a weight above 0.
@@ -196,10 +197,11 @@ def _kinds(weights: Weights) -> int:
 def _recursion(step: Callable[[Any, Any], Any], first: Any, inputs: Any, kinds: int, reverse: bool = False) -> tuple[Any, Any]:
     """The state after the last step, and the states before all steps. `step(state, inputs of a step)` returns the next state.
 
-    The loops of a step are short. XLA on CPUs divides them among all cores, and waking a core takes longer than such a loop. XLA does not
-    divide a loop that writes one row of an array, and it runs a step of at most 8 loops on one core. So on CPUs, two arrays of a state are
-    packed into one array of complex numbers. Each state is written into a row of an array, and is read from there. If the states have only
-    one kind, a step has few loops in any case.
+    Here a state is a pytree: α or ᾱ. If `reverse` is True, the steps run from the last to the first. The loops of a step are short. XLA on
+    CPUs divides them among all cores, and waking a core takes longer than such a loop. XLA does not divide a loop that writes one row of an
+    array, and it runs a step of at most 8 loops on one core. So on CPUs, two arrays of a state are packed into one array of complex
+    numbers. Each state is written into a row of an array, and is read from there. If there is only one kind of states (`kinds` is 1), a
+    step has few loops, so a plain scan is used.
     """
 
     def in_scan(first: Any, inputs: Any) -> tuple[Any, Any]:
@@ -232,7 +234,7 @@ def _packed(arrays: list[Array]) -> list[Array]:
 
 
 def _unpacked(packed: list[Array]) -> list[Array]:
-    """The arrays that `_packed` got."""
+    """The arrays that `_packed` packed."""
     parts = ((lax.real(x), lax.imag(x)) if jnp.iscomplexobj(x) else (x,) for x in packed)
     return [part for pair in parts for part in pair]
 

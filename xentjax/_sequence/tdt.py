@@ -131,7 +131,7 @@ def _of_logits(
     blanks, of_labels, rest = (x.astype(dtype) for x in of_classes)
     v = rows.Rows(of_durations, of_durations.astype(dtype), None, None, nodes.inside, None)
     every = lax.broadcasted_iota(jnp.int32, (*[1] * (v.values.ndim - 1), len(durations)), v.values.ndim - 1)
-    log_q, _ = frames.probabilities(v, every)  # `surprises.surprise` would bound it by INFINITE, but only −∞ forbids a path
+    log_q, _ = frames.probabilities(v, every)  # `surprises.surprise` is at most INFINITE, so large differences of logits would be lost
     return _loss(True, durations, nodes, (blanks, of_labels, log_q), rest, sigma, valid, sequences.where)
 
 
