@@ -506,8 +506,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "frames after the end pass derivatives through their edges",
         "_sequence/lattice.py",
-        "earlier = jax.tree.map(lambda x, y: jnp.where(live[..., None], x, y), earlier, bar)",
-        "pass",
+        "return jax.tree.map(lambda x, y: jnp.where(live[..., None], x, y), earlier, bar), of_x, of_shared",
+        "return earlier, of_x, of_shared",
         (CTC,),
     ),
     Mutation(
