@@ -75,6 +75,7 @@ def test_one_is_softmax_and_two_is_sparsemax(rng, quick_compilation):
     np.testing.assert_allclose(near, limit, rtol=0.05)  # of first order in α − 1
     for alpha, message in (
         (1, "above 1; got 1. Use xentjax.softmax_cross_entropy"),
+        (1.0, "above 1; got 1. Use xentjax.softmax_cross_entropy"),
         (0.5, r"in \(1, 2\]; got 0.5"),
         (2.5, r"in \(1, 2\]; got 2.5"),
     ):
