@@ -23,7 +23,8 @@ from benchmarks import families, grid, measure, plots, published, report, shapes
 
 SIZES = ((50_000, 10), (8_000, 1_000), (1_000, 32_000), (250, 128_000))
 DEFAULT = tuple(shapes.Shape(tokens, None, classes, dtype) for dtype in ("float32", "bfloat16") for tokens, classes in SIZES)
-SOFT = tuple(shapes.Shape(tokens, None, classes) for tokens, classes in (*SIZES[:3], (3_001, 1_009), (499, 32_003)))
+_ODD = ((3_001, 1_009), (499, 32_003))
+SOFT = tuple(shapes.Shape(tokens, None, classes, dtype) for dtype in ("float32", "bfloat16") for tokens, classes in (*SIZES[:3], *_ODD))
 EAGER_SHAPE = (8_000, 1_000)
 
 

@@ -66,9 +66,11 @@ def expected(
             return rows.class_sum(r, numerics.weighted(t, phi(surprises.class_log_odds(r), *per_class)))
         if isinstance(stats, statistics.WithLabel):
             return rows.class_sum(r, numerics.weighted(t, surprises.surprise(r, stats)))
-        return surprises.expected(r, t)
+        return surprises.expected(r._replace(labels=t))
 
     if not isinstance(stats, statistics.WithLabel):
+        if phi is surprise and smoothing is None and class_weights is None:
+            return surprises.expected(r)
         return sum_over_classes(_soft_labels(r, smoothing))
     loss = stats.surprise if phi is surprise else phi(stats.log_odds, *(rows.at_label(r, x) for x in parameters))
     if class_weights is not None:

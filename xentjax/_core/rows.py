@@ -78,7 +78,7 @@ class Rows(NamedTuple):
 
     raw: Array  # [..., classes], the logits in the caller's dtype
     values: Array  # [..., classes], the logits in the accumulation dtype; gradients arrive here and are cast to the caller's dtype once
-    labels: Array | None  # [...] class indices, or [..., classes] soft labels in the accumulation dtype; 0 in examples that do not count
+    labels: Array | None  # [...] class indices, or [..., classes] soft labels in the caller's dtype; 0 in examples that do not count
     class_mask: Array | None  # [..., classes], or None if all classes exist
     where: Array | None  # [...], or None if all examples count
     axis_name: mesh.AxisName
@@ -101,9 +101,9 @@ class Rows(NamedTuple):
 
     @property
     def given_labels(self) -> Array:
-        """The labels, for functions that need them."""
+        """The labels, for functions that need them: class indices, or soft labels in the accumulation dtype."""
         assert self.labels is not None
-        return self.labels
+        return self.labels if self.labels_are_indices else self.labels.astype(self.values.dtype)
 
 
 def of(examples: Examples) -> Rows:
@@ -118,7 +118,7 @@ def of(examples: Examples) -> Rows:
             if examples.where is not None:  # examples that do not count may hold any label; class 0 can be looked up
                 labels = numerics.where(examples.where, labels, 0)
         else:
-            labels = masked(last(labels).astype(dtype), examples.where)
+            labels = masked(last(labels), examples.where)
     if mask is not None:
         mask = last(mask) if mask.ndim == logits.ndim else mask
         mask = mesh.split_as(z, jnp.broadcast_to(numerics.expand_leading(mask, logits.ndim), z.shape))

@@ -15,7 +15,8 @@ s·p_j − v_j at every class j ≠ *, and r·p_* − v_*·q at the pivot. Both 
 Speed. The cross-entropy of soft labels has its own derivative rule. The general rule takes twice the time, because XLA on CPUs stores
 several arrays for it. The special rule stores one array, which becomes the gradient. This array holds e^(z_k − m), except that the entries
 of the largest classes are marked by −1. The sums of the special rule are written so that no two loops share an array of the size of the
-logits. A constant or a number per row counts as such an array if it is broadcast to that size (`benchmarks/NOTES.md`).
+logits. A constant or a number per row counts as such an array if it is broadcast to that size (`benchmarks/NOTES.md`). In half precision,
+loops would share the converted logits. So on CPUs this loss is computed in blocks (`blocks`), and each block is converted in the cache.
 """
 
 import functools
@@ -26,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from xentjax._core import mesh, numerics, rows, statistics
+from xentjax._core import blocks, mesh, numerics, rows, statistics
 
 
 def surprise(r: rows.Rows, stats: statistics.Statistics) -> Array:
@@ -59,9 +60,13 @@ def class_log_odds(r: rows.Rows) -> Array:
     return jnp.where(rows.on_label(top), of_top, numerics.log_odds_of_surprise(u))
 
 
-def expected(r: rows.Rows, t: Array) -> Array:
-    """Σ_k t_k (−log p_k) for soft labels t [..., classes], shape [...]. t must be 0 in examples that do not count."""
-    return _expected(r.values, r.raw, t, r.class_mask, r.where, r.axis_name)
+def expected(r: rows.Rows) -> Array:
+    """Σ_k t_k (−log p_k) for the soft labels t of every row, shape [...]."""
+    return blocks.in_blocks(_expected_of_row, (r,)) if r.half else _expected_of_row(r)
+
+
+def _expected_of_row(r: rows.Rows) -> Array:
+    return _expected(r.values, r.raw, r.given_labels, r.class_mask, r.where, r.axis_name)
 
 
 def entropy(r: rows.Rows, stats: statistics.Statistics) -> Array:
@@ -107,9 +112,19 @@ def of_label_and_largest(r: rows.Rows, beta: Array) -> Array:
     return _of_label_and_largest(r.values, r.raw, r.given_labels, beta, r.class_mask, r.where, r.axis_name)
 
 
-def smallest(r: rows.Rows, stats: statistics.Statistics) -> Array:
-    """−log max_k p_k of every row, shape [...]. If several classes are largest, they share the derivative equally."""
-    return _smallest(r.values, r.raw, stats.reference, stats.log_sum, r.class_mask, r.where, r.axis_name)
+def of_soft_labels_and_largest(r: rows.Rows, beta: Array) -> Array:
+    """`of_label_and_largest` for soft labels t, shape [...]: β·Σ_k t_k (−log p_k) + (1 − β)·Σ_k t_k·(−log max_k p_k).
+
+    It is the cross-entropy of soft labels of which the largest classes get a share of 1 − β.
+    """
+
+    def loss(r: rows.Rows, beta: Array) -> Array:
+        largest = statistics.same_as_largest(r, rows.reference(r)).astype(r.values.dtype)
+        total, ties = statistics.two_sums(r, r.given_labels, largest)
+        share = rows.as_column(r, (1 - beta) * total / jnp.maximum(ties, 1))
+        return _expected_of_row(r._replace(labels=beta[..., None] * r.given_labels + share * largest))
+
+    return blocks.in_blocks(loss, (r,), beta)
 
 
 # The general rule --------------------------------------------------------------------------------------------------------
@@ -321,42 +336,10 @@ def _(axis_name: mesh.AxisName, primals: tuple[Any, ...], tangents: tuple[Any, .
 def _one_hot(r: rows.Rows) -> tuple[Array, Array]:
     """The label and the largest class as distributions, each [..., classes]. Tied classes share the second equally."""
     largest = statistics.same_as_largest(r, rows.reference(r)).astype(r.values.dtype)
-    both = rows.on_label(r).astype(r.values.dtype), largest / rows.as_column(r, _count(r, largest))
+    ties = jnp.maximum(rows.class_sum(r, largest), 1)
+    both = rows.on_label(r).astype(r.values.dtype), largest / rows.as_column(r, ties)
     of_label, of_largest = (rows.masked(x, r.where, r.class_mask) for x in both)
     return numerics.nan_unless(rows.in_range(r)[..., None], of_label), of_largest
-
-
-# The rule of the largest class -------------------------------------------------------------------------------------------
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(6,))
-def _smallest(
-    values: Array, raw: Array, m: Array, c: Array, class_mask: Array | None, where: Array | None, axis_name: mesh.AxisName
-) -> Array:
-    """The value c, differentiated as the mean surprise of the largest classes, shape [...].
-
-    The code adds the mean of m − z_k over these classes, which is 0 but has a derivative.
-    """
-    r = rows.Rows(raw, values, None, class_mask, where, axis_name)
-    largest = statistics.same_as_largest(r, m)
-    return c + _zero_at_largest(r, m, largest) / _count(r, largest)
-
-
-@_smallest.defjvp
-def _(axis_name: mesh.AxisName, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
-    values, raw, m, c, class_mask, where = primals
-    r = rows.Rows(raw, values, None, class_mask, where, axis_name)
-    u, largest, moved = _smallest(*primals, axis_name), statistics.same_as_largest(r, m), rows.masked(tangents[0], where, class_mask)
-    ties = _count(r, largest)
-    p = jnp.exp(-_surprise(values, raw, m, c, None, class_mask, where, axis_name)[0])
-    by_others = rows.class_sum(r, numerics.where(largest, 0, p * moved))
-    # expm1(log n − u) = n·p − 1 for n largest classes of probability p; for one it is −q
-    return u, by_others + jnp.expm1(jnp.log(ties) - u) * rows.class_sum(r, numerics.where(largest, moved, 0)) / ties
-
-
-def _count(r: rows.Rows, classes: Array) -> Array:
-    """The number of classes in a mask [..., classes], at least 1, shape [...]."""
-    return jnp.maximum(rows.class_sum(r, classes.astype(r.values.dtype)), 1)
 
 
 # The rule of the entropy -------------------------------------------------------------------------------------------------

@@ -176,7 +176,7 @@ def _distribution(batch: rows.Examples, targets: Array) -> Array:
     share, place = rows.as_column(r, y - low), rows.class_index(r, y.dtype) - rows.as_column(r, low)
     share = jnp.broadcast_to(share, place.shape)
     weight = numerics.where(place == 0, 1 - share, numerics.where(place == 1, share, 0))
-    loss = statistics.finish(r, statistics.of_row(r), surprises.expected(r, rows.masked(weight, r.where)))
+    loss = statistics.finish(r, statistics.of_row(r), surprises.expected(r._replace(labels=rows.masked(weight, r.where))))
     return numerics.nan_or_zero(loss, (y >= 0) & (y <= r.classes - 1), r.where)
 
 

@@ -192,12 +192,12 @@ def bootstrapped_cross_entropy(
 def _bootstrapped(batch: rows.Examples, beta: ArrayLike, hard: bool) -> Array:
     r = rows.of(batch)
     beta = jnp.asarray(beta, r.values.dtype)
-    if hard and r.labels_are_indices:
-        return statistics.finish(r, statistics.of_row(r), surprises.of_label_and_largest(r, beta))
+    if hard:
+        loss = surprises.of_label_and_largest if r.labels_are_indices else surprises.of_soft_labels_and_largest
+        return statistics.finish(r, statistics.of_row(r), loss(r, beta))
     stats = statistics.of(r)
-    loss, total = odds.expected(r, stats, odds.surprise), odds.label_sum(r)
-    own = surprises.smallest(r, stats) if hard else surprises.entropy(r, stats)
-    return statistics.finish(r, stats, numerics.weighted(beta, loss) + (1 - beta) * total * own)
+    loss = numerics.weighted(beta, odds.expected(r, stats, odds.surprise))
+    return statistics.finish(r, stats, loss + (1 - beta) * odds.label_sum(r) * surprises.entropy(r, stats))
 
 
 def taylor_cross_entropy(
