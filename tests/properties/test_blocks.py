@@ -118,6 +118,19 @@ def test_soft_labels_of_half_precision_logits(dtype, in_blocks, rng):
     close(found[1][1], expected[1][1], dtype)
 
 
+def test_the_label_and_the_largest_class_of_half_precision_logits(in_blocks, rng):
+    """In float32, this loss has no blocks."""
+    logits, *_ = draw(rng, dtype=jnp.bfloat16)
+    labels = jnp.arange(13) % CLASSES
+
+    def loss(logits, beta):
+        return xentjax.bootstrapped_cross_entropy(logits, labels, beta=beta, hard=True).sum()
+
+    found, expected = in_blocks(jax.value_and_grad(loss, (0, 1)), logits, 0.3)
+    close((found[0], found[1][1]), (expected[0], expected[1][1]))
+    close(found[1][0], expected[1][0], jnp.bfloat16)
+
+
 @pytest.mark.exhaustive
 @each
 def test_vmap(loss, in_blocks, rng):

@@ -105,11 +105,15 @@ def _(axis_name: mesh.AxisName, primals: tuple[Any, ...], tangents: tuple[Any, .
 
 
 def of_label_and_largest(r: rows.Rows, beta: Array) -> Array:
-    """β·(−log p_y) + (1 − β)·(−log max_k p_k) of every row, shape [...], for a number `beta`. Labels must be class indices.
+    """β·(−log p_y) + (1 − β)·(−log max_k p_k) of every row, shape [...], for numbers β [...]. Labels must be class indices.
 
     If several classes are largest, they share the derivative of the second term equally.
     """
-    return _of_label_and_largest(r.values, r.raw, r.given_labels, beta, r.class_mask, r.where, r.axis_name)
+
+    def loss(r: rows.Rows, beta: Array) -> Array:
+        return _of_label_and_largest(r.values, r.raw, r.given_labels, beta, r.class_mask, r.where, r.axis_name)
+
+    return blocks.in_blocks(loss, (r,), beta) if r.half else loss(r, beta)
 
 
 def of_soft_labels_and_largest(r: rows.Rows, beta: Array) -> Array:
@@ -314,7 +318,7 @@ def _slope_of_label_and_largest(
     count = lax.stop_gradient(jnp.maximum(e.ties, 1))
     columns = (scale, e.rest, e.ties, e.rest / count, e.ties / count)
     scale, rest, ties, mean_rest, one = (x[..., None] for x in lax.optimization_barrier(columns))  # once per row, not once per class
-    label, largest = rows.on_label(r), e.marked < -0.5
+    label, largest, beta = rows.on_label(r), e.marked < -0.5, beta[..., None]
     to_largest = (1 - beta) * (mean_rest + (one + e.marked)) * scale  # (1 − β)(1/n − p)
     off_label = numerics.where(largest, -e.marked * scale * beta - to_largest, e.marked * scale)
     at_label = numerics.where(largest, -beta * (rest + (ties + e.marked)) * scale - to_largest, e.marked * scale - beta)
@@ -328,7 +332,8 @@ def _(axis_name: mesh.AxisName, primals: tuple[Any, ...], tangents: tuple[Any, .
     of_label, of_largest = _one_hot(r)
 
     def slope(values: Array, beta: Array) -> Array:
-        return _slope(values, raw, beta * of_label + (1 - beta) * of_largest, class_mask, where, axis_name)
+        t = beta[..., None] * of_label + (1 - beta)[..., None] * of_largest
+        return _slope(values, raw, t, class_mask, where, axis_name)
 
     return _slope_of_label_and_largest(*primals, axis_name), jax.jvp(slope, (values, beta), (tangents[0], tangents[3]))[1]
 

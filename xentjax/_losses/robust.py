@@ -194,7 +194,7 @@ def _bootstrapped(batch: rows.Examples, beta: ArrayLike, hard: bool) -> Array:
     beta = jnp.asarray(beta, r.values.dtype)
     if hard:
         loss = surprises.of_label_and_largest if r.labels_are_indices else surprises.of_soft_labels_and_largest
-        return statistics.finish(r, statistics.of_row(r), loss(r, beta))
+        return statistics.finish(r, statistics.of_row(r), loss(r, jnp.broadcast_to(beta, r.raw.shape[:-1])))
     stats = statistics.of(r)
     loss = numerics.weighted(beta, odds.expected(r, stats, odds.surprise))
     return statistics.finish(r, stats, loss + (1 - beta) * odds.label_sum(r) * surprises.entropy(r, stats))
