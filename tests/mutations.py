@@ -475,8 +475,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "all other classes are the rest of the most likely class too",
         "_losses/tempered.py",
-        "others = rows.as_column(r, rows.class_sum(r, numerics.where(largest, 0, power)))",
-        "others = rows.as_column(r, rows.class_sum(r, power))",
+        "others = rows.class_sum(r, numerics.where(largest, 0, power))",
+        "others = rows.class_sum(r, power)",
         (V, G),
     ),
     Mutation(

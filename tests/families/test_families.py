@@ -362,6 +362,13 @@ def test_confident_bi_tempered_losses_are_relatively_right(rng):
     np.testing.assert_allclose(np.asarray(loss, np.float64), value.astype(float), rtol=100 * EPS)
 
 
+def test_two_equal_classes_are_no_most_likely_class():
+    """Rounding may bring both probabilities above 1/2."""
+    t2 = jnp.linspace(1, 4, 2000)
+    loss = jax.jit(jax.vmap(lambda t2: xentjax.bi_tempered_cross_entropy(jnp.zeros(2), jnp.full(2, 0.5), t2=t2)))(t2)
+    np.testing.assert_allclose(loss, (1 - 0.5**0.2) / 0.2 - (1 - 2 * 0.5**1.2) / 1.2, rtol=32 * EPS)  # 4·(8 + margin)
+
+
 @pytest.mark.exhaustive
 def test_third_derivatives_of_bi_tempered(rng, x64):
     z, v = jnp.asarray(rng.normal(size=5)), jnp.asarray(rng.normal(size=5))

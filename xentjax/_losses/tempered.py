@@ -115,17 +115,18 @@ def _of_index(r: rows.Rows, u: Array, power: Array, alpha: Array) -> Array:
 def _of_soft_labels(r: rows.Rows, u: Array, power: Array, alpha: Array) -> Array:
     """Σ_k t_k·loss(k) for soft labels t, shape [...].
 
-    loss(k) needs sums over the classes other than k. For most classes, such a sum is the total minus the term of k. If p_k > 1/2, this
-    difference would lose digits. Then the terms of the other classes are added.
+    loss(k) is the tempered logarithm (1 − p_k^α)/α minus a number per row, which is (1 − Σ_j p_j^(1 + α))/(1 + α). If a class holds most of
+    the probability, both are nearly equal there. Then the loss of that class is computed as if it were a class index, once per row.
     """
-    largest = u < math.log(2)
-    rest = rows.as_column(r, rows.class_sum(r, numerics.where(largest, 0, jnp.exp(-u))))
-    others = rows.as_column(r, rows.class_sum(r, numerics.where(largest, 0, power)))
-    total = others + rows.as_column(r, rows.class_sum(r, numerics.where(largest, power, 0)))
-    rest = numerics.where(largest, jnp.broadcast_to(rest, u.shape), -jnp.expm1(-u))
-    others = numerics.where(largest, jnp.broadcast_to(others, u.shape), total - power)
-    alpha = alpha[..., None]
-    return rows.class_sum(r, numerics.weighted(r.given_labels, rows.masked(_label_terms(u, rest, alpha) + others / (1 + alpha), r.where)))
+    largest = u < -math.log(numerics.MOST)
+    own = rows.class_sum(r, numerics.where(largest, u, 0))
+    rest = rows.class_sum(r, numerics.where(largest, 0, jnp.exp(-u)))
+    others = rows.class_sum(r, numerics.where(largest, 0, power))
+    of_largest = _label_terms(own, rest, alpha) + others / (1 + alpha)
+    per_row = (1 - others - rows.class_sum(r, numerics.where(largest, power, 0))) / (1 + alpha)
+    of_others = numerics.tempered(u, jnp.broadcast_to(alpha[..., None], u.shape)) - rows.as_column(r, per_row)
+    losses = numerics.where(largest, jnp.broadcast_to(rows.as_column(r, of_largest), u.shape), of_others)
+    return rows.class_sum(r, numerics.weighted(r.given_labels, rows.masked(losses, r.where)))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
@@ -225,5 +226,4 @@ def _label_terms(own: Array, rest: Array, alpha: Array) -> Array:
     series = jnp.full_like(rest, 1 / (terms + 2))
     for n in range(terms - 1, -1, -1):
         series = 1 / (n + 2) + (n + 1 - alpha) / (n + 1) * small * series
-    alpha = jnp.broadcast_to(alpha, far.shape)
     return numerics.where(near, small * small * series, numerics.tempered(far, alpha) - numerics.tempered(far, 1 + alpha))
