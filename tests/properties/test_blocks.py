@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 EPS = float(jnp.finfo(jnp.float32).eps)
 CLASSES = 6
-ROWS_IN_A_BLOCK = 3  # of 13 examples: five blocks, of which the last repeats two examples
+ROWS_IN_A_BLOCK = 3  # at most: five blocks of 13 examples. An even size makes four blocks of them, of which the last repeats three
 
 
 def distillation(divergence, logits, other, number):
@@ -191,6 +191,13 @@ def test_no_blocks_on_several_devices(loss, spec, monkeypatch, rng):
         assert "while" not in compiled.as_text() and "all-gather" not in compiled.as_text()
         close(compiled(logits, other), expected)
     assert "while" in jax.jit(run).lower(logits, other).compile().as_text()
+
+
+def test_blocks_have_one_even_size():
+    """768 KiB hold 19,660 examples of 10 classes, so 50,000 examples are three blocks. A third of them is 16,667."""
+    logits = jax.ShapeDtypeStruct((50_000, 10), jnp.float32)
+    program = jax.jit(functools.partial(distillation, "tv")).lower(logits, logits, 0.3).as_text()
+    assert "tensor<16668x10xf32>" in program and "tensor<19660x10xf32>" not in program
 
 
 @pytest.mark.parametrize("devices", [1, 2])

@@ -173,8 +173,9 @@ def _block_size(ctx: Any, arrays: tuple[Array, ...], leading: int) -> int | None
     if not all(isinstance(size, int) for size in arrays[0].shape):  # a symbol of `jax.export`
         return None
     examples, classes = math.prod(arrays[0].shape[:leading]), math.prod(arrays[0].shape[leading:])
-    size = max(1, _BYTES // (4 * max(1, classes)))
-    return size if examples > 2 * size else None
+    blocks = -(-examples // max(1, _BYTES // (4 * max(1, classes))))
+    size = 2 * -(-examples // (2 * max(1, blocks)))  # all blocks have one size; XLA on CPUs does not vectorize some loops over odd sizes
+    return size if blocks > 2 else None
 
 
 def _jvp_of_sweep(primals: tuple[Array, ...], tangents: tuple[Any, ...], *, function: Callable, leading: int) -> tuple[list, list]:
