@@ -101,6 +101,7 @@ def test_chunks_of_equal_size_equal_dense(rng, leading=(2, 12)):
     close(found, in_float64(value_and_gradients(dense("mean", labels, where)), x), FIRST)
 
 
+@pytest.mark.by_module
 @pytest.mark.parametrize("case", [c for c in cases.CATEGORICAL if c.thorough], ids=str)
 def test_every_loss_fused_equals_dense(case, rng, x64):
     _, labels = case.draw(rng, (13,), dtype=jnp.float64, kind=case.kinds[-1])

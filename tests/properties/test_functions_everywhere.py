@@ -18,6 +18,7 @@ POISON = (jnp.nan, -100), (jnp.inf, 2**31 - 1), (-jnp.inf, -1), (1e30, 7)  # for
 MASKED = pytest.mark.parametrize("row", [r for r in ROWS if r.masked], ids=str)
 
 
+@pytest.mark.by_module
 @INDEPENDENT
 def test_vmap_and_jit(row, rng):
     arguments = row.arguments(rng)
@@ -73,6 +74,7 @@ def test_where_hides_everything(row, rng):
     assert not masked_derivatives(row, spoilt, jnp.zeros_like(where))[0].any()
 
 
+@pytest.mark.by_module
 @each_row
 def test_export_with_gradient_for_every_platform(row, rng):
     arguments = row.arguments(rng)
@@ -81,6 +83,7 @@ def test_export_with_gradient_for_every_platform(row, rng):
     close(exported.call(*arguments)[0], row.exact(arguments), RTOL)
 
 
+@pytest.mark.by_module
 @each_row
 def test_no_nan_on_the_way(row, rng):
     arguments = row.arguments(rng)

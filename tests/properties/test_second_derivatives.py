@@ -18,6 +18,7 @@ def steepness(case):
     return case.tolerance**4 if case.inputs == "cosines" else 1
 
 
+@pytest.mark.by_module
 @each_kind(DIFFERENTIABLE)
 def test_hessian_against_differences_of_the_closed_form(case, kind, rng, x64):
     z, labels = case.draw(rng, (), dtype=jnp.float64, kind=kind)

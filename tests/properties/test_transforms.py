@@ -16,6 +16,7 @@ from tests.tables import reference as ref
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
+@pytest.mark.by_module
 @each_kind()
 def test_vmap_over_arguments_equals_the_batch(case, kind, rng):
     z, labels = case.draw(rng, (4,), kind=kind)
@@ -90,6 +91,7 @@ def test_checkpoint_and_scan(case, kind, dtype, rng):
         np.testing.assert_allclose(slope, plain, rtol=half, atol=RTOL)
 
 
+@pytest.mark.by_module
 @pytest.mark.parametrize("case", [c for c in cases.LOSSES if c.thorough], ids=str)
 def test_export_with_gradient_for_every_platform(case, rng):
     for kind in case.kinds[:1] if case in cases.FAMILIES else case.kinds:
@@ -105,6 +107,7 @@ def test_export_with_gradient_for_every_platform(case, rng):
         np.testing.assert_allclose(np.asarray(slope, np.float64), gradient, rtol=half, atol=tolerance)
 
 
+@pytest.mark.by_module
 @each_kind()
 def test_no_nan_on_the_way_to_a_finite_answer(case, kind, rng):
     z, labels = case.draw(rng, (4,), kind=kind)
