@@ -37,7 +37,7 @@ def close(got, expected, tolerance):
 
 @each_row
 def test_value(row, rng):
-    several = [row.arguments(rng, leading) for leading in (((5,), (), (2, 3), (0,)) if row.independent else ((5,),))]
+    several = [row.arguments(rng, leading) for leading in (((), (2, 3), (0,)) if row.independent else ((5,),))]
     for arguments, result in zip(several, jax.jit(lambda several: [row(*x) for x in several])(several), strict=True):
         assert result.dtype == jnp.float32
         close(result, row.exact(arguments), RTOL)
@@ -98,6 +98,7 @@ def test_gradient_in_float32(row, rng):
         close(slope, formula, 10 * RTOL)
 
 
+@pytest.mark.by_module
 @HALF
 def test_half_precision(row, rng):
     arguments = row.arguments(rng, dtype=jnp.bfloat16)
