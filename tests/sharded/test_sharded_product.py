@@ -68,14 +68,17 @@ def problem(case, kind):
 
 
 def derivatives(losses, fused, arrays, directions):
-    """Of the losses of logits along a direction, and of a number made of hidden and kernel; one program for all."""
+    """Of the losses of logits and of a number made of hidden and kernel: values, gradients and both along a direction; one program."""
 
-    def slopes(f, x, along):
-        return jax.jvp(jax.value_and_grad(f, tuple(range(len(x)))), x, along)
+    def along(f, x, direction):
+        def value_and_slopes(*x):
+            value, pull = jax.vjp(f, *x)
+            return value, pull(jnp.ones_like(value))
+
+        return jax.jvp(value_and_slopes, x, direction)
 
     (z, *layer), (of_z, *of_layer) = arrays, directions
-    tangents = jax.jvp(losses, (z,), (of_z,)), jax.jvp(fused, layer, of_layer)
-    return tangents, slopes(lambda z: losses(z).sum(), (z,), (of_z,)), slopes(fused, tuple(layer), tuple(of_layer))
+    return along(losses, (z,), (of_z,)), along(fused, tuple(layer), tuple(of_layer))
 
 
 @functools.cache
