@@ -58,6 +58,7 @@ def test_every_alignment(rng):
     np.testing.assert_allclose(np.sum(slope, -1), 0, atol=4 * EPS)
 
 
+@pytest.mark.exhaustive
 def test_every_alignment_in_float64(rng, x64):
     batch = ragged(rng, jnp.float64)
     (loss, slope), (expected, gradient) = evaluate(*batch), exact(*batch)
@@ -87,14 +88,15 @@ def test_tangents_and_hessian_products(rng, x64):
 @pytest.mark.parametrize("path", [(1, 1, 2, 2), (0, 1, 0, 1), (1, 0, 0, 2), (1, 1, 1, 1), (0, 0, 0, 0)])
 @pytest.mark.parametrize("margin", [20.0, 40.0, 70.0])
 def test_certain_sequences_keep_their_digits(path, margin, rng):
-    z = np.asarray(rng.normal(size=(1, TIME, CLASSES)), np.float32)
-    z[0, np.arange(TIME), path] += np.float32(margin)
+    z = np.asarray(rng.normal(size=(TIME, CLASSES)), np.float32)
+    z[np.arange(TIME), path] += np.float32(margin)
     labels = np.asarray(oracle.collapsed(path, 0), np.int32)
-    padded = np.zeros((1, LABELS), np.int32)
-    padded[0, : len(labels)] = labels
-    count = jnp.array([len(labels)], jnp.int32)
-    loss, slope = evaluate(jnp.asarray(z), jnp.asarray(padded), jnp.array([TIME], jnp.int32), count)
-    expected, gradient, *_ = oracle.ctc(z[0], labels)
+    padded = np.zeros(LABELS, np.int32)
+    padded[: len(labels)] = labels
+    # seven times, for the program of the other tests
+    batch = (np.broadcast_to(x, (7, *np.shape(x))) for x in (z, padded, np.int32(TIME), np.int32(len(labels))))
+    loss, slope = evaluate(*map(jnp.asarray, batch))
+    expected, gradient, *_ = oracle.ctc(z, labels)
     np.testing.assert_allclose(loss[0], expected, rtol=1e-5)
     # where two alignments share nearly all, the gradient of a frame has terms of both signs; each is accurate
     np.testing.assert_allclose(slope[0], gradient, rtol=1e-4, atol=1e-4 * np.abs(gradient).max())
@@ -182,7 +184,8 @@ def test_a_nan_stays_in_its_sequence(rng):
     np.testing.assert_array_equal(np.delete(loss, 1), np.delete(expected, 1))
 
 
-def test_impossible_classes(rng):
+@pytest.mark.parametrize("shape", [(CLASSES,), pytest.param((7, TIME, CLASSES), marks=pytest.mark.exhaustive)])
+def test_impossible_classes(shape, rng):
     """Logits of −∞, and classes that do not exist: the same numbers, and +∞ where a label is one of them."""
     z, labels, frames, counts = ragged(rng)
     z, labels = z.at[..., 3].set(-jnp.inf), labels.at[5:].set(jnp.array([1, 2]))
@@ -190,11 +193,11 @@ def test_impossible_classes(rng):
     assert loss[4] == np.inf and np.isfinite(expected[:4]).all() and np.isfinite(loss[6])
     np.testing.assert_allclose(loss, expected, rtol=ROUNDING * EPS)
     np.testing.assert_allclose(slope, gradient, atol=ROUNDING * EPS)
-    for mask in (jnp.arange(CLASSES) < 3, jnp.broadcast_to(jnp.arange(CLASSES) < 3, z.shape)):
-        masked, gone = evaluate(z.at[..., 3].set(50.0), labels, frames, counts, None, {"class_mask": mask})
-        np.testing.assert_allclose(masked, loss, rtol=ROUNDING * EPS)
-        np.testing.assert_allclose(gone, slope, atol=ROUNDING * EPS)
-        assert not gone[..., 3].any()
+    mask = jnp.broadcast_to(jnp.arange(CLASSES) < 3, shape)
+    masked, gone = evaluate(z.at[..., 3].set(50.0), labels, frames, counts, None, {"class_mask": mask})
+    np.testing.assert_allclose(masked, loss, rtol=ROUNDING * EPS)
+    np.testing.assert_allclose(gone, slope, atol=ROUNDING * EPS)
+    assert not gone[..., 3].any()
     loss, slope = evaluate(jnp.full_like(z, -jnp.inf), labels, frames, counts)
     assert (loss == np.inf).all() and not slope.any()
 
@@ -287,9 +290,11 @@ def test_alignment_and_greedy_decoding(rng):
 
 
 def test_classes_split_over_devices(rng):
-    z, labels, frames, counts = ragged(rng)
+    batch = ragged(rng)
     mesh = jax.make_mesh((2, 2), ("data", "model"), devices=jax.devices()[:4], axis_types=(AxisType.Auto,) * 2)
-    z, labels, frames, counts = (jnp.concatenate([x, x[:1]]) for x in (z, labels, frames, counts))
+
+    def even(arrays):
+        return [jnp.concatenate([x, x[:1]]) for x in arrays]
 
     @functools.partial(
         jax.shard_map, mesh=mesh, in_specs=(P("data", None, "model"), *[P("data")] * 3), out_specs=(P("data"), P("data", None, "model"))
@@ -301,8 +306,7 @@ def test_classes_split_over_devices(rng):
         value, pull = jax.vjp(loss, z)
         return value, pull(jnp.ones_like(value))[0]
 
-    loss, slope = jax.jit(split)(z, labels, frames, counts)
-    expected, gradient = evaluate(z, labels, frames, counts)
+    (loss, slope), (expected, gradient) = jax.jit(split)(*even(batch)), even(evaluate(*batch))
     np.testing.assert_allclose(loss, expected, rtol=ROUNDING * EPS)
     np.testing.assert_allclose(slope, gradient, atol=ROUNDING * EPS)
     np.testing.assert_allclose(slope[6], gradient[6], rtol=1e-4)
@@ -366,14 +370,13 @@ def test_errors():
 
 
 def test_checked(rng):
-    z, y = jnp.zeros((2, 3, 4)), jnp.ones((2, 2), jnp.int32)
+    z, y, frames, counts = jnp.zeros((2, 3, 4)), jnp.ones((2, 2), jnp.int32), jnp.array([2, 3]), jnp.array([1, 2])
+    checked = xentjax.checked(jax.jit(lambda z, y, frames, counts: xentjax.ctc_loss(z, y, logit_lengths=frames, label_lengths=counts)))
     with pytest.raises(ValueError, match=r"ctc_loss: labels\[1, 0\] = 0 is outside \[0, 4\) or the blank \(0\)"):
-        xentjax.checked(xentjax.ctc_loss)(z, y.at[1, 0].set(0))
+        checked(z, y.at[1, 0].set(0), frames, counts)
     with pytest.raises(ValueError, match=r"ctc_loss: logit_lengths\[0\] = 4 is outside \[0, 3\]"):
-        xentjax.checked(xentjax.ctc_loss)(z, y, logit_lengths=jnp.array([4, 3]))
-    xentjax.checked(xentjax.ctc_loss)(
-        z.at[0, 2].set(jnp.nan), y.at[0, 1].set(9), logit_lengths=jnp.array([2, 3]), label_lengths=jnp.array([1, 2])
-    )
+        checked(z, y, frames.at[0].set(4), counts)
+    checked(z.at[0, 2].set(jnp.nan), y.at[0, 1].set(9), frames, counts)
 
 
 def test_a_lost_class_that_is_repeated(rng):
