@@ -76,6 +76,10 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if item.nodeid in names]
 
 
+def pytest_collection_finish():
+    gc.freeze()  # what has been imported and collected so far stays: no later search for garbage looks at it
+
+
 def pytest_terminal_summary(terminalreporter):
     seconds = collections.Counter()
     for report in (report for reports in terminalreporter.stats.values() for report in reports if hasattr(report, "duration")):
