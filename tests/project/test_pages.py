@@ -15,6 +15,7 @@ from tests.tables import reference as ref
 from tests.tables import reference_families as families
 from xentjax._losses import robust
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 DOCS = pages.ROOT / "docs"
 CONTRIBUTING = (pages.ROOT / "CONTRIBUTING.md").read_text()
 OTHER_PAGES = [page for folder in (".", "benchmarks", "examples") for page in sorted((pages.ROOT / folder).glob("*.md"))]
@@ -153,13 +154,16 @@ def test_regions_of_other_libraries():
 CALLS = [CODE.findall(call)[0] for _, call in pages.tables(DOCS / "choosing-a-loss.md", "task", "call")]
 
 
+RANKING = "metrics.ranking("  # in test_examples_of_rankings.py
+
+
 @pytest.fixture(scope="module")
 def choosing():
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         return {**vars(xentjax), **pages.names_of(DOCS / "choosing-a-loss.md")}
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", [call for call in CALLS if RANKING not in call])
 @pytest.mark.usefixtures("standard_promotion")
 def test_every_call_runs(call, choosing):
     result = eval(call, choosing)
@@ -182,7 +186,7 @@ def test_every_public_function_is_on_the_page():
 @pytest.mark.parametrize(
     "page",
     [
-        *("conventions.md", "how-it-works.md", "index.md", "metrics.md", "regions-and-boxes.md", "when-something-is-nan.md"),
+        *("conventions.md", "how-it-works.md", "index.md", "regions-and-boxes.md", "when-something-is-nan.md"),
         *(pytest.param(page, marks=pytest.mark.exhaustive) for page in ("preferences-and-policies.md", "sequences.md")),
     ],
 )
@@ -210,16 +214,16 @@ def test_code_of_every_page_is_executed():
         "conventions.md",
         "how-it-works.md",
         "index.md",
-        "metrics.md",
         "sequences.md",
         "migration.md",
         "preferences-and-policies.md",
         "regions-and-boxes.md",
         "when-something-is-nan.md",
+        "metrics.md",
         "fused-linear.md",
         "devices.md",
         "language-models.md",
-    }  # the last three by test_recipes.py and test_language_models.py
+    }  # the last four by test_examples_of_rankings.py, test_recipes.py and test_language_models.py
     assert {page.name for page in pages.DOCS if pages.code(page)} == executed
 
 

@@ -14,6 +14,7 @@ import xentjax
 from tests.properties import test_functions
 from tests.tables import cases
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 MODULES = ("information", "metrics", "policy", "preference", "samplers", "sequence")
 
 
@@ -83,15 +84,20 @@ def modules():
     return ["xentjax", *(m.name for m in pkgutil.walk_packages(xentjax.__path__, "xentjax."))]
 
 
-@pytest.mark.parametrize("module", modules())
+@pytest.mark.parametrize("module", [name for name in modules() if name != "xentjax.metrics._ranking"])  # test_examples_of_rankings.py
 def test_examples_run(module):
+    assert failed_examples(module) == 0
+
+
+def failed_examples(module):
+    """How many examples of the docstrings of a module print something else."""
     jax.config.update("jax_numpy_dtype_promotion", "standard")  # as a reader has it
     try:
         found = doctest.DocTestFinder().find(importlib.import_module(module))
         runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
         for test in found:
             runner.run(test)
-        assert runner.failures == 0
+        return runner.failures
     finally:
         jax.config.update("jax_numpy_dtype_promotion", "strict")
 

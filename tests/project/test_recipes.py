@@ -9,6 +9,7 @@ import pytest
 
 from tests.project import pages
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 TOLERANCE = 2e-5  # float32 sums over 40 tokens and 23 classes, relative to the largest component
 V, D, B, T = 23, 6, 4, 10
 
@@ -150,7 +151,6 @@ def test_distillation(recipes, given):
         np.testing.assert_allclose(s, e, rtol=0, atol=TOLERANCE * np.abs(e).max())
 
 
-@pytest.mark.exhaustive
 @pytest.mark.exhaustive
 def test_focal(recipes, given):
     y, where = given["labels"], given["where"]
