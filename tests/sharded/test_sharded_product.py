@@ -142,3 +142,18 @@ def test_equal_to_one_device(case, shards, types):
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=TOLERANCE * largest, err_msg=jax.tree_util.keystr(path))
 
     jax.tree_util.tree_map_with_path(close, ours(arrays, directions), expected(case, kind))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.arrays], ids=str)
+def test_what_there_is_per_class_is_split(case):
+    """Values alone, of every such loss. In the short run, the test above has one loss of each module, on one of the meshes."""
+    (z, *_), labels, where, per_class, _ = problem(case, "index")
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    split = jax.tree.map(lambda x: P("model") if x.ndim == 1 else P(), per_class)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(None, "model"), split), out_specs=P())
+    def losses(z, per_class):
+        return case(z, labels, where=where, axis_name="model", **per_class)
+
+    expected = case(z, labels, where=where, **per_class)
+    np.testing.assert_allclose(jax.jit(losses)(z, per_class), expected, rtol=TOLERANCE)
