@@ -210,7 +210,21 @@ MUTATIONS: tuple[Mutation, ...] = (
         (M,),
     ),
     Mutation("sign of the bound", "_losses/robust.py", "- reverse * bound", "+ reverse * bound", (V,)),
-    Mutation("hard and soft bootstrapping exchanged", "_losses/robust.py", "if hard else", "if not hard else", (V,)),
+    Mutation(
+        "soft labels sum to 1",
+        "_core/surprises.py",
+        "(1 - beta) * total / jnp.maximum",
+        "(1 - beta) / jnp.maximum",
+        (FAMILY,),
+    ),
+    Mutation(
+        "a tie of the largest classes",
+        "_core/surprises.py",
+        "total / jnp.maximum(ties, 1))",
+        "total)",
+        (FAMILY,),
+    ),
+    Mutation("hard and soft bootstrapping exchanged", "_losses/robust.py", "if hard:", "if not hard:", (V,)),
     Mutation("last term of Taylor's series", "_losses/robust.py", "range(order - 1, 0, -1)", "range(order - 1, 1, -1)", (V,)),
     Mutation("noise matrix transposed", "_losses/noise.py", "_log(x).T)", "_log(x))", (V,)),
     Mutation(

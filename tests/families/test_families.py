@@ -471,3 +471,15 @@ def test_errors(call, message, rng):
     with pytest.raises(ValueError) as caught:
         call(z, y)
     assert str(caught.value).splitlines()[0] == message
+
+
+@pytest.mark.parametrize("logits", [(2.0, 0.5, -1.0), (2.0, 2.0, -1.0)], ids=["one-largest", "tie"])
+def test_hard_bootstrapping_of_soft_labels_that_do_not_sum_to_one(logits):
+    t, beta = np.array([0.3, 0.9, 0.4]), 0.8
+    p = np.exp(logits) / np.exp(logits).sum()
+    largest = np.equal(logits, 2.0) / np.equal(logits, 2.0).sum()
+    value, slope = jax.value_and_grad(lambda z: xentjax.bootstrapped_cross_entropy(z, jnp.float32(t), beta=beta, hard=True))(
+        jnp.array(logits)
+    )
+    np.testing.assert_allclose(value, -beta * t @ np.log(p) - (1 - beta) * t.sum() * np.log(p.max()), rtol=8 * EPS)
+    np.testing.assert_allclose(slope, beta * (t.sum() * p - t) + (1 - beta) * t.sum() * (p - largest), atol=8 * EPS)
