@@ -77,7 +77,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish():
-    gc.freeze()  # what has been imported and collected so far stays: no later search for garbage looks at it
+    gc.freeze()  # the modules and tests stay until the end, so later searches for garbage need not look at their objects
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 EPS = float(jnp.finfo(jnp.float32).eps)
 CLASSES = 6
-ROWS_IN_A_BLOCK = 3  # at most: five blocks of 13 examples. An even size makes four blocks of them, of which the last repeats three
+ROWS_IN_A_BLOCK = 3  # before the size is made even: 13 examples are then four blocks of four, the last of which repeats three examples
 
 
 def distillation(divergence, logits, other, number):
@@ -29,7 +29,7 @@ def tempered(labels_of, logits, other, number):
 
 
 def distribution(logits):
-    """In float32, since XLA rounds a distribution in half precision only where it is stored."""
+    """The softmax in float32. XLA would round a softmax in half precision only where it stores it."""
     return jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
 
 
@@ -109,7 +109,7 @@ def test_half_precision(loss, in_blocks, rng):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_soft_labels_of_half_precision_logits(dtype, in_blocks, rng):
-    """In float32, this loss has no blocks."""
+    """For float32 logits, cross-entropy with soft labels has no blocks. `dtype` is that of the labels."""
     logits, other, *_ = draw(rng, dtype=jnp.bfloat16)
     labels = distribution(other).astype(dtype)
     found, expected = in_blocks(jax.value_and_grad(lambda x, t: xentjax.softmax_cross_entropy(x, t).sum(), (0, 1)), logits, labels)
@@ -119,7 +119,7 @@ def test_soft_labels_of_half_precision_logits(dtype, in_blocks, rng):
 
 
 def test_the_label_and_the_largest_class_of_half_precision_logits(in_blocks, rng):
-    """In float32, this loss has no blocks."""
+    """For float32 logits, hard bootstrapping with class indices has no blocks."""
     logits, *_ = draw(rng, dtype=jnp.bfloat16)
     labels = jnp.arange(13) % CLASSES
 
@@ -194,7 +194,7 @@ def test_no_blocks_on_several_devices(loss, spec, monkeypatch, rng):
 
 
 def test_blocks_have_one_even_size():
-    """768 KiB hold 19,660 examples of 10 classes, so 50,000 examples are three blocks. A third of them is 16,667."""
+    """768 KiB hold 19,660 examples of 10 classes, so 50,000 examples are three blocks. A third of 50,000 is 16,667, which is odd."""
     logits = jax.ShapeDtypeStruct((50_000, 10), jnp.float32)
     program = jax.jit(functools.partial(distillation, "tv")).lower(logits, logits, 0.3).as_text()
     assert "tensor<16668x10xf32>" in program and "tensor<19660x10xf32>" not in program

@@ -33,7 +33,7 @@ from jax.typing import ArrayLike
 
 from xentjax._core import numerics, rows
 
-_BYTES = 3 * 2**18  # the bytes of one float32 array of a block; a few such arrays fit into the cache of one core
+_BYTES = 3 * 2**18  # the most bytes of a float32 array of a block, before its size is made even; a few such arrays fit into a core's cache
 
 
 def in_blocks(losses: Callable[..., Array], r: Sequence[rows.Rows], *numbers: ArrayLike) -> Array:
@@ -166,7 +166,7 @@ def _widened(bits: Array, dtype: Any) -> Array:
 
 
 def _block_size(ctx: Any, arrays: tuple[Array, ...], leading: int) -> int | None:
-    """The number of examples in a block, or None if they are not cut into blocks."""
+    """The number of examples in a block, which is the same in all blocks, or None if the examples are not cut into blocks."""
     place = ctx.module_context
     if tuple(place.platforms) != ("cpu",) or getattr(place.axis_context, "num_devices", None) != 1:
         return None
@@ -174,7 +174,7 @@ def _block_size(ctx: Any, arrays: tuple[Array, ...], leading: int) -> int | None
         return None
     examples, classes = math.prod(arrays[0].shape[:leading]), math.prod(arrays[0].shape[leading:])
     blocks = -(-examples // max(1, _BYTES // (4 * max(1, classes))))
-    size = 2 * -(-examples // (2 * max(1, blocks)))  # all blocks have one size; XLA on CPUs does not vectorize some loops over odd sizes
+    size = 2 * -(-examples // (2 * max(1, blocks)))  # even: XLA on CPUs does not vectorize some loops over an odd number of examples
     return size if blocks > 2 else None
 
 

@@ -15,8 +15,9 @@ s·p_j − v_j at every class j ≠ *, and r·p_* − v_*·q at the pivot. Both 
 Speed. The cross-entropy of soft labels has its own derivative rule. The general rule takes twice the time, because XLA on CPUs stores
 several arrays for it. The special rule stores one array, which becomes the gradient. This array holds e^(z_k − m), except that the entries
 of the largest classes are marked by −1. The sums of the special rule are written so that no two loops share an array of the size of the
-logits. A constant or a number per row counts as such an array if it is broadcast to that size (`benchmarks/NOTES.md`). In half precision,
-loops would share the converted logits. So on CPUs this loss is computed in blocks (`blocks`), and each block is converted in the cache.
+logits. A constant or a number per row counts as such an array if it is broadcast to that size (`benchmarks/NOTES.md`). If the logits are in
+half precision, loops would share the converted logits. Then the cross-entropy of soft labels is computed in blocks on a single CPU device
+(see `blocks`), and each block is converted in the cache.
 """
 
 import functools
@@ -105,7 +106,7 @@ def _(axis_name: mesh.AxisName, primals: tuple[Any, ...], tangents: tuple[Any, .
 
 
 def of_label_and_largest(r: rows.Rows, beta: Array) -> Array:
-    """β·(−log p_y) + (1 − β)·(−log max_k p_k) of every row, shape [...], for numbers β [...]. Labels must be class indices.
+    """β·(−log p_y) + (1 − β)·(−log max_k p_k) of every row, shape [...]. `beta` is [...]. Labels must be class indices.
 
     If several classes are largest, they share the derivative of the second term equally.
     """
@@ -117,9 +118,9 @@ def of_label_and_largest(r: rows.Rows, beta: Array) -> Array:
 
 
 def of_soft_labels_and_largest(r: rows.Rows, beta: Array) -> Array:
-    """`of_label_and_largest` for soft labels t, shape [...]: β·Σ_k t_k (−log p_k) + (1 − β)·Σ_k t_k·(−log max_k p_k).
+    """`of_label_and_largest` for soft labels t, shape [...]: β·Σ_k t_k (−log p_k) + (1 − β)·(Σ_k t_k)·(−log max_k p_k).
 
-    It is the cross-entropy of soft labels of which the largest classes get a share of 1 − β.
+    This is a cross-entropy of other soft labels: β·t_k, plus (1 − β)·Σ_j t_j, which the largest classes share equally.
     """
 
     def loss(r: rows.Rows, beta: Array) -> Array:

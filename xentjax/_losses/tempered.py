@@ -115,8 +115,9 @@ def _of_index(r: rows.Rows, u: Array, power: Array, alpha: Array) -> Array:
 def _of_soft_labels(r: rows.Rows, u: Array, power: Array, alpha: Array) -> Array:
     """Σ_k t_k·loss(k) for soft labels t, shape [...].
 
-    loss(k) is the tempered logarithm (1 − p_k^α)/α minus a number per row, which is (1 − Σ_j p_j^(1 + α))/(1 + α). If a class holds most of
-    the probability, both are nearly equal there. Then the loss of that class is computed as if it were a class index, once per row.
+    loss(k) is the tempered logarithm (1 − p_k^α)/α minus (1 − Σ_j p_j^(1 + α))/(1 + α), which is one number per row. If class k holds most
+    of the probability, the two terms may be nearly equal, and their difference would lose digits. Then loss(k) is computed as in
+    `_of_index`, once per row.
     """
     largest = u < -math.log(numerics.MOST)
     own = rows.class_sum(r, numerics.where(largest, u, 0))
