@@ -131,6 +131,17 @@ def test_the_label_and_the_largest_class_of_half_precision_logits(in_blocks, rng
     close(found[1][0], expected[1][0], jnp.bfloat16)
 
 
+@pytest.mark.parametrize("labels", [jnp.zeros(13, jnp.int32), jnp.eye(CLASSES)[jnp.zeros(13, jnp.int32)]], ids=["index", "soft"])
+@pytest.mark.parametrize("hard", [False, True])
+def test_a_loss_scale_keeps_small_gradients_in_float16(hard, labels, monkeypatch):
+    """e⁻¹⁸ is below the smallest float16 number. 1,024 times e⁻¹⁸ is not."""
+    monkeypatch.setattr(blocks, "_BYTES", 4 * CLASSES)
+    loss = functools.partial(xentjax.bootstrapped_cross_entropy, hard=True) if hard else xentjax.softmax_cross_entropy
+    logits = jnp.zeros((13, CLASSES), jnp.float16).at[:, 1:].set(-18)
+    slope = jax.grad(lambda z: 1024 * loss(z, labels).sum())(logits)[:, 1:]
+    np.testing.assert_allclose(slope, np.full_like(slope, 1024 * np.exp(-18)), rtol=2.0**-6)  # a subnormal number of at least 7 bits
+
+
 @pytest.mark.exhaustive
 @each
 def test_vmap(loss, in_blocks, rng):

@@ -44,6 +44,7 @@ def expected(
     smoothing: ArrayLike | None = None,
     class_weights: Array | None = None,
     of_class: Array | None = None,
+    whole: bool = False,
 ) -> Array:
     """Σ_k t_k φ(a_k) of every row, shape [...], before `statistics.finish`.
 
@@ -56,6 +57,7 @@ def expected(
         smoothing: the share of the label that is spread evenly over the classes that exist; None means 0.
         class_weights: [classes], the weight of each class's term; None means 1.
         of_class: [classes], or [..., classes] for soft labels; one parameter of φ per class.
+        whole: whether the result is the whole loss (see `surprises.expected`).
     """
     parameters = () if of_class is None else (of_class,)
 
@@ -66,11 +68,11 @@ def expected(
             return rows.class_sum(r, numerics.weighted(t, phi(surprises.class_log_odds(r), *per_class)))
         if isinstance(stats, statistics.WithLabel):
             return rows.class_sum(r, numerics.weighted(t, surprises.surprise(r, stats)))
-        return surprises.expected(r._replace(labels=t))
+        return surprises.expected(r._replace(labels=t), whole)
 
     if not isinstance(stats, statistics.WithLabel):
         if phi is surprise and smoothing is None and class_weights is None:
-            return surprises.expected(r)
+            return surprises.expected(r, whole)
         return sum_over_classes(_soft_labels(r, smoothing))
     loss = stats.surprise if phi is surprise else phi(stats.log_odds, *(rows.at_label(r, x) for x in parameters))
     if class_weights is not None:

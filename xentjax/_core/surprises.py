@@ -16,8 +16,8 @@ Speed. The cross-entropy of soft labels has its own derivative rule. The general
 several arrays for it. The special rule stores one array, which becomes the gradient. This array holds e^(z_k − m), except that the entries
 of the largest classes are marked by −1. The sums of the special rule are written so that no two loops share an array of the size of the
 logits. A constant or a number per row counts as such an array if it is broadcast to that size (`benchmarks/NOTES.md`). If the logits are in
-half precision, loops would share the converted logits. Then the cross-entropy of soft labels is computed in blocks on a single CPU device
-(see `blocks`), and each block is converted in the cache.
+half precision, loops would share the converted logits. If they are bfloat16 and the cross-entropy of soft labels is the whole loss, it is
+computed in blocks on a single CPU device (see `blocks`), and each block is converted in the cache.
 """
 
 import functools
@@ -61,9 +61,17 @@ def class_log_odds(r: rows.Rows) -> Array:
     return jnp.where(rows.on_label(top), of_top, numerics.log_odds_of_surprise(u))
 
 
-def expected(r: rows.Rows) -> Array:
-    """Σ_k t_k (−log p_k) for the soft labels t of every row, shape [...]."""
-    return blocks.in_blocks(_expected_of_row, (r,)) if r.half else _expected_of_row(r)
+def expected(r: rows.Rows, whole: bool = False) -> Array:
+    """Σ_k t_k (−log p_k) for the soft labels t of every row, shape [...].
+
+    `whole` says that it is the whole loss. Then it may be computed in blocks, which round its gradient to the dtype of the logits.
+    """
+    return blocks.in_blocks(_expected_of_row, (r,)) if whole and r.half and _has_range(r) else _expected_of_row(r)
+
+
+def _has_range(r: rows.Rows) -> bool:
+    """Whether the gradient in the dtype of the logits does not underflow before it is multiplied by a cotangent, such as a loss scale."""
+    return r.raw.dtype != jnp.float16
 
 
 def _expected_of_row(r: rows.Rows) -> Array:
@@ -114,7 +122,7 @@ def of_label_and_largest(r: rows.Rows, beta: Array) -> Array:
     def loss(r: rows.Rows, beta: Array) -> Array:
         return _of_label_and_largest(r.values, r.raw, r.given_labels, beta, r.class_mask, r.where, r.axis_name)
 
-    return blocks.in_blocks(loss, (r,), beta) if r.half else loss(r, beta)
+    return blocks.in_blocks(loss, (r,), beta) if r.half and _has_range(r) else loss(r, beta)
 
 
 def of_soft_labels_and_largest(r: rows.Rows, beta: Array) -> Array:
@@ -129,7 +137,7 @@ def of_soft_labels_and_largest(r: rows.Rows, beta: Array) -> Array:
         share = rows.as_column(r, (1 - beta) * total / jnp.maximum(ties, 1))
         return _expected_of_row(r._replace(labels=beta[..., None] * r.given_labels + share * largest))
 
-    return blocks.in_blocks(loss, (r,), beta)
+    return blocks.in_blocks(loss, (r,), beta) if _has_range(r) else loss(r, beta)
 
 
 # The general rule --------------------------------------------------------------------------------------------------------

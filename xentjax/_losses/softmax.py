@@ -90,7 +90,7 @@ def softmax_cross_entropy(
 def _cross_entropy(batch: rows.Examples, smoothing: ArrayLike | None, class_weights: Array | None, z_loss: ArrayLike | None) -> Array:
     r = rows.of(batch)
     stats = statistics.of(r)
-    loss = odds.expected(r, stats, odds.surprise, smoothing, class_weights)
+    loss = odds.expected(r, stats, odds.surprise, smoothing, class_weights, whole=z_loss is None)
     if z_loss is not None:
         total = odds.label_sum(r, smoothing, class_weights)
         loss += jnp.asarray(z_loss, loss.dtype) * total * (stats.reference + stats.log_sum) ** 2
