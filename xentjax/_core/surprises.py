@@ -66,12 +66,15 @@ def expected(r: rows.Rows, whole: bool = False) -> Array:
 
     `whole` says that it is the whole loss. Then it may be computed in blocks, which round its gradient to the dtype of the logits.
     """
-    return blocks.in_blocks(_expected_of_row, (r,)) if whole and r.half and _has_range(r) else _expected_of_row(r)
+    return blocks.in_blocks(_expected_of_row, (r,)) if whole and _is_bfloat16(r) else _expected_of_row(r)
 
 
-def _has_range(r: rows.Rows) -> bool:
-    """Whether the gradient in the dtype of the logits does not underflow before it is multiplied by a cotangent, such as a loss scale."""
-    return r.raw.dtype != jnp.float16
+def _is_bfloat16(r: rows.Rows) -> bool:
+    """Whether the logits are bfloat16, which has the range of float32.
+
+    In other narrow dtypes, a small gradient would underflow before it is multiplied by a cotangent, such as a loss scale.
+    """
+    return r.raw.dtype == jnp.bfloat16
 
 
 def _expected_of_row(r: rows.Rows) -> Array:
@@ -122,7 +125,7 @@ def of_label_and_largest(r: rows.Rows, beta: Array) -> Array:
     def loss(r: rows.Rows, beta: Array) -> Array:
         return _of_label_and_largest(r.values, r.raw, r.given_labels, beta, r.class_mask, r.where, r.axis_name)
 
-    return blocks.in_blocks(loss, (r,), beta) if r.half and _has_range(r) else loss(r, beta)
+    return blocks.in_blocks(loss, (r,), beta) if _is_bfloat16(r) else loss(r, beta)
 
 
 def of_soft_labels_and_largest(r: rows.Rows, beta: Array) -> Array:
@@ -137,7 +140,7 @@ def of_soft_labels_and_largest(r: rows.Rows, beta: Array) -> Array:
         share = rows.as_column(r, (1 - beta) * total / jnp.maximum(ties, 1))
         return _expected_of_row(r._replace(labels=beta[..., None] * r.given_labels + share * largest))
 
-    return blocks.in_blocks(loss, (r,), beta) if _has_range(r) else loss(r, beta)
+    return blocks.in_blocks(loss, (r,), beta) if _is_bfloat16(r) or not r.half else loss(r, beta)
 
 
 # The general rule --------------------------------------------------------------------------------------------------------
