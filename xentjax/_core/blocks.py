@@ -14,7 +14,8 @@ precision, the loop stores the bits of the gradient, and the product is a new ar
 Choice. A loop over blocks is faster on a single CPU device. On GPUs and TPUs, XLA fuses the operations, so blocks are not needed there. On
 several devices, the examples may be split over the devices. A block is a slice of all examples, so each device would need examples of
 other devices. So the choice is made when a program is lowered for its devices, and not when it is traced. There are no blocks if
-`axis_name` is given, or if the type of the logits has a mesh. This is the case inside `jax.shard_map`, and after a mesh has been set.
+`axis_name` is given, or if the type of the logits has a mesh. This is the case inside `jax.shard_map`, and after a mesh has been set. There
+are no blocks of float16 and float8 logits either, because a small gradient would underflow in these dtypes.
 """
 
 import functools
@@ -55,7 +56,9 @@ def in_blocks(losses: Callable[..., Array], r: Sequence[rows.Rows], *numbers: Ar
     def of_args(r: list[tuple[Array, Array | None]], numbers: list[Array], class_mask: Array | None, where: Array | None) -> Array:
         return losses(*(rows.Rows(z, z.astype(dtype), labels, class_mask, where, axis_name) for z, labels in r), *numbers)
 
-    if axis_name is not None or not jax.typeof(arrays[0]).sharding.mesh.empty:
+    # In float16, a small gradient would underflow before it is multiplied by a cotangent, such as a loss scale. bfloat16 has more range.
+    narrow = any(x.raw.dtype.itemsize < 4 and x.raw.dtype != jnp.bfloat16 for x in r)
+    if narrow or axis_name is not None or not jax.typeof(arrays[0]).sharding.mesh.empty:
         return of_args(*args)
 
     def of_arrays(*arrays: Array) -> tuple[Array]:

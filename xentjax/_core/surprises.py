@@ -16,8 +16,8 @@ Speed. The cross-entropy of soft labels has its own derivative rule. The general
 several arrays for it. The special rule stores one array, which becomes the gradient. This array holds e^(z_k − m), except that the entries
 of the largest classes are marked by −1. The sums of the special rule are written so that no two loops share an array of the size of the
 logits. A constant or a number per row counts as such an array if it is broadcast to that size (`benchmarks/NOTES.md`). If the logits are in
-half precision, loops would share the converted logits. If they are bfloat16 and the cross-entropy of soft labels is the whole loss, it is
-computed in blocks on a single CPU device (see `blocks`), and each block is converted in the cache.
+half precision, loops would share the converted logits. If the cross-entropy of soft labels is the whole loss, it is then computed in
+blocks where `blocks` allows it, and each block is converted in the cache.
 """
 
 import functools
@@ -66,15 +66,7 @@ def expected(r: rows.Rows, whole: bool = False) -> Array:
 
     `whole` says that it is the whole loss. Then it may be computed in blocks, which round its gradient to the dtype of the logits.
     """
-    return blocks.in_blocks(_expected_of_row, (r,)) if whole and _is_bfloat16(r) else _expected_of_row(r)
-
-
-def _is_bfloat16(r: rows.Rows) -> bool:
-    """Whether the logits are bfloat16, which has the range of float32.
-
-    In other narrow dtypes, a small gradient would underflow before it is multiplied by a cotangent, such as a loss scale.
-    """
-    return r.raw.dtype == jnp.bfloat16
+    return blocks.in_blocks(_expected_of_row, (r,)) if whole and r.half else _expected_of_row(r)
 
 
 def _expected_of_row(r: rows.Rows) -> Array:
@@ -125,7 +117,7 @@ def of_label_and_largest(r: rows.Rows, beta: Array) -> Array:
     def loss(r: rows.Rows, beta: Array) -> Array:
         return _of_label_and_largest(r.values, r.raw, r.given_labels, beta, r.class_mask, r.where, r.axis_name)
 
-    return blocks.in_blocks(loss, (r,), beta) if _is_bfloat16(r) else loss(r, beta)
+    return blocks.in_blocks(loss, (r,), beta) if r.half else loss(r, beta)
 
 
 def of_soft_labels_and_largest(r: rows.Rows, beta: Array) -> Array:
@@ -140,7 +132,7 @@ def of_soft_labels_and_largest(r: rows.Rows, beta: Array) -> Array:
         share = rows.as_column(r, (1 - beta) * total / jnp.maximum(ties, 1))
         return _expected_of_row(r._replace(labels=beta[..., None] * r.given_labels + share * largest))
 
-    return blocks.in_blocks(loss, (r,), beta) if _is_bfloat16(r) or not r.half else loss(r, beta)
+    return blocks.in_blocks(loss, (r,), beta)
 
 
 # The general rule --------------------------------------------------------------------------------------------------------

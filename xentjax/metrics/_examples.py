@@ -187,7 +187,6 @@ def _brier(batch: rows.Examples) -> Array:
     r = rows.of(batch)
     a = surprises.class_log_odds(r)
     t = rows.on_label(r).astype(a.dtype) if r.labels_are_indices else r.given_labels
-    assert t is not None
     # 1 − p is σ(−a), which stays accurate if p is near 1
     distance = numerics.where(a > 0, (1 - t) - numerics.sigmoid(-a), numerics.sigmoid(a) - t)
     score = rows.class_sum(r, rows.masked(distance, r.where) ** 2)
